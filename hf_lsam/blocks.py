@@ -1,0 +1,166 @@
+"""Find the blocks of any model, and what in them is trained."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# Classes with a smaller share of the largest class's parameters are no transformer blocks (Wav2Vec2's convolutions).
+_MINOR_CLASS = 0.1
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """
+    What may be perturbed as one: a transformer block, a module that `block_pattern` names, or everything.
+
+    Attributes:
+        name: Name of the module in the model, or `"all"`.
+        parameters: Its trainable parameters; one that several candidates share belongs to the first of them.
+        blocks: Indices of the model blocks that use one of them. Weights outside the blocks may act before the first
+            block, so they count as used by every one.
+        size: Number of its trainable weights that multiply; embeddings look up.
+    """
+
+    name: str
+    parameters: tuple[nn.Parameter, ...]
+    blocks: frozenset[int]
+    size: int
+
+    @property
+    def first_block(self) -> int:
+        """Index of the first model block that uses one of the parameters."""
+        return min(self.blocks, default=0)
+
+
+def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """
+    The blocks of `model` by name, in the order of `model.named_modules()`.
+
+    The outermost `GradientCheckpointingLayer`s that transformers marks, without classes that hold next to no
+    parameters. If there is none, the children of the outermost `ModuleList`s and `Sequential`s whose children are all
+    of one class.
+    """
+    marked = dict(_outermost(model, lambda module: isinstance(module, GradientCheckpointingLayer)))
+    if marked:
+        sizes: Counter[type] = Counter()
+        for module in marked.values():
+            sizes[type(module)] += _size(module)
+        largest = max(sizes.values())
+        return {name: module for name, module in marked.items() if sizes[type(module)] > _MINOR_CLASS * largest}
+    return {
+        f"{name}.{child}".removeprefix("."): module
+        for name, container in _outermost(model, _is_homogeneous)
+        for child, module in container.named_children()
+    }
+
+
+def find_candidates(model: nn.Module, blocks: dict[str, nn.Module], pattern: str | None) -> list[Candidate]:
+    """
+    The trainable candidates: `blocks`, or the outermost modules whose whole name `pattern` matches.
+
+    Raises:
+        ValueError: if fewer than 2 blocks hold trainable parameters, or the pattern names no trainable module.
+    """
+    if pattern is None:
+        named = blocks
+    else:
+        names = {module: name for name, module in model.named_modules()}
+        named = dict(
+            _outermost(model, lambda module: module is not model and bool(re.fullmatch(pattern, names[module])))
+        )
+    uses, multiplied = _uses(model, blocks), multiplied_parameters(model)
+    candidates: list[Candidate] = []
+    taken: set[nn.Parameter] = set()
+    for name, module in named.items():
+        parameters = tuple(p for p in module.parameters() if p.requires_grad and p not in taken)
+        taken.update(parameters)
+        if parameters:
+            used_by: frozenset[int] = frozenset().union(*(uses[p] for p in parameters))
+            size = sum(p.numel() for p in parameters if p in multiplied)
+            candidates.append(Candidate(name, parameters, used_by, size))
+    if pattern is not None and not candidates:
+        raise ValueError(
+            f"block_pattern {pattern!r} matches no module with trainable parameters in {type(model).__name__}. It "
+            f"must match a module's whole name, as in model.named_modules(), for instance {_some_names(model)}."
+        )
+    if pattern is None and len(candidates) < 2:
+        raise ValueError(
+            f"{type(model).__name__} has {len(blocks)} block(s), {len(candidates)} of them trainable, and layer-wise "
+            "perturbation has to choose among at least 2 (ALBERT, for one, shares a single block). Name the modules "
+            f"to choose from with block_pattern, for instance {_some_names(model)}, or perturb every trainable "
+            "parameter with block_selection='all'."
+        )
+    logger.info(f"Layer-wise SAM chooses among {len(candidates)} blocks: {', '.join(c.name for c in candidates)}")
+    return candidates
+
+
+def everything(model: nn.Module, blocks: dict[str, nn.Module]) -> list[Candidate]:
+    """One candidate that holds every trainable parameter, embeddings and head included (SAM)."""
+    parameters = tuple(parameter for parameter in model.parameters() if parameter.requires_grad)
+    size = sum(p.numel() for p in multiplied_parameters(model) if p.requires_grad)
+    return [Candidate("all", parameters, frozenset(range(len(blocks))), size)]
+
+
+def multiplied_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters that some module other than an embedding holds: those that cost multiplications."""
+    return {
+        parameter
+        for module in model.modules()
+        if not isinstance(module, nn.Embedding)
+        for parameter in module.parameters(recurse=False)
+    }
+
+
+def _outermost(module: nn.Module, wanted, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of every `wanted` module below `module` (itself included) that lies in no other one."""
+    if wanted(module):
+        yield name, module
+        return
+    for child_name, child in module.named_children():
+        yield from _outermost(child, wanted, f"{name}.{child_name}".removeprefix("."))
+
+
+def _is_homogeneous(module: nn.Module) -> bool:
+    """Whether `module` is a list of at least 2 modules of one class, with parameters."""
+    children = list(module.children())
+    return (
+        isinstance(module, (nn.ModuleList, nn.Sequential))
+        and len(children) >= 2
+        and len({type(child) for child in children}) == 1
+        and all(_size(child) > 0 for child in children)
+    )
+
+
+def _uses(model: nn.Module, blocks: dict[str, nn.Module]) -> dict[nn.Parameter, set[int]]:
+    """For every parameter the indices of the blocks that hold it; all of them if a module outside the blocks does."""
+    uses: dict[nn.Parameter, set[int]] = {}
+    inside: set[nn.Module] = set()
+    for index, block in enumerate(blocks.values()):
+        inside.update(block.modules())
+        for parameter in block.parameters():
+            uses.setdefault(parameter, set()).add(index)
+    for module in model.modules():
+        if module not in inside:
+            uses.update((parameter, set(range(len(blocks)))) for parameter in module.parameters(recurse=False))
+    return uses
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _some_names(model: nn.Module) -> str:
+    """Three names of trainable modules as an example for a pattern."""
+    names = [
+        name
+        for name, module in model.named_modules()
+        if name and any(p.requires_grad for p in module.parameters(recurse=False))
+    ]
+    return ", ".join(repr(re.escape(name).replace(r"\_", "_")) for name in names[len(names) // 2 :][:3])

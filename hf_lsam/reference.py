@@ -1,0 +1,209 @@
+r"""
+Every method, literally: the equations as plain loops. The page to read first, and the oracle of the tests.
+
+Nothing here is fast or robust, and nothing here is used by the trainer. Each function performs one optimizer step of
+one method on a list of micro-batches whose losses are averaged. `blocks` is a list of lists of parameters.
+
+    L_S(w) + lambda * ||grad L_S(w')||,  alpha = lambda / rho                                 (Lee, KDD 2024)
+    selected i:  g_i = (1 - alpha) * grad_i L(w) + alpha * grad_i L(w + eps)
+    others:      g_i = grad_i L(w)
+    eps_i = rho * grad_i L(w) / ||grad_S L(w)||  for i in S, 0 elsewhere
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Batches = Sequence[dict[str, Any]]
+Blocks = Sequence[Sequence[nn.Parameter]]
+Rule = Callable[[list[float]], Sequence[int]]
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are trained."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def gradient(model: nn.Module, batches: Batches) -> dict[nn.Parameter, Tensor]:
+    """grad L at the current weights, L being the mean loss of the micro-batches."""
+    loss = sum(model(**batch).loss for batch in batches) / len(batches)
+    parameters = trainable(model)
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return {parameter: grad for parameter, grad in zip(parameters, gradients, strict=True) if grad is not None}
+
+
+def norm(tensors: Sequence[Tensor]) -> float:
+    """Euclidean norm over all entries of all tensors."""
+    return math.sqrt(sum(float((tensor.double() ** 2).sum()) for tensor in tensors))
+
+
+def perturbed_gradient(
+    model: nn.Module, batches: Batches, selected: Sequence[nn.Parameter], ascent: dict, rho: float, adaptive=False
+) -> dict[nn.Parameter, Tensor]:
+    """grad L(w + eps), eps along `ascent` on the `selected` parameters; w is put back. ASAM's eps if `adaptive`."""
+    selected = [parameter for parameter in selected if parameter in ascent]
+    weights = {parameter: parameter.detach().clone() for parameter in selected}
+    if adaptive:
+        length = norm([weights[p].abs() * ascent[p] for p in selected])
+        eps = {p: rho * weights[p] ** 2 * ascent[p] / length for p in selected}
+    else:
+        length = norm([ascent[p] for p in selected])
+        eps = {p: rho * ascent[p] / length for p in selected}
+    with torch.no_grad():
+        for parameter in selected:
+            parameter.add_(eps[parameter])
+    result = gradient(model, batches)
+    with torch.no_grad():
+        for parameter in selected:
+            parameter.copy_(weights[parameter])
+    return result
+
+
+def update(model: nn.Module, gradients: dict[nn.Parameter, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """Hand the gradients to the optimizer and step."""
+    for parameter in model.parameters():
+        parameter.grad = gradients.get(parameter)
+    optimizer.step()
+
+
+def plain_step(model: nn.Module, batches: Batches, optimizer: torch.optim.Optimizer) -> None:
+    """The step without any perturbation."""
+    update(model, gradient(model, batches), optimizer)
+
+
+def generalized_sam_step(
+    model: nn.Module, batches: Batches, optimizer: torch.optim.Optimizer, rho: float, alpha: float, adaptive=False
+) -> None:
+    """Gradient-norm penalty (Zhao et al., ICML 2022): every parameter is perturbed."""
+    lsam_step(model, batches, optimizer, [trainable(model)], rho, alpha, lambda norms: [0], adaptive)
+
+
+def sam_step(model: nn.Module, batches: Batches, optimizer: torch.optim.Optimizer, rho: float, adaptive=False) -> None:
+    """SAM (Foret et al., ICLR 2021): generalized SAM with alpha = 1."""
+    generalized_sam_step(model, batches, optimizer, rho, 1.0, adaptive)
+
+
+def lsam_step(
+    model: nn.Module,
+    batches: Batches,
+    optimizer: torch.optim.Optimizer,
+    blocks: Blocks,
+    rho: float,
+    alpha: float,
+    rule: Rule,
+    adaptive: bool = False,
+) -> None:
+    """Layer-wise SAM (Lee, KDD 2024): only the blocks that `rule` names are perturbed, and only they are mixed."""
+    update(model, lsam_gradient(model, batches, blocks, rho, alpha, rule, adaptive), optimizer)
+
+
+def lsam_gradient(
+    model: nn.Module, batches: Batches, blocks: Blocks, rho: float, alpha: float, rule: Rule, adaptive: bool = False
+) -> dict[nn.Parameter, Tensor]:
+    """The gradient that layer-wise SAM hands to the optimizer."""
+    plain = gradient(model, batches)
+    scores = {p: p.detach().abs() * g for p, g in plain.items()} if adaptive else plain
+    selected = [
+        p for i in rule([norm([scores[p] for p in block if p in scores]) for block in blocks]) for p in blocks[i]
+    ]
+    perturbed = perturbed_gradient(model, batches, selected, plain, rho, adaptive)
+    mixed = dict(plain)
+    for p in selected:
+        if p in plain:
+            mixed[p] = (1 - alpha) * plain[p] + alpha * perturbed.get(p, torch.zeros_like(p))
+    return mixed
+
+
+def micro_batch_lsam_step(
+    model: nn.Module,
+    batches: Batches,
+    optimizer: torch.optim.Optimizer,
+    blocks: Blocks,
+    rho: float,
+    alpha: float,
+    rule: Rule,
+) -> None:
+    """Layer-wise m-sharpness: each micro-batch is perturbed by its own gradient; the results are averaged."""
+    parts = [lsam_gradient(model, [batch], blocks, rho, alpha, rule) for batch in batches]
+    update(model, {p: torch.stack([part[p] for part in parts]).mean(0) for p in parts[0]}, optimizer)
+
+
+def looksam_step(
+    model: nn.Module,
+    batches: Batches,
+    optimizer: torch.optim.Optimizer,
+    rho: float,
+    interval: int,
+    scale: float,
+    step: int,
+    state: dict,
+) -> None:
+    """LookSAM (Liu et al., CVPR 2022): SAM at every `interval`-th step, whose part orthogonal to g is reused."""
+    parameters = trainable(model)
+    plain = gradient(model, batches)
+    length = norm(list(plain.values()))
+    if step % interval == 0:
+        sam = perturbed_gradient(model, batches, parameters, plain, rho)
+        along = sum(float((sam[p].double() * plain[p].double()).sum()) for p in plain) / length**2
+        state["orthogonal"] = {p: sam[p] - along * plain[p] for p in plain}
+        update(model, sam, optimizer)
+    else:
+        orthogonal = state["orthogonal"]
+        factor = scale * length / norm(list(orthogonal.values()))
+        update(model, {p: plain[p] + factor * orthogonal[p] for p in plain}, optimizer)
+
+
+def one_pass_lsam_step(
+    model: nn.Module,
+    batches: Batches,
+    optimizer: torch.optim.Optimizer,
+    blocks: Blocks,
+    rho: float,
+    rule: Rule,
+    state: dict,
+) -> None:
+    """One-pass layer-wise SAM (after AsyncSAM, arXiv 2503.11147, tau = 1): climb the gradient of the step before."""
+    if "selected" in state:
+        gradients = perturbed_gradient(model, batches, state["selected"], state["gradient"], rho)
+    else:
+        gradients = gradient(model, batches)
+    norms = [norm([gradients[p] for p in block if p in gradients]) for block in blocks]
+    state["selected"] = [p for i in rule(norms) for p in blocks[i]]
+    state["gradient"] = {p: g.clone() for p, g in gradients.items()}
+    update(model, gradients, optimizer)
+
+
+def top_k(k: int) -> Rule:
+    """The k blocks with the largest gradient norm (the paper's rule)."""
+    return lambda norms: sorted(range(len(norms)), key=lambda i: -norms[i])[:k]
+
+
+def last(k: int) -> Rule:
+    """The k blocks nearest to the output."""
+    return lambda norms: range(len(norms))[-k:]
+
+
+def budget(max_overhead: float, k: int | None, sizes: Sequence[int], head: int) -> Rule:
+    """
+    Of all sets within the budget the one with the largest norm, by trying all of them.
+
+    `sizes` are the parameters of each block, `head` those between the last block and the loss, all of them trained.
+    A plain step costs three times all of it (forward, gradient of activations, gradient of weights); pass 2 runs the
+    first two from the first selected block on, and the third for the selected blocks.
+    """
+
+    def cost(blocks: Sequence[int]) -> float:
+        plain = 3 * (sum(sizes) + head)
+        return (2 * (sum(sizes[min(blocks) :]) + head) + sum(sizes[i] for i in blocks)) / plain
+
+    def rule(norms: list[float]) -> Sequence[int]:
+        every = range(len(norms))
+        largest = len(norms) if k is None else k
+        sets = [blocks for count in range(1, largest + 1) for blocks in combinations(every, count)]
+        return max((s for s in sets if cost(s) <= max_overhead), key=lambda s: sum(norms[i] ** 2 for i in s))
+
+    return rule

@@ -1,0 +1,115 @@
+"""Tiny models with random weights, and batches for them."""
+
+import torch
+from torch.utils.data import Dataset
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    TrainingArguments,
+    set_seed,
+)
+
+VOCABULARY = 64
+
+
+def bert(blocks: int = 4, dropout: float = 0.0, seed: int = 0, **options) -> PreTrainedModel:
+    """A BERT classifier with three labels."""
+    set_seed(seed)
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        num_hidden_layers=blocks,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        num_labels=3,
+        initializer_range=0.3,
+        **options,
+    )
+    return BertForSequenceClassification(config)
+
+
+def llama(blocks: int = 4, dropout: float = 0.0, seed: int = 0, **options) -> PreTrainedModel:
+    """A Llama language model; its input and output embeddings are tied."""
+    set_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        num_hidden_layers=blocks,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        attention_dropout=dropout,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        initializer_range=0.3,
+        **options,
+    )
+    return LlamaForCausalLM(config)
+
+
+MODELS = {"bert": bert, "llama": llama}
+
+
+class Examples(Dataset):
+    """Random token sequences of one length; labels are classes, or the tokens themselves for a language model."""
+
+    def __init__(self, count: int, language_model: bool = False, length: int = 8, seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+        self.tokens = torch.randint(1, VOCABULARY, (count, length), generator=generator)
+        self.labels = torch.randint(0, 3, (count,), generator=generator)
+        self.language_model = language_model
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict:
+        tokens = self.tokens[index]
+        labels = tokens if self.language_model else self.labels[index]
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
+
+    def batch(self, start: int, size: int) -> dict:
+        """Examples `start` to `start + size` as one batch."""
+        return torch.utils.data.default_collate([self[index] for index in range(start, start + size)])
+
+
+def arguments(folder, **options) -> TrainingArguments:
+    """Training arguments for a short quiet run that takes the examples in their order."""
+    defaults = dict(
+        output_dir=str(folder),
+        per_device_train_batch_size=4,
+        max_steps=4,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        train_sampling_strategy="sequential",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        logging_steps=10,
+        use_cpu=True,
+        seed=1,
+    )
+    return TrainingArguments(**{**defaults, **options})
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of all parameters and buffers, by name."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    """Every tensor is bitwise that of the other side."""
+    assert left.keys() == right.keys()
+    different = [name for name in left if not torch.equal(left[name], right[name])]
+    assert not different, f"not bitwise equal: {different}"
+
+
+def largest_difference(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
+    """The largest absolute difference of any weight."""
+    return max(float((left[name].double() - right[name].double()).abs().max()) for name in left)
