@@ -1,0 +1,83 @@
+"""What surrounds a second pass: only some weights take a gradient, and nothing is counted twice."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+
+@contextmanager
+def only_gradients_of(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[None]:
+    """
+    Inside, backward gives gradients to `weights` only, starting from none; afterwards every `.grad` is what it was.
+
+    Gradients are switched off on the parameters. `backward(inputs=...)` would give none, and no error, under reentrant
+    activation checkpointing, and wrong ones under FSDP2.
+    """
+    wanted = set(weights)
+    others = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in wanted]
+    gradients = [weight.grad for weight in weights]
+    try:
+        for parameter in others:
+            parameter.requires_grad_(False)
+        for weight in weights:
+            weight.grad = None
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient
+
+
+@contextmanager
+def running_statistics_paused(model: nn.Module) -> Iterator[None]:
+    """Inside, batch-norm layers use their batch as in training, but do not update their running statistics."""
+    layers = [module for module in model.modules() if isinstance(module, _NormBase) and module.track_running_stats]
+    try:
+        for layer in layers:
+            layer.track_running_stats = False
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
+
+
+class Counters:
+    """
+    The numbers that an object counts on itself, to be put back after a pass that must not count.
+
+    Trainers keep token counters and lists of metrics as attributes and add to them in `compute_loss`. Numbers, lists
+    (by their length) and dictionaries of those are put back; whatever else the object holds is left alone.
+    """
+
+    def __init__(self, owner: object):
+        self.owner = owner
+        self.values = {name: _snapshot(value) for name, value in vars(owner).items() if _is_counted(value)}
+
+    def restore(self) -> None:
+        """Put the numbers back."""
+        for name, snapshot in self.values.items():
+            vars(self.owner)[name] = _restored(snapshot)
+
+
+def _is_counted(value: object) -> bool:
+    return isinstance(value, (int, float, list, dict))
+
+
+def _snapshot(value):
+    if isinstance(value, dict):
+        return value, {key: _snapshot(entry) for key, entry in value.items() if _is_counted(entry)}
+    return value, len(value) if isinstance(value, list) else None
+
+
+def _restored(snapshot):
+    """The object of the snapshot, holding what it held."""
+    value, content = snapshot
+    if isinstance(value, list):
+        del value[content:]
+    elif isinstance(value, dict):
+        for key, entry in content.items():
+            value[key] = _restored(entry)
+    return value

@@ -1,0 +1,108 @@
+"""Move the selected weights, and put them back exactly."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class Perturbation:
+    """
+    Moves weights along a direction for the length of a `with` block, and restores them by copy.
+
+    Restoring by subtraction would change 0.3 to 6 % of the float32 weights (w + e - e is not w) and keep a NaN. The
+    copies live in a buffer that is kept from step to step, of the size of the largest set that was ever moved.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    @contextmanager
+    def moved(self, weights: Sequence[Tensor], direction: Sequence[Tensor], scale: float) -> Iterator[list[Tensor]]:
+        """
+        Inside, `weights` are at `weights + scale * direction`; afterwards they are bitwise what they were before.
+
+        Args:
+            weights: Parameters, changed in place.
+            direction: One tensor for each weight, of its shape.
+            scale: Factor, for instance `rho / norm`.
+
+        Yields:
+            The copies of the weights as they were.
+        """
+        copies = self._copies(weights)
+        try:
+            with torch.no_grad():
+                torch._foreach_add_(list(weights), list(direction), alpha=scale)
+            # Under autocast, casts of the weights may be cached from before.
+            torch.clear_autocast_cache()
+            yield copies
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(list(weights), copies)
+            torch.clear_autocast_cache()
+
+    @torch.no_grad()
+    def _copies(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """Copies of `weights`, as slices of the kept buffers."""
+        needed: dict[tuple[torch.device, torch.dtype], int] = {}
+        places = []
+        for weight in weights:
+            key = (weight.device, weight.dtype)
+            places.append((key, needed.get(key, 0)))
+            needed[key] = needed.get(key, 0) + weight.numel()
+        for key, size in needed.items():
+            if key not in self._buffers or self._buffers[key].numel() < size:
+                self._buffers[key] = torch.empty(size, device=key[0], dtype=key[1])
+        copies = [
+            self._buffers[key][start : start + weight.numel()].view(weight.shape)
+            for (key, start), weight in zip(places, weights, strict=True)
+        ]
+        torch._foreach_copy_(copies, list(weights))
+        return copies
+
+
+@torch.no_grad()
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """The Euclidean norm of each tensor, in float32 or wider, stacked on their device: shape `(len(tensors),)`."""
+    dtype = max((t.dtype for t in tensors), key=lambda dtype: torch.finfo(dtype).bits)
+    if torch.finfo(dtype).bits < 32:
+        dtype = torch.float32
+    return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=dtype))
+
+
+@torch.no_grad()
+def mix(plain: Sequence[Tensor], perturbed: Sequence[Tensor], alpha: float) -> Sequence[Tensor]:
+    """`(1 - alpha) * plain + alpha * perturbed`; may change `plain` in place."""
+    if alpha == 1:
+        return perturbed
+    torch._foreach_lerp_(list(plain), list(perturbed), alpha)
+    return plain
+
+
+@torch.no_grad()
+def adaptive_scores(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
+    """ASAM's `|w| g`, whose norm takes the place of the gradient's."""
+    return list(torch._foreach_mul(torch._foreach_abs(list(weights)), list(gradients)))
+
+
+@torch.no_grad()
+def orthogonal_part(perturbed: Sequence[Tensor], plain: Sequence[Tensor]) -> list[Tensor]:
+    """The part of the `perturbed` gradient orthogonal to the `plain` one, of unit length (zero if there is none)."""
+    products = torch._foreach_mul(list(perturbed), list(plain))
+    dtype = torch.promote_types(products[0].dtype, torch.float32)
+    along = torch.stack([product.sum(dtype=dtype) for product in products]).sum() / norms(plain).square().sum()
+    parts = list(torch._foreach_sub(list(perturbed), torch._foreach_mul(list(plain), along)))
+    length = norms(parts).square().sum().sqrt()
+    torch._foreach_div_(parts, length.clamp_min(torch.finfo(length.dtype).tiny))
+    return parts
+
+
+@torch.no_grad()
+def move_cosine(weights: Sequence[Tensor], before: Sequence[Tensor], direction: Sequence[Tensor]) -> float:
+    """Cosine between the move of `weights` from `before` and `direction`; below 1 where rounding swallows it."""
+    moves = [weight.double() - old.double() for weight, old in zip(weights, before, strict=True)]
+    along = sum(float((move * d.double()).sum()) for move, d in zip(moves, direction, strict=True))
+    length = float(norms(moves).square().sum().sqrt() * norms(direction).square().sum().sqrt())
+    return along / length if length > 0 else 0.0

@@ -1,0 +1,90 @@
+"""What goes from step to step, in the checkpoint."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.utils import logging
+
+from .ascent import Ascent
+from .step import LSAMStep
+
+logger = logging.get_logger(__name__)
+
+STATE_FILE = "lsam_state.safetensors"
+
+
+def save_state(step: LSAMStep, checkpoint: str) -> None:
+    """Write to `checkpoint` what `step` keeps: the gradient to climb or the direction to reuse, the log's sums."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in step.model.named_parameters()}
+    tensors: dict[str, Tensor] = {}
+    contents: dict[str, Any] = {"config": asdict(step.config), "log": step.log.state()}
+    if step.previous is not None:
+        weights, direction = step.previous.weights, step.previous.direction
+        contents["previous"] = {"chosen": step.previous.chosen, "squared_norms": step.previous.squared_norms}
+    elif step.correction is not None:
+        weights, direction = step.correction
+    else:
+        weights, direction = [], []
+    for weight, tensor in zip(weights, direction, strict=True):
+        tensors[names[weight]] = tensor.contiguous()
+    contents["weights"] = list(tensors)
+    contents["candidates"] = [candidate.name for candidate in step.candidates]
+    draft = Path(checkpoint) / f"{STATE_FILE}.draft"
+    save_file(tensors, draft, metadata={"lsam": json.dumps(contents)})
+    draft.replace(draft.with_suffix(""))
+
+
+def load_state(step: LSAMStep, checkpoint: str) -> None:
+    """
+    Go on from the state in `checkpoint`.
+
+    A checkpoint without one (of a plain Trainer), or of other settings or blocks, gives a warning and a clean start.
+
+    Raises:
+        ValueError: if the file is damaged or belongs to another model.
+    """
+    path = Path(checkpoint) / STATE_FILE
+    if not path.exists():
+        logger.warning(
+            f"{checkpoint} holds no {STATE_FILE}, so layer-wise SAM starts without state from earlier steps."
+        )
+        return
+    try:
+        with safe_open(path, framework="pt", device=str(step.replay.device)) as file:
+            contents = json.loads(file.metadata()["lsam"])
+            tensors = {name: file.get_tensor(name) for name in contents["weights"]}
+    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}). Resume from an earlier checkpoint, or delete the file to go on without the "
+            "state of layer-wise SAM."
+        ) from error
+    saved, current = contents["config"], asdict(step.config)
+    changed = sorted(name for name in current if saved.get(name) != current[name])
+    if contents["candidates"] != [candidate.name for candidate in step.candidates]:
+        changed.append("the blocks to choose from")
+    if changed:
+        logger.warning(
+            f"{checkpoint} was saved with other settings of layer-wise SAM ({', '.join(changed)}), so its state is "
+            "not used: the first steps go without it."
+        )
+        return
+    parameters = dict(step.model.named_parameters())
+    for name, tensor in tensors.items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            raise ValueError(
+                f"{path} belongs to another model: it holds {name} of shape {tuple(tensor.shape)}. Resume with the "
+                "model that it was saved with, or delete the file to go on without the state of layer-wise SAM."
+            )
+    step.log.load(contents["log"])
+    direction = list(tensors.values())
+    weights: list[Tensor] = [parameters[name] for name in tensors]
+    if "previous" in contents:
+        previous = contents["previous"]
+        step.previous = Ascent(previous["chosen"], previous["squared_norms"], weights, [], direction)
+    elif weights:
+        step.correction = (weights, direction)

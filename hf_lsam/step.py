@@ -1,0 +1,279 @@
+"""
+The algorithm: pass 1, select, perturb, pass 2, mix.
+
+Nothing here knows a Trainer. A step is given two callables for each micro-batch, "run pass 1" and "run pass 2", both
+of which run forward and backward and return the loss.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from .ascent import Ascent, find_ascent
+from .blocks import everything, find_blocks, find_candidates
+from .config import LSAMConfig
+from .passes import only_gradients_of, running_statistics_paused
+from .perturbation import Perturbation, mix, move_cosine, norms, orthogonal_part
+from .replay import Recording, Replay, ReplayError
+from .selection import CostModel, check_selection
+from .step_log import StepLog
+
+logger = logging.get_logger(__name__)
+
+Pass = Callable[[], Tensor]
+
+# Below this cosine between what the weights moved by and what they should have moved by, a user is warned.
+_ROUNDED = 0.95
+
+
+@dataclass
+class MicroBatch:
+    """A micro-batch between its two passes."""
+
+    rerun: Pass
+    loss: Tensor
+    recording: Recording
+
+
+class LSAMStep:
+    """
+    One training run's steps on a model: called once for each micro-batch.
+
+    Args:
+        model: The model itself, not a wrapper of it; its blocks and trainable parameters are found here.
+        config: The settings.
+        max_steps: Optimizer steps of the training, of which `perturb_start` and `perturb_end` are shares.
+        has_scaler: Whether a gradient scaler looks at the gradients afterwards: a pass 2 that overflowed is then left
+            for it to see, so that it skips the step and lowers the scale.
+
+    Raises:
+        ValueError: if the model has no blocks to choose from, or the settings do not fit it.
+    """
+
+    def __init__(self, model: nn.Module, config: LSAMConfig, max_steps: int, has_scaler: bool = False):
+        self.model = model
+        self.config = config
+        self.max_steps = max_steps
+        self.has_scaler = has_scaler
+        blocks = find_blocks(model)
+        self.block_modules = list(blocks.values())
+        if config.block_selection == "all":
+            self.candidates = everything(model, blocks)
+        else:
+            self.candidates = find_candidates(model, blocks, config.block_pattern)
+        self.costs = CostModel.of(model, blocks)
+        check_selection(config, self.candidates, self.costs)
+        self.replay = Replay(self.block_modules, next(model.parameters()).device)
+        self.replay_works = any(candidate.first_block > 0 for candidate in self.candidates)
+        self.replay_checked = False
+        self.rounding_checked = False
+        self.perturbation = Perturbation()
+        self.window: list[MicroBatch] = []
+        # What goes from step to step: the gradient to climb (one pass), the direction to reuse (LookSAM).
+        self.previous: Ascent | None = None
+        self.correction: tuple[list[Tensor], list[Tensor]] | None = None
+        self.reset_log()
+        # What each run of pass 2 cost in the last step, in plain passes over the same micro-batch.
+        self.overhead = 0.0
+
+    def reset_log(self) -> None:
+        """Begin the sums of the next log line."""
+        self.log = StepLog([candidate.name for candidate in self.candidates])
+
+    def __call__(self, pass_1: Pass, pass_2: Pass, step: int, is_last: bool) -> Tensor:
+        """
+        Run a micro-batch; at the last one of an optimizer step, `.grad` holds what the optimizer should get.
+
+        Args:
+            pass_1: Forward and backward at the current weights; returns the detached loss.
+            pass_2: The same again, counting nothing and without gradient synchronisation.
+            step: Index of the optimizer step, 0-based.
+            is_last: Whether this is the step's last micro-batch.
+
+        Returns:
+            The loss of pass 1.
+        """
+        is_perturbed = self.config.is_perturbed(step, self.max_steps)
+        self.log.steps += is_last
+        self.log.chances += is_last or self.config.sharpness_scope == "micro_batch"
+        if self.config.ascent_gradient == "previous":
+            return self._one_pass(pass_1, step, is_perturbed, is_last)
+        if not is_perturbed:
+            loss = pass_1()
+            if is_last and self.config.is_active(step, self.max_steps):
+                self._reuse_correction()
+            return loss
+        try:
+            if self.config.sharpness_scope == "micro_batch":
+                return self._micro_batch_step(pass_1, pass_2)
+            return self._batch_step(pass_1, pass_2, is_last)
+        except BaseException:
+            self.window.clear()
+            raise
+
+    def _batch_step(self, pass_1: Pass, pass_2: Pass, is_last: bool) -> Tensor:
+        """Pass 1 of every micro-batch, then, at the last one, pass 2 of all of them."""
+        self.window.append(self._record(pass_1, pass_2))
+        loss = self.window[-1].loss
+        if is_last:
+            window, self.window = self.window, []
+            self._perturb_and_rerun(window)
+        return loss
+
+    def _micro_batch_step(self, pass_1: Pass, pass_2: Pass) -> Tensor:
+        """Both passes of this micro-batch; its mixed gradient is added to those of the ones before."""
+        sums = {p: p.grad for p in self.model.parameters() if p.grad is not None}
+        for parameter in sums:
+            parameter.grad = None
+        micro_batch = self._record(pass_1, pass_2)
+        self._perturb_and_rerun([micro_batch])
+        for parameter, total in sums.items():
+            parameter.grad = total if parameter.grad is None else total + parameter.grad
+        return micro_batch.loss
+
+    def _record(self, pass_1: Pass, pass_2: Pass) -> MicroBatch:
+        with self.replay.recording(keep_calls=self.replay_works) as recording:
+            loss = pass_1()
+        return MicroBatch(pass_2, loss, recording)
+
+    def _perturb_and_rerun(self, window: Sequence[MicroBatch]) -> None:
+        """Select on the gradient of pass 1, move the selected blocks, take their gradient there, and mix."""
+        ascent = find_ascent(self.candidates, self.costs, self.config)
+        if ascent is None:
+            self._skip("The gradient is zero or not finite")
+            return
+        self._check_replay(window[-1])
+        with only_gradients_of(self.model, ascent.weights), running_statistics_paused(self.model):
+            with self._moved(ascent):
+                self._rerun(window, ascent)
+            perturbed = [
+                torch.zeros_like(plain) if weight.grad is None else weight.grad
+                for weight, plain in zip(ascent.weights, ascent.gradients, strict=True)
+            ]
+        if not self.has_scaler and not norms(perturbed).isfinite().all():
+            self._skip("The gradient at the perturbed weights is not finite")
+            return
+        if self.config.reuse_correction > 0:
+            self.correction = (ascent.weights, orthogonal_part(perturbed, ascent.gradients))
+        for weight, mixed in zip(ascent.weights, mix(ascent.gradients, perturbed, self.config.alpha), strict=True):
+            weight.grad = mixed
+        chosen = [self.candidates[index] for index in ascent.chosen]
+        self.overhead = self.costs.overhead(chosen, replayed=self.replay_works)
+        self._count(ascent, self.overhead)
+
+    @contextmanager
+    def _moved(self, ascent: Ascent) -> Iterator[None]:
+        """Inside, the selected weights are at w + eps."""
+        with self.perturbation.moved(ascent.weights, ascent.direction, self.config.rho / ascent.norm) as before:
+            if not self.rounding_checked:
+                self.rounding_checked = True
+                cosine = move_cosine(ascent.weights, before, ascent.direction)
+                if cosine < _ROUNDED:
+                    logger.warning(
+                        f"rho={self.config.rho} moves the {ascent.weights[0].dtype} weights by less than they "
+                        f"resolve: the cosine between the move and its direction is {cosine:.2f}. Raise rho, or keep "
+                        "the weights in float32 and train with bf16=True."
+                    )
+            yield
+
+    def _rerun(self, window: Sequence[MicroBatch], ascent: Ascent) -> None:
+        """Pass 2 of every micro-batch on the random state of its pass 1; the state afterwards is that of pass 1."""
+        perturbed_blocks: set[int] | None = None
+        if self.replay_works:
+            perturbed_blocks = set().union(*(self.candidates[index].blocks for index in ascent.chosen))
+        try:
+            for micro_batch in window:
+                with self.replay.replaying(micro_batch.recording, perturbed_blocks):
+                    micro_batch.rerun()
+        except ReplayError as error:
+            self._give_up_replay(str(error))
+            for weight in ascent.weights:
+                weight.grad = None
+            for micro_batch in window:
+                with self.replay.replaying(micro_batch.recording, None):
+                    micro_batch.rerun()
+        finally:
+            window[-1].recording.after.restore()
+
+    def _check_replay(self, micro_batch: MicroBatch) -> None:
+        """Once: replaying all it can at the unperturbed weights must give the loss of pass 1, bitwise."""
+        calls = micro_batch.recording.calls
+        if self.replay_checked or not calls:
+            return
+        self.replay_checked = True
+        for block in (call.block for call in reversed(calls)):
+            weights = [p for p in self.block_modules[block].parameters() if p.requires_grad and p.grad is not None]
+            if weights:
+                break
+        try:
+            with (
+                only_gradients_of(self.model, weights),
+                running_statistics_paused(self.model),
+                self.replay.replaying(micro_batch.recording, {block}),
+            ):
+                loss = micro_batch.rerun()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            self._give_up_replay(f"{type(error).__name__}: {error}")
+        else:
+            if not torch.equal(loss, micro_batch.loss):
+                self._give_up_replay(f"the loss was {loss.item()} instead of {micro_batch.loss.item()}")
+
+    def _give_up_replay(self, reason: str) -> None:
+        self.replay_works = False
+        logger.warning(
+            f"Pass 2 cannot replay the blocks of {type(self.model).__name__} ({reason}), so it runs all of them from "
+            "now on: right, but slower than lsam/overhead predicts. Models whose loss reads what blocks leave behind, "
+            "such as the auxiliary loss of mixtures of experts, are among these."
+        )
+
+    def _one_pass(self, pass_1: Pass, step: int, is_perturbed: bool, is_last: bool) -> Tensor:
+        """Forward and backward at weights moved along the gradient of the step before."""
+        ascent = self.previous if is_perturbed else None
+        if ascent is None:
+            loss = pass_1()
+        else:
+            with self._moved(ascent):
+                loss = pass_1()
+        if is_last:
+            if ascent is not None:
+                self._count(ascent, 0.0)
+            self.previous = None
+            if self.config.is_perturbed(step + 1, self.max_steps):
+                self.previous = find_ascent(self.candidates, self.costs, self.config)
+                if self.previous is None:
+                    self._skip("The gradient is zero or not finite")
+                else:
+                    # The optimizer's clipping and zeroing change `.grad` in place.
+                    self.previous.direction = [tensor.clone() for tensor in self.previous.direction]
+                    self.previous.gradients = []
+        return loss
+
+    @torch.no_grad()
+    def _reuse_correction(self) -> None:
+        """LookSAM between two perturbed steps: g + scale * ||g|| * (the last orthogonal part, of unit length)."""
+        if self.correction is None:
+            return
+        kept = [(w.grad, part) for w, part in zip(*self.correction, strict=True) if w.grad is not None]
+        gradients, parts = [g for g, _ in kept], [part for _, part in kept]
+        length = norms(gradients).square().sum().sqrt()
+        torch._foreach_add_(gradients, torch._foreach_mul(parts, self.config.reuse_correction * length))
+
+    def _count(self, ascent: Ascent, overhead: float) -> None:
+        length = self.config.rho
+        if self.config.adaptive:
+            length *= float(norms(ascent.direction).square().sum().sqrt()) / ascent.norm
+        first_block = min(self.candidates[index].first_block for index in ascent.chosen)
+        self.log.add_perturbation(ascent.chosen, ascent.squared_norms, length, first_block, overhead)
+
+    def _skip(self, reason: str) -> None:
+        self.log.skipped += 1
+        logger.warning_once(
+            f"{reason}, so the weights were not perturbed and the plain gradient was used. Steps of this kind are "
+            "counted in lsam/skipped."
+        )

@@ -1,0 +1,160 @@
+"""What a user sees of the method: figures for each log line, and rows of figures for each block."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+BLOCKS_FILE = "lsam_blocks.jsonl"
+
+# A run counts as stuck if the logged losses of this share of the training, and of at least so many log lines, stay
+# within this distance of the first (a fresh classifier's loss is log(classes), and noise moves it by less than that).
+_STUCK_SHARE, _STUCK_LINES, _STUCK_DISTANCE = 0.25, 5, 0.02
+
+
+@dataclass
+class StepLog:
+    """
+    Sums since the last log line.
+
+    Args:
+        names: Names of the candidates.
+        steps: Optimizer steps.
+        chances: Steps, or micro-batches where each has its own perturbation, that could have been perturbed.
+        perturbed: Those that were.
+        skipped: Those that should have been, but had a gradient that is zero or not finite.
+    """
+
+    names: Sequence[str]
+    steps: int = 0
+    chances: int = 0
+    perturbed: int = 0
+    skipped: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    norms: dict[str, float] = field(default_factory=dict)
+
+    def add_perturbation(
+        self,
+        chosen: Sequence[int],
+        squared_norms: Sequence[float],
+        perturbation_norm: float,
+        first_block: int,
+        overhead: float,
+    ) -> None:
+        """
+        One perturbation.
+
+        Args:
+            chosen: Indices of the perturbed candidates.
+            squared_norms: Squared gradient norm of every candidate.
+            perturbation_norm: How far the weights were moved.
+            first_block: Index of the first model block that held a perturbed weight.
+            overhead: Predicted cost of its pass 2, in plain steps.
+        """
+        total = sum(squared_norms)
+        self.perturbed += 1
+        figures = {
+            "grad_norm": total**0.5,
+            "captured": sum(squared_norms[index] for index in chosen) / total,
+            "perturbation_norm": perturbation_norm,
+            "first_block": first_block,
+            "overhead": overhead,
+        }
+        for name, value in figures.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        for index in chosen:
+            name = self.names[index]
+            self.counts[name] = self.counts.get(name, 0) + 1
+        for name, squared_norm in zip(self.names, squared_norms, strict=True):
+            self.norms[name] = self.norms.get(name, 0.0) + squared_norm**0.5
+
+    def line(self) -> dict[str, float]:
+        """
+        The figures of the ordinary log line.
+
+        `lsam/overhead` is a mean over all steps, perturbed or not; the others are means over the perturbed ones, and
+        are left out where there was none.
+        """
+        chances = max(self.chances, 1)
+        line = {f"lsam/{name}": value / self.perturbed for name, value in self.sums.items()}
+        line["lsam/overhead"] = self.sums.get("overhead", 0.0) / chances
+        line["lsam/active"] = self.perturbed / chances
+        line["lsam/skipped"] = self.skipped
+        return line
+
+    def row(self, step: int, epoch: float) -> dict[str, Any]:
+        """The row of `lsam_blocks.jsonl`: how often each block was selected, and its mean gradient norm."""
+        return {
+            "step": step,
+            "epoch": epoch,
+            "steps": self.steps,
+            "perturbed": self.perturbed,
+            "skipped": self.skipped,
+            "counts": {name: self.counts.get(name, 0) for name in self.names},
+            "norms": {name: value / self.perturbed for name, value in self.norms.items()},
+        }
+
+    def state(self) -> dict[str, Any]:
+        """The sums, for a checkpoint between two log lines."""
+        return {key: value for key, value in vars(self).items() if key != "names"}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's `state()`."""
+        vars(self).update(state)
+
+
+def append_row(output_dir: str, row: dict[str, Any]) -> None:
+    """Add `row` to the blocks file of `output_dir`."""
+    os.makedirs(output_dir, exist_ok=True)
+    with open(Path(output_dir) / BLOCKS_FILE, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def drop_rows_after(output_dir: str, step: int) -> None:
+    """Drop the rows past `step`: a run that starts anew, or from a checkpoint, writes them again."""
+    path = Path(output_dir) / BLOCKS_FILE
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError):
+            logger.warning(f"Dropped an unreadable row of {path}: {line[:80]!r}")
+    draft = path.with_suffix(".draft")
+    draft.write_text("".join(kept), encoding="utf-8")
+    draft.replace(path)
+
+
+class StuckWatch:
+    """Warns once if the loss stays at its initial value while steps are perturbed."""
+
+    def __init__(self) -> None:
+        self.first_loss: float | None = None
+        self.lines = 0
+        self.done = False
+
+    def see(self, loss: float, perturbed: int, step: int, max_steps: int) -> None:
+        """A log line's mean loss, with the perturbed steps in it, at `step` of `max_steps`."""
+        if self.done or perturbed == 0:
+            return
+        if self.first_loss is None:
+            self.first_loss = loss
+        self.lines += 1
+        if abs(loss - self.first_loss) > _STUCK_DISTANCE * abs(self.first_loss):
+            self.done = True
+        elif self.lines >= _STUCK_LINES and step >= _STUCK_SHARE * max_steps:
+            self.done = True
+            logger.warning(
+                f"The loss has stayed at its initial value ({self.first_loss:.4g}) for {step} steps while the weights "
+                "were perturbed: the perturbation may hold the model there for good. Begin with plain steps "
+                "(perturb_start=0.15), or lower rho."
+            )

@@ -1,0 +1,136 @@
+"""`LSAMTrainer`: the Trainer whose training step perturbs a few blocks."""
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers import Trainer
+
+from .config import LSAMConfig
+from .distributed import check_supported
+from .passes import Counters
+from .state import load_state, save_state
+from .step import LSAMStep
+from .step_log import StuckWatch, append_row, drop_rows_after
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _AnyTrainer
+else:
+    _AnyTrainer = object
+
+
+class LSAMMixin(_AnyTrainer):
+    """
+    Layer-wise SAM for any subclass of [`~transformers.Trainer`]: `class LSAMSFTTrainer(LSAMMixin, SFTTrainer)`.
+
+    Both passes run through the `training_step` of the class that follows, so autocast, loss normalisation and the
+    gradient scaler are its own. The loss that is logged is that of pass 1 (with `ascent_gradient="previous"` it is the
+    loss at the perturbed weights, the only one there is).
+
+    Each ordinary log line also holds, as means over the perturbed steps since the last line:
+
+    - `lsam/grad_norm`: norm of the plain gradient, over all candidate blocks;
+    - `lsam/captured`: share of its square that the selected blocks hold;
+    - `lsam/perturbation_norm`: how far the weights were moved;
+    - `lsam/first_block`: index of the first block that was perturbed, which is where pass 2 starts;
+    - `lsam/overhead`: predicted cost of pass 2 in plain steps, over all steps, perturbed or not;
+    - `lsam/active`: share of the steps that were perturbed;
+    - `lsam/skipped`: number of perturbations left out, for a gradient that is zero or not finite.
+
+    `lsam_blocks.jsonl` in the output directory gets one row a log line: `counts`, how often each block was selected,
+    and `norms`, its mean gradient norm.
+
+    Args:
+        lsam_config ([`LSAMConfig`], *optional*):
+            The settings; the defaults of [`LSAMConfig`] where not given. Every other argument is the Trainer's.
+
+    Raises:
+        ValueError: before training, if the settings do not fit the model.
+        NotImplementedError: before training, for what is not supported; the message names the way out.
+    """
+
+    def __init__(self, *args: Any, lsam_config: LSAMConfig | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.lsam_config = lsam_config if lsam_config is not None else LSAMConfig()
+        self._lsam: LSAMStep | None = None
+        # The TrainerState that `_lsam` was made for: each run has its own, so a new one means to find the blocks anew.
+        self._lsam_run: Any = None
+        self._lsam_checkpoint: str | None = None
+        self._lsam_watch = StuckWatch()
+        self._lsam_flops = 0.0
+
+    def train(self, *args: Any, **kwargs: Any):
+        """Check that the settings are supported and fit the model, then train."""
+        self._lsam, self._lsam_run, self._lsam_checkpoint = None, None, None
+        if self.lsam_config.enabled:
+            check_supported(self, self.lsam_config)
+            if self.model_init is None:
+                LSAMStep(self.model, self.lsam_config, max_steps=1)
+        return super().train(*args, **kwargs)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Both passes over a micro-batch, as far as [`LSAMConfig`] asks for them; returns the loss of pass 1."""
+        training_step = super().training_step
+        if not self.lsam_config.enabled:
+            return training_step(model, inputs, num_items_in_batch)
+        if self._lsam is None or self._lsam_run is not self.state:
+            self._begin_lsam(model)
+        assert self._lsam is not None
+
+        # Passes get copies of the batch, since a `compute_loss` may pop labels from it.
+        def pass_1() -> Tensor:
+            return training_step(model, copy.copy(inputs), num_items_in_batch)
+
+        def pass_2() -> Tensor:
+            self._lsam_flops += float(self.floating_point_ops(inputs))
+            counters = Counters(self)
+            try:
+                with self.accelerator.no_sync(model):
+                    return training_step(model, copy.copy(inputs), num_items_in_batch)
+            finally:
+                counters.restore()
+
+        loss = self._lsam(pass_1, pass_2, self.state.global_step, self.accelerator.sync_gradients)
+        # The Trainer counts pass 1. What pass 2 ran over is counted by the share that it computed.
+        self.current_flos += self._lsam.overhead * self._lsam_flops
+        self._lsam_flops = 0.0
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the `lsam/` figures to the lines that report a training loss, and a row to `lsam_blocks.jsonl`."""
+        step = self._lsam
+        if "loss" in logs and step is not None and self._lsam_run is self.state:
+            logs.update(step.log.line())
+            if self.is_world_process_zero():
+                append_row(self.args.output_dir, step.log.row(self.state.global_step, self.state.epoch))
+            self._lsam_watch.see(logs["loss"], step.log.perturbed, self.state.global_step, self.state.max_steps)
+            step.reset_log()
+        super().log(logs, *args, **kwargs)
+
+    def _begin_lsam(self, model: nn.Module) -> None:
+        """Find the blocks for this run, and go on from the checkpoint that it resumes."""
+        has_scaler = self.accelerator.scaler is not None
+        unwrapped = self.accelerator.unwrap_model(model)
+        self._lsam = LSAMStep(unwrapped, self.lsam_config, self.state.max_steps, has_scaler)
+        self._lsam_run = self.state
+        self._lsam_watch = StuckWatch()
+        self._lsam_flops = 0.0
+        if self._lsam_checkpoint is not None:
+            load_state(self._lsam, self._lsam_checkpoint)
+        if self.is_world_process_zero():
+            drop_rows_after(self.args.output_dir, self.state.global_step)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._lsam is not None and self.args.should_save:
+            save_state(self._lsam, output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._lsam_checkpoint = checkpoint
+
+
+class LSAMTrainer(LSAMMixin, Trainer):
+    """The [`~transformers.Trainer`] with layer-wise SAM: see [`LSAMMixin`] for what it adds."""
