@@ -131,11 +131,12 @@ class LSAMConfig:
 
     def is_active(self, step: int, max_steps: int) -> bool:
         """Whether optimizer step `step` (0-based) of `max_steps` lies between `perturb_start` and `perturb_end`."""
-        return self.enabled and self.perturb_start * max_steps <= step < self.perturb_end * max_steps
+        first, end = _steps(self.perturb_start, max_steps), _steps(self.perturb_end, max_steps)
+        return self.enabled and first <= step < end
 
     def is_perturbed(self, step: int, max_steps: int) -> bool:
         """Whether optimizer step `step` is perturbed: active, and a multiple of `perturb_interval` after the start."""
-        first = math.ceil(self.perturb_start * max_steps)
+        first = _steps(self.perturb_start, max_steps)
         return self.is_active(step, max_steps) and (step - first) % self.perturb_interval == 0
 
     def _check_ranges(self):
@@ -202,6 +203,11 @@ class LSAMConfig:
                 "block_selection='all' perturbs every trainable parameter, so block_pattern would do nothing. For "
                 "every module that the pattern names, use block_selection='top_k' with num_perturbed_blocks=None."
             )
+
+
+def _steps(share: float, max_steps: int) -> int:
+    """`share` of the steps, rounded up, but for what only the float adds (0.7 * 10 is more than 7)."""
+    return math.ceil(share * max_steps - 1e-9)
 
 
 def _number(name: str, value, kind: type):

@@ -1,0 +1,227 @@
+"""Promise 5: weights are put back by copy, bitwise, whatever happens in between; nothing else ever sees them moved."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import Examples, arguments, assert_equal, bert, weights
+from transformers import TrainerCallback
+
+from hf_lsam import LSAMConfig, LSAMTrainer
+from hf_lsam.perturbation import Perturbation
+
+METHODS = {
+    "top 2": LSAMConfig(rho=0.5),
+    "sam, micro-batch": LSAMConfig(rho=0.5, block_selection="all", sharpness_scope="micro_batch"),
+    "adaptive": LSAMConfig(rho=2.0, adaptive=True),
+    "one pass": LSAMConfig(rho=0.5, ascent_gradient="previous"),
+}
+
+
+class Watched(LSAMTrainer):
+    """Keeps the weights that each pass ran at, and does in a pass what a test wants."""
+
+    def __init__(self, *args, in_pass=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        # Not a list: what a trainer counts in pass 2 is put back.
+        self.passes, self.in_pass = SimpleNamespace(seen=[]), in_pass
+
+    @property
+    def seen(self):
+        return self.passes.seen
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.seen.append(weights(model))
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        return self.in_pass(len(self.seen), loss) if self.in_pass else loss
+
+
+def watched(folder, config, in_pass=None, model=None, **options):
+    options = {"max_steps": 3, "optim": "sgd", "max_grad_norm": 0.0, **options}
+    return Watched(
+        model=model or bert(dropout=0.1),
+        args=arguments(folder, **options),
+        train_dataset=Examples(12),
+        eval_dataset=Examples(4),
+        lsam_config=config,
+        in_pass=in_pass,
+    )
+
+
+class Inspect(TrainerCallback):
+    """At every event the weights must be those that the last optimizer step left."""
+
+    def __init__(self, model):
+        self.model, self.expected, self.events = model, weights(model), []
+
+    def __getattribute__(self, name):
+        if name.startswith("on_") and name != "on_optimizer_step":
+
+            def check(*args, **kwargs):
+                self.events.append(name)
+                assert_equal(weights(self.model), self.expected)
+
+            return check
+        return super().__getattribute__(name)
+
+    def on_optimizer_step(self, *args, **kwargs):
+        self.expected = weights(self.model)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_nothing_outside_a_pass_sees_moved_weights(method, tmp_path):
+    trainer = watched(
+        tmp_path,
+        METHODS[method],
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        logging_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    inspect = Inspect(trainer.model)
+    trainer.add_callback(inspect)
+    trainer.train()
+    assert {"on_substep_end", "on_pre_optimizer_step", "on_evaluate", "on_save", "on_log"} <= set(inspect.events)
+    saved = type(trainer.model).from_pretrained(tmp_path / "checkpoint-3")
+    assert_equal(weights(saved), weights(trainer.model))
+
+
+def test_pass_2_runs_at_moved_weights(tmp_path):
+    """The second pass of a step is `rho` away from the first, in the selected blocks only."""
+    trainer = watched(tmp_path, LSAMConfig(rho=0.5, block_selection="last"), max_steps=1)
+    trainer.train()
+    first, check, second = trainer.seen
+    assert_equal(first, check)
+    moved = {name for name in first if not torch.equal(first[name], second[name])}
+    assert moved and all(name.startswith(("bert.encoder.layer.2.", "bert.encoder.layer.3.")) for name in moved)
+    distance = math.sqrt(sum(float((first[n].double() - second[n].double()).square().sum()) for n in moved))
+    assert distance == pytest.approx(0.5, rel=1e-4)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [Stop, KeyboardInterrupt, torch.OutOfMemoryError])
+@pytest.mark.parametrize("method", list(METHODS))
+def test_put_back_when_a_pass_raises(method, error, tmp_path):
+    """The weights are those after the last update, and every `requires_grad` is on again."""
+    trainer = watched(tmp_path, METHODS[method])
+    after_update = []
+
+    def in_pass(count, loss):
+        if len(after_update) == 2 and any(
+            not torch.equal(value, after_update[-1][name]) for name, value in trainer.seen[-1].items()
+        ):
+            raise error("at moved weights")
+        return loss
+
+    class Keep(TrainerCallback):
+        def on_optimizer_step(self, *args, **kwargs):
+            after_update.append(weights(trainer.model))
+
+    trainer.in_pass = in_pass
+    trainer.add_callback(Keep())
+    with pytest.raises(error):
+        trainer.train()
+    assert_equal(weights(trainer.model), after_update[-1])
+    assert all(parameter.requires_grad for parameter in trainer.model.parameters())
+    assert all("forward" not in vars(module) for module in trainer.model.bert.encoder.layer)
+    # The same trainer trains again.
+    trainer.in_pass = None
+    trainer.train()
+    assert all(bool(tensor.isfinite().all()) for tensor in weights(trainer.model).values())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_put_back_when_the_perturbed_loss_is_not_finite(value, tmp_path, caplog):
+    """The plain gradient is used instead, so the run equals the plain one but for nothing."""
+    config = LSAMConfig(rho=0.5, block_selection="last")
+    trainer = watched(
+        tmp_path / "lsam",
+        config,
+        # Pass 1, the self-check and pass 2 of the first step; pass 1 and 2 of the others.
+        in_pass=lambda count, loss: loss * value if count in (3, 5, 7) else loss,
+        logging_steps=3,
+    )
+    trainer.train()
+    plain = watched(tmp_path / "plain", LSAMConfig(block_selection="none"))
+    plain.train()
+    assert_equal(weights(trainer.model), weights(plain.model))
+    assert trainer.state.log_history[0]["lsam/skipped"] == 3
+    assert trainer.state.log_history[0]["lsam/active"] == 0
+    assert "at the perturbed weights is not finite" in caplog.text
+
+
+@pytest.mark.parametrize("method", ["top 2", "one pass"])
+def test_a_gradient_that_is_not_finite_is_not_climbed(method, tmp_path):
+    """As the plain Trainer, the optimizer gets it; but nothing is moved by it."""
+    trainer = watched(
+        tmp_path, METHODS[method], in_pass=lambda count, loss: loss * math.nan, max_steps=2, logging_steps=1
+    )
+    start = weights(trainer.model)
+    trainer.train()
+    assert_equal(trainer.seen[0], start)
+    assert len(trainer.seen) == 2
+    assert sum(line.get("lsam/skipped", 0) for line in trainer.state.log_history) >= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_move_and_restore_are_exact(dtype):
+    weights_, directions = [], []
+    for shape in ((7,), (3, 5), ()):
+        weights_.append(torch.randn(shape).to(dtype))
+        directions.append(torch.randn(shape).to(dtype))
+    before = [weight.clone() for weight in weights_]
+    perturbation = Perturbation()
+    for _ in range(2):
+        with pytest.raises(Stop), perturbation.moved(weights_, directions, 0.5) as copies:
+            assert all(torch.equal(copy, old) for copy, old in zip(copies, before, strict=True))
+            assert all(
+                torch.equal(weight, old + 0.5 * direction)
+                for weight, old, direction in zip(weights_, before, directions, strict=True)
+            )
+            weights_[0].fill_(math.nan)
+            raise Stop
+        assert all(torch.equal(weight, old) for weight, old in zip(weights_, before, strict=True))
+
+
+def test_copies_reuse_their_memory():
+    perturbation = Perturbation()
+    addresses = set()
+    for count in (3, 2, 3, 1):
+        tensors = [torch.zeros(4) for _ in range(count)]
+        with perturbation.moved(tensors, tensors, 1.0) as copies:
+            addresses.add(copies[0].data_ptr())
+    assert len(addresses) == 1
+
+
+def test_batch_norm_statistics_are_updated_once(tmp_path):
+    from transformers import ResNetConfig, ResNetForImageClassification, set_seed
+
+    class Images(Examples):
+        def __getitem__(self, index):
+            generator = torch.Generator().manual_seed(index)
+            return {"pixel_values": torch.randn(3, 32, 32, generator=generator), "labels": self.labels[index]}
+
+    def run(config):
+        set_seed(0)
+        shape = dict(embedding_size=8, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], layer_type="basic")
+        model = ResNetForImageClassification(ResNetConfig(**shape, num_labels=3))
+        trainer = LSAMTrainer(
+            model=model,
+            args=arguments(tmp_path, max_steps=1, learning_rate=0.0),
+            train_dataset=Images(4),
+            lsam_config=config,
+        )
+        trainer.train()
+        return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+    plain = run(LSAMConfig(block_selection="none"))
+    assert any(name.endswith("num_batches_tracked") and int(value) == 1 for name, value in plain.items())
+    for config in (LSAMConfig(rho=1.0), LSAMConfig(rho=1.0, block_selection="all")):
+        assert_equal(plain, run(config))
