@@ -64,8 +64,7 @@ class LSAMMixin(_AnyTrainer):
         self._lsam, self._lsam_run, self._lsam_checkpoint = None, None, None
         if self.lsam_config.enabled:
             check_supported(self, self.lsam_config)
-            if self.model_init is None:
-                LSAMStep(self.model, self.lsam_config, max_steps=1)
+            LSAMStep(self.model, self.lsam_config, max_steps=1)
         return super().train(*args, **kwargs)
 
     def training_step(

@@ -66,11 +66,16 @@ def assert_same_gradients(left, right):
 CHECKPOINTING = {"plain": None, "non-reentrant": {"use_reentrant": False}, "reentrant": {"use_reentrant": True}}
 
 
-# The router logits of a mixture of experts are read inside its blocks, so it cannot be replayed: tested below. ResNet has
-# no activation checkpointing.
+# The router logits of a mixture of experts are read inside its blocks, so it cannot be replayed: tested below. ResNet
+# has no activation checkpointing.
 @pytest.mark.parametrize(
     "name, checkpointing",
-    [(n, c) for n in ARCHITECTURES for c in CHECKPOINTING if n != "mixtral" and (n, c == "plain") != ("resnet", False)],
+    [
+        (n, c)
+        for n in ARCHITECTURES
+        for c in CHECKPOINTING
+        if n != "mixtral" and (n, c == "plain") != ("resnet", False)
+    ],
 )
 def test_replay_equals_a_full_pass(name, checkpointing):
     model = model_of(name)

@@ -1,0 +1,153 @@
+"""Promise 10: what is not supported raises before training, and what could silently do nothing warns."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from tiny import Examples, arguments, assert_equal, bert, weights
+from transformers import AlbertConfig, AlbertForSequenceClassification
+
+from hf_lsam import LSAMConfig, LSAMTrainer
+
+
+def trainer_for(folder, config, model=None, **options):
+    return LSAMTrainer(
+        model=model or bert(),
+        args=arguments(folder, **options),
+        train_dataset=Examples(16),
+        lsam_config=config,
+    )
+
+
+MISFITS = [
+    (LSAMConfig(num_perturbed_blocks=5), "num_perturbed_blocks=5, but the model has 4 candidates"),
+    (LSAMConfig(block_selection="budget", max_overhead=0.01), "max_overhead=0.01 is too small"),
+    (LSAMConfig(block_pattern="nothing"), "block_pattern 'nothing' matches no module"),
+]
+
+
+@pytest.mark.parametrize("config, message", MISFITS, ids=lambda value: str(value)[:40])
+def test_settings_that_do_not_fit_the_model_raise_before_training(config, message, tmp_path):
+    trainer = trainer_for(tmp_path / "out", config, save_strategy="steps", save_steps=1)
+    start = weights(trainer.model)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert_equal(start, weights(trainer.model))
+    assert trainer.state.global_step == 0
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_albert_raises_before_training(tmp_path):
+    size = dict(vocab_size=64, hidden_size=16, embedding_size=16, num_attention_heads=2, intermediate_size=32)
+    model = AlbertForSequenceClassification(AlbertConfig(**size, num_labels=3))
+    with pytest.raises(ValueError, match="ALBERT.*block_selection='all'"):
+        trainer_for(tmp_path, LSAMConfig(), model).train()
+    trainer_for(tmp_path, LSAMConfig(block_selection="all"), model).train()
+
+
+def test_misfits_with_model_init_raise_before_training(tmp_path):
+    trainer = LSAMTrainer(
+        model_init=lambda: bert(),
+        args=arguments(tmp_path),
+        train_dataset=Examples(16),
+        lsam_config=LSAMConfig(num_perturbed_blocks=5),
+    )
+    with pytest.raises(ValueError, match="num_perturbed_blocks=5"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+UNSUPPORTED = {
+    "several processes": (lambda t: setattr(t.accelerator.state, "distributed_type", DistributedType.MULTI_CPU), {}),
+    "DataParallel": (lambda t: setattr(t.args, "_n_gpu", 2), {}),
+    "optim=": (lambda t: None, {"optim": "lomo"}),
+    "torch_compile": (lambda t: setattr(t.args, "torch_compile", True), {}),
+}
+
+
+@pytest.mark.parametrize("reason", list(UNSUPPORTED))
+def test_unsupported_raises_with_the_way_out(reason, tmp_path):
+    change, options = UNSUPPORTED[reason]
+    trainer = trainer_for(tmp_path, LSAMConfig(), **options)
+    distributed_type = trainer.accelerator.state.distributed_type
+    change(trainer)
+    try:
+        with pytest.raises(NotImplementedError, match="block_selection='none'") as raised:
+            trainer.train()
+    finally:
+        trainer.accelerator.state.distributed_type = distributed_type
+    assert reason in str(raised.value) or "one process" in str(raised.value)
+
+
+def test_off_is_supported_everywhere(tmp_path):
+    trainer = trainer_for(tmp_path, LSAMConfig(block_selection="none"), max_steps=1)
+    trainer.args.torch_compile = True
+    trainer.train()
+
+
+def test_weights_too_coarse_for_rho_warn(tmp_path, caplog):
+    torch.manual_seed(0)
+    model = bert().to(torch.bfloat16)
+    trainer_for(tmp_path, LSAMConfig(rho=0.02), model, max_steps=1).train()
+    assert "moves the torch.bfloat16 weights by less than they resolve: the cosine" in caplog.text
+    caplog.clear()
+    trainer_for(tmp_path, LSAMConfig(rho=5.0), bert().to(torch.bfloat16), max_steps=1).train()
+    trainer_for(tmp_path, LSAMConfig(rho=0.02), bert(), max_steps=1).train()
+    assert "less than they resolve" not in caplog.text
+
+
+class OneLoss(LSAMTrainer):
+    """A loss that never changes, as that of a run that is stuck."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        return loss - loss.detach() + 1.1
+
+
+@pytest.mark.parametrize(
+    "trainer_class, config, warns",
+    [
+        (OneLoss, LSAMConfig(rho=0.5), True),
+        (OneLoss, LSAMConfig(block_selection="none"), False),
+        (LSAMTrainer, LSAMConfig(rho=0.05), False),
+    ],
+)
+def test_a_run_that_is_stuck_warns_once(trainer_class, config, warns, tmp_path, caplog):
+    trainer = trainer_class(
+        model=bert(),
+        args=arguments(tmp_path, max_steps=24, logging_steps=1),
+        train_dataset=Examples(16),
+        lsam_config=config,
+    )
+    trainer.train()
+    assert caplog.text.count("The loss has stayed at its initial value (1.1)") == int(warns)
+
+
+def test_importing_the_package_needs_no_recipe_package():
+    """`datasets` and the like are for the recipes; a plain import must not find them."""
+    code = """
+import sys
+for name in ("datasets", "evaluate", "peft", "matplotlib", "sklearn", "scipy"):
+    sys.modules[name] = None
+import hf_lsam
+print(sorted(hf_lsam.__all__))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "['LSAMConfig', 'LSAMMixin', 'LSAMTrainer']"
+
+
+def test_the_import_adds_little_to_that_of_the_trainer():
+    code = """
+import time, transformers
+transformers.Trainer
+start = time.perf_counter()
+import hf_lsam
+print(time.perf_counter() - start)
+"""
+    times = [
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        for _ in range(3)
+    ]
+    assert min(times) < 0.2
