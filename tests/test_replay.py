@@ -298,3 +298,22 @@ def test_a_replay_that_fails_in_the_middle_is_run_in_full(caplog):
     step(run, changed_records, step=0, is_last=True)
     assert "changed in place" in caplog.text and not step.replay_works
     assert_same_gradients(take_gradients(), full)
+
+
+def test_the_random_state_afterwards_is_that_of_pass_1():
+    """Also where pass 2 draws more than pass 1 did, as a model may whose draws depend on its weights."""
+    model, batch = bert(dropout=0.1).train(), {"input_ids": TOKENS, "labels": torch.tensor([0, 1])}
+    run, _ = passes(model, batch)
+
+    def draws_more():
+        loss = run()
+        torch.rand(1), random.random(), np.random.rand()
+        return loss
+
+    torch.manual_seed(7)
+    run()
+    after = random_states()
+    model.zero_grad()
+    torch.manual_seed(7)
+    LSAMStep(model, LSAMConfig(rho=0.1), max_steps=1)(run, draws_more, step=0, is_last=True)
+    assert random_states() == after

@@ -225,3 +225,26 @@ def test_batch_norm_statistics_are_updated_once(tmp_path):
     assert any(name.endswith("num_batches_tracked") and int(value) == 1 for name, value in plain.items())
     for config in (LSAMConfig(rho=1.0), LSAMConfig(rho=1.0, block_selection="all")):
         assert_equal(plain, run(config))
+
+
+@pytest.mark.parametrize("method", ["top 2", "one pass"])
+def test_out_of_memory_retries_with_a_smaller_batch_from_the_start(method, tmp_path):
+    """`auto_find_batch_size` runs the loop anew: nothing of the first attempt may be left."""
+    fails = [3]
+
+    def in_pass(count, loss):
+        if fails and count == fails[0]:
+            fails.clear()
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return loss
+
+    options = dict(optim="sgd", learning_rate=0.0, max_steps=3)
+    found = watched(tmp_path / "found", METHODS[method], in_pass, auto_find_batch_size=True, **options)
+    found.train()
+    assert not fails
+    size = found._train_batch_size
+    assert size < 4
+    small = watched(tmp_path / "small", METHODS[method], per_device_train_batch_size=size, **options)
+    small.train()
+    # The first pass of the attempt that went through is at the weights that training began with.
+    assert_equal(found.seen[-len(small.seen)], small.seen[0])
