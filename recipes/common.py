@@ -1,0 +1,159 @@
+"""What the recipes share: settings from a YAML and the command line, a guarded output directory, and a step timer."""
+
+import dataclasses
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
+from transformers.hf_argparser import string_to_bool
+from transformers.trainer_utils import get_last_checkpoint
+
+# What a finished or interrupted training run leaves in its output directory.
+RUN_OUTPUT = (
+    "checkpoint-*",
+    "*_results.json",
+    "trainer_state.json",
+    "lsam_blocks.jsonl",
+    "config.json",
+    "*.safetensors",
+    "README.md",
+)
+
+
+def parse_arguments(kinds: Sequence[type], argv: list[str], description: str) -> tuple[Any, ...]:
+    """
+    Read an optional YAML of settings, which comes first, and the command line, which overrides it.
+
+    Args:
+        kinds (`Sequence[type]`): The dataclasses whose fields are the settings.
+        argv (`list[str]`): `[settings.yaml] [--setting value ...]`; `null` as a value is `None`.
+        description (`str`): What `--help` says first.
+
+    Raises:
+        ValueError: for a YAML that cannot be read, or an unknown setting. (A value of the wrong type ends the program
+            with one line, as argparse does.)
+    """
+    parser = HfArgumentParser(
+        kinds, usage="%(prog)s [settings.yaml] [--setting value ...]", description=description, allow_abbrev=False
+    )
+    for kind in (int, float, str, string_to_bool):
+        parser.register("type", kind, lambda text, kind=kind: None if text == "null" else kind(text))
+    if argv and not argv[0].startswith("-"):
+        known = {item.name for kind in kinds for item in dataclasses.fields(kind) if item.init}
+        scalars, lists = read_yaml(Path(argv[0]), known)
+        parser.set_defaults(**lists)
+        argv = scalars + argv[1:]
+    *parsed, unknown = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        raise ValueError(f"Unknown setting {unknown[0]!r}: --help lists those there are.")
+    return tuple(parsed)
+
+
+def read_yaml(path: Path, known: set[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """A YAML's settings as command-line arguments, read as the command line reads them, and those that are lists."""
+    if not path.is_file():
+        raise ValueError(f"{path} is no file: the first argument is a YAML of settings, or starts with --.")
+    try:
+        # Every scalar stays the text that it is: `no`, `null` and `5e-2` mean what they mean on the command line.
+        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no valid YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold one `setting: value` a line.")
+    if unknown := [str(name) for name in settings if name not in known]:
+        raise ValueError(f"{path} has unknown settings: {', '.join(unknown)}. --help lists those there are.")
+    scalars, lists = [], {}
+    for name, value in settings.items():
+        if isinstance(value, list):
+            lists[name] = value
+        else:
+            text = json.dumps(value) if isinstance(value, dict) else "null" if value in ("", "~") else value
+            scalars.append(f"--{name}={text}")
+    return scalars, lists
+
+
+def check_output_dir(args: TrainingArguments, predictions: Sequence[str] = ()) -> str | None:
+    """
+    Find the checkpoint to resume from, and see to it that nothing is written over.
+
+    Args:
+        args (`TrainingArguments`): Its `output_dir`, and its `resume_from_checkpoint`: a folder, or `true` for the
+            latest checkpoint in `output_dir`.
+        predictions (`Sequence[str]`): Names of the files that `do_predict` writes.
+
+    Returns:
+        `str` or `None`: The checkpoint's folder, or `None` for a fresh start.
+
+    Raises:
+        ValueError: if there is no such checkpoint, or the run would write over what another one left.
+    """
+    folder = Path(args.output_dir)
+    wanted = args.resume_from_checkpoint
+    checkpoint = None
+    if wanted and wanted.lower() != "false" and args.do_train:
+        latest = wanted.lower() == "true"
+        checkpoint = (get_last_checkpoint(folder) if folder.is_dir() else None) if latest else wanted
+        if checkpoint is None or not (Path(checkpoint) / "trainer_state.json").is_file():
+            raise ValueError(
+                f"resume_from_checkpoint={wanted}: {checkpoint or folder} holds no checkpoint of the Trainer. Name a "
+                "folder checkpoint-<step>, or leave the setting out to start afresh."
+            )
+        if Path(checkpoint).resolve().parent == folder.resolve():
+            return checkpoint
+    patterns = [*RUN_OUTPUT] if args.do_train else ["eval_results.json"] if args.do_eval else []
+    patterns += predictions if args.do_predict else []
+    found = sorted({path.name for pattern in patterns for path in folder.glob(pattern)})
+    if found:
+        resume = " Resume with resume_from_checkpoint=true," if args.do_train and get_last_checkpoint(folder) else ""
+        raise ValueError(
+            f"output_dir={folder} already holds {', '.join(found)}, which this run would write over.{resume} "
+            f"{'set' if resume else 'Set'} output_dir to a new folder, or remove the old one."
+        )
+    return checkpoint
+
+
+class StepTimer(TrainerCallback):
+    """Wall time of each optimizer step: the passes and the update, but neither loading of data nor evaluation."""
+
+    def __init__(self):
+        self.seconds: list[float] = []
+        self.started = False
+        self._start = 0.0
+        self._on_gpu = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started = True
+        self._on_gpu = args.device.type == "cuda"
+        if self._on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._start = self._now()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(self._now() - self._start)
+
+    def metrics(self) -> dict[str, float]:
+        """Median time of a step, and the peak memory: allocated on the GPU, or resident in the process without one."""
+        if self._on_gpu:
+            peak = torch.cuda.max_memory_allocated() / 2**20
+        else:
+            unit = 2**20 if sys.platform == "darwin" else 2**10
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        seconds = {"train_step_seconds": statistics.median(self.seconds)} if self.seconds else {}
+        return seconds | {"train_peak_memory_mib": peak}
+
+    def _now(self) -> float:
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()

@@ -1,0 +1,222 @@
+"""What `run_glue.py` trains on: GLUE from the Hub or from files, or any text set, checked before a model is built."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet
+from datasets import Dataset, load_dataset
+from glue_tasks import GLUE_TASKS, HUB_NAME, STSB_RANGE, DataArguments
+
+SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet")
+NEEDED_BY = {"train": "do_train", "validation": "do_eval", "test": "do_predict"}
+
+
+@dataclass(frozen=True)
+class TextData:
+    """
+    Data that is ready to tokenize.
+
+    Args:
+        labels (`tuple[str, ...]` or `None`): The labels in the order of their ids; `None` for a regression.
+        splits (`dict[str, Dataset]`):
+            `train`, `validation`, `test`, and the last two also with `_mismatched`: the columns `text`, `text_pair`
+            if there are two texts, and `label` (a class id or a number), but not in `test`.
+    """
+
+    labels: tuple[str, ...] | None
+    splits: dict[str, Dataset]
+
+
+def load_text_data(args: DataArguments, splits: Sequence[str], model_labels: Mapping[str, int]) -> TextData:
+    """
+    Read and check the data.
+
+    Args:
+        args (`DataArguments`): Where the data is.
+        splits (`Sequence[str]`): Those of `train`, `validation` and `test` that the run needs.
+        model_labels (`Mapping[str, int]`): The model's own label ids, for data that has no training file.
+
+    Raises:
+        ValueError: naming the file, the row and the setting, for data that cannot be trained or evaluated on.
+    """
+    tables = _hub_tables(args, splits) if args.task_name and not args.data_dir else _file_tables(args, splits)
+    task = GLUE_TASKS[args.task_name] if args.task_name else None
+    columns = args.text_columns
+    label_column = args.label_column or "label"
+    for split, (source, table) in tables.items():
+        _check_columns(source, table, columns if split.startswith("test") else (*columns, label_column), args)
+
+    labels: tuple[str, ...] | None = None
+    ids: dict[str, int] = {}
+    if not args.is_regression:
+        if task and task.labels:
+            labels = task.labels
+        elif "train" in tables:
+            source, table = tables["train"]
+            labels = _find_labels(source, table[label_column].to_pylist())
+        else:
+            labels = tuple(sorted(model_labels, key=lambda name: model_labels[name]))
+        ids = {name: number for number, name in enumerate(labels)}
+        if task or all(name == f"LABEL_{number}" for name, number in ids.items()):
+            ids |= {str(number): number for number in range(len(labels))}
+
+    datasets = {}
+    for split, (source, table) in tables.items():
+        texts = [_texts(source, name, table[name]) for name in columns]
+        values: dict[str, list] = dict(zip(("text", "text_pair"), texts, strict=False))
+        if not split.startswith("test"):
+            raw = table[label_column].to_pylist()
+            bounds = STSB_RANGE if args.task_name == "stsb" else (-math.inf, math.inf)
+            numbers = _numbers(source, raw, bounds) if labels is None else _class_ids(source, raw, ids)
+            limit = args.max_train_samples if split == "train" else args.max_eval_samples
+            values = {name: column[:limit] for name, column in values.items()} | {"label": numbers[:limit]}
+            if split == "train" or labels is None or args.task_name == "cola":
+                _check_differ(source, split, values["label"])
+        datasets[split] = Dataset.from_dict(values)
+    return TextData(labels, datasets)
+
+
+def _hub_tables(args: DataArguments, splits: Sequence[str]) -> dict[str, tuple[str, pa.Table]]:
+    try:
+        hub = load_dataset(HUB_NAME, args.task_name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"task_name={args.task_name} could not be loaded from {HUB_NAME} on the Hub "
+            f"({' '.join(str(error).split())}). Read local files with data_dir instead."
+        ) from error
+    names: dict[str, str] = {}
+    for split in splits:
+        if args.task_name == "mnli" and split != "train":
+            names |= {split: f"{split}_matched", f"{split}_mismatched": f"{split}_mismatched"}
+        else:
+            names[split] = split
+    return {split: (f"{HUB_NAME} {args.task_name} {name}", hub[name].data.table) for split, name in names.items()}
+
+
+def _file_tables(args: DataArguments, splits: Sequence[str]) -> dict[str, tuple[str, pa.Table]]:
+    paths: dict[str, Path] = {}
+    for split in splits:
+        if args.task_name is None:
+            if getattr(args, f"{split}_file") is None:
+                raise ValueError(f"No {split} data: set {split}_file, or leave out {NEEDED_BY[split]}.")
+            paths[split] = Path(getattr(args, f"{split}_file")).expanduser()
+            continue
+        stems = ("dev", "validation") if split == "validation" else (split,)
+        if args.task_name == "mnli" and split != "train":
+            if other := _find_file(args, [f"{stem}_mismatched" for stem in stems]):
+                paths[f"{split}_mismatched"] = other
+            stems = (*stems, *(f"{stem}_matched" for stem in stems))
+        found = _find_file(args, stems)
+        if found is None:
+            raise ValueError(
+                f"No {split} data: data_dir={args.data_dir} has no {args.task_name}/{{{','.join(stems)}}}"
+                f".{{{','.join(suffix[1:] for suffix in SUFFIXES)}}}. Add one, or leave out {NEEDED_BY[split]}."
+            )
+        paths[split] = found
+    return {
+        split: (str(path), _read_table(path, (*args.text_columns, args.label_column or "label")))
+        for split, path in sorted(paths.items())
+    }
+
+
+def _find_file(args: DataArguments, stems: Sequence[str]) -> Path | None:
+    folder = Path(str(args.data_dir)).expanduser() / str(args.task_name)
+    found = [path for stem in stems for suffix in SUFFIXES if (path := folder / (stem + suffix)).is_file()]
+    if len(found) > 1:
+        raise ValueError(f"{found[0]} and {found[1]} are both there: keep one of them.")
+    return found[0] if found else None
+
+
+def _read_table(path: Path, columns: Sequence[str]) -> pa.Table:
+    """Read straight into memory: no cache that a changed file could disagree with."""
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path} must end in {', '.join(SUFFIXES)}, to say what it holds.")
+    if not path.is_file():
+        raise ValueError(f"{path} is no file: check the path.")
+    # A label is read as text, too, so that `01` or `true` stay what they are.
+    convert = pa.csv.ConvertOptions(column_types={name: pa.string() for name in columns})
+    if path.suffix == ".csv":
+        parse = pa.csv.ParseOptions(newlines_in_values=True)
+    else:
+        parse = pa.csv.ParseOptions(delimiter="\t", quote_char=False)
+    # With one thread, the message about a malformed row has its number.
+    read = pa.csv.ReadOptions(use_threads=False)
+    try:
+        if path.suffix == ".parquet":
+            table = pa.parquet.read_table(path)
+        elif path.suffix == ".jsonl":
+            table = pa.json.read_json(path)
+        else:
+            table = pa.csv.read_csv(path, read_options=read, parse_options=parse, convert_options=convert)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {error}.") from error
+    if table.num_rows == 0:
+        raise ValueError(f"{path} holds no example.")
+    return table
+
+
+def _check_columns(source: str, table: pa.Table, columns: Sequence[str], args: DataArguments):
+    for name in columns:
+        if table.column_names.count(name) != 1:
+            way_out = "Rename one" if args.task_name else "Set text_column, text_pair_column or label_column"
+            raise ValueError(
+                f"{source} must have one column {name!r}, but has {', '.join(table.column_names)}. {way_out}."
+            )
+
+
+def _texts(source: str, name: str, column: pa.ChunkedArray) -> list[str]:
+    values = column.to_pylist()
+    for row, value in enumerate(values, start=1):
+        if not isinstance(value, str):
+            raise ValueError(f"{source}, row {row}: column {name!r} must hold text, but holds {value!r}.")
+    return values
+
+
+def _find_labels(source: str, values: list) -> tuple[str, ...]:
+    names = sorted({str(value) for value in values if value is not None})
+    try:
+        numbers = [float(name) for name in names]
+    except ValueError:
+        return tuple(names)
+    if not all(number.is_integer() for number in numbers):
+        raise ValueError(
+            f"{source}: the labels are fractions, not classes. Set regression to predict numbers, or name the classes."
+        )
+    return tuple(sorted(names, key=float))
+
+
+def _class_ids(source: str, values: list, ids: Mapping[str, int]) -> list[int]:
+    for row, value in enumerate(values, start=1):
+        if value is None or str(value) not in ids:
+            raise ValueError(f"{source}, row {row}: label {value!r} is not one of {', '.join(ids)}.")
+    return [ids[str(value)] for value in values]
+
+
+def _numbers(source: str, values: list, bounds: tuple[float, float]) -> list[float]:
+    numbers = []
+    for row, value in enumerate(values, start=1):
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not (math.isfinite(number) and bounds[0] <= number <= bounds[1]):
+            raise ValueError(
+                f"{source}, row {row}: label {value!r} is not a number from {bounds[0]} to {bounds[1]}, as the "
+                "regression needs it."
+            )
+        numbers.append(number)
+    return numbers
+
+
+def _check_differ(source: str, split: str, values: list):
+    if len(set(values)) < 2:
+        limit = "max_train_samples" if split == "train" else "max_eval_samples"
+        raise ValueError(
+            f"{source}: all labels are the same ({values[0]}), which leaves nothing to learn or to correlate with. "
+            f"Check the label column; or, if {limit} is set, raise it or shuffle the rows."
+        )

@@ -1,0 +1,269 @@
+"""
+Fine-tune a text classifier, or a regression, with layer-wise SAM: on a task of GLUE, or on files of one's own.
+
+    python recipes/run_glue.py recipes/glue/rte.yaml --rho 0.1
+
+The first argument may be a YAML of settings; any later `--setting value` overrides it. `null` stands for "not set".
+The settings are those of `ModelArguments`, `DataArguments`, `LSAMConfig` and `TrainingArguments`; `--help` lists them.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import StepTimer, check_output_dir, parse_arguments
+from datasets import Dataset
+from glue_data import TextData, load_text_data
+from glue_tasks import GLUE_TASKS, STSB_RANGE, DataArguments
+from model_card import write_model_card
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_lsam import LSAMConfig, LSAMTrainer
+from hf_lsam.glue_metric import GlueMetric
+
+
+@dataclass
+class ModelArguments:
+    """
+    Which model to fine-tune.
+
+    Args:
+        model_name_or_path (`str`):
+            Any model that `AutoModelForSequenceClassification` loads: its name on the Hub, or its folder. Its weights
+            are loaded as 32-bit numbers, whose steps are fine enough for a small `rho`.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run code that comes with the model.
+    """
+
+    model_name_or_path: str = field(metadata={"help": "Name on the Hub, or folder, of the model."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+
+
+@dataclass
+class Run:
+    """Everything that is checked and built before the first step."""
+
+    model_args: ModelArguments
+    data_args: DataArguments
+    args: TrainingArguments
+    labels: tuple[str, ...] | None
+    datasets: dict[str, Dataset]
+    trainer: LSAMTrainer
+    timer: StepTimer
+    resume: str | None
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Run the recipe with command-line arguments `argv` and return its metrics."""
+    return execute(prepare(sys.argv[1:] if argv is None else argv))
+
+
+def prepare(argv: list[str]) -> Run:
+    """Check settings, output directory and data, then build model and trainer; no file is written."""
+    kinds = (ModelArguments, DataArguments, LSAMConfig, TrainingArguments)
+    model_args, data_args, lsam_config, args = parse_arguments(kinds, argv, (__doc__ or "").strip().splitlines()[0])
+    splits = [
+        split
+        for split, wanted in (("train", args.do_train), ("validation", args.do_eval), ("test", args.do_predict))
+        if wanted
+    ]
+    if not splits:
+        raise ValueError("Nothing to do: set do_train, do_eval or do_predict.")
+    resume = check_output_dir(args, prediction_names(data_args))
+
+    name, code = model_args.model_name_or_path, model_args.trust_remote_code
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=code)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model_name_or_path={name} cannot be loaded: {' '.join(str(error).split())}") from error
+    data = load_text_data(data_args, splits, config.label2id)
+    label_settings = check_labels(data_args, data, config, args.do_train)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(f"The tokenizer of {name} has neither a pad_token nor an eos_token: give it a pad_token.")
+        tokenizer.pad_token = tokenizer.eos_token
+
+    set_seed(args.seed)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        name, trust_remote_code=code, dtype=torch.float32, ignore_mismatched_sizes=args.do_train, **label_settings
+    )
+    # A decoder finds the last token of a text by it.
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+    datasets = tokenize(data, tokenizer, data_args.max_seq_length)
+    timer = StepTimer()
+    trainer = LSAMTrainer(
+        model=model,
+        args=args,
+        lsam_config=lsam_config,
+        train_dataset=datasets.get("train"),
+        eval_dataset=datasets.get("validation"),
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=make_compute_metrics(data_args),
+        compute_loss_func=make_compute_loss(data_args, args.label_smoothing_factor),
+        callbacks=[timer],
+    )
+    return Run(model_args, data_args, args, data.labels, datasets, trainer, timer, resume)
+
+
+def execute(run: Run) -> dict[str, float]:
+    """Train, save, evaluate, predict and describe: those that the settings ask for."""
+    trainer = run.trainer
+    metrics: dict[str, float] = {}
+
+    # Train
+    if run.args.do_train:
+        result = trainer.train(resume_from_checkpoint=run.resume)
+        trainer.save_model()
+        trainer.save_state()
+        train_metrics = result.metrics | run.timer.metrics() | {"train_samples": len(run.datasets["train"])}
+        trainer.log_metrics("train", train_metrics)
+        trainer.save_metrics("train", train_metrics)
+        metrics |= train_metrics
+
+    # Evaluate
+    if run.args.do_eval:
+        eval_metrics: dict[str, float] = {}
+        for split, prefix in (("validation", "eval"), ("validation_mismatched", "eval_mm")):
+            if split in run.datasets:
+                eval_metrics |= trainer.evaluate(run.datasets[split], metric_key_prefix=prefix)
+                eval_metrics[f"{prefix}_samples"] = len(run.datasets[split])
+        trainer.log_metrics("eval", eval_metrics)
+        trainer.save_metrics("eval", eval_metrics)
+        metrics |= eval_metrics
+
+    # Predict
+    if run.args.do_predict:
+        for split, name in zip(("test", "test_mismatched"), prediction_names(run.data_args), strict=False):
+            if split in run.datasets:
+                output = trainer.predict(run.datasets[split], metric_key_prefix="predict")
+                if trainer.is_world_process_zero():
+                    path = Path(run.args.output_dir) / name
+                    write_predictions(path, read_logits(output.predictions), run.data_args, run.labels)
+
+    # Describe
+    if run.args.do_train and trainer.is_world_process_zero():
+        write_model_card(trainer, run.model_args.model_name_or_path, run.data_args, metrics)
+    return metrics
+
+
+def check_labels(data_args: DataArguments, data: TextData, config, training: bool) -> dict:
+    """The label settings of the model; raises where a model that is not trained here has others."""
+    if data.labels is None:
+        settings: dict = {"num_labels": 1, "problem_type": "regression"}
+        fits = config.num_labels == 1
+    else:
+        names = dict(enumerate(data.labels))
+        settings = {
+            "num_labels": len(names),
+            "id2label": names,
+            "label2id": {name: number for number, name in names.items()},
+            "problem_type": "single_label_classification",
+        }
+        fits = config.id2label in (names, {number: f"LABEL_{number}" for number in names})
+    if not training and not fits:
+        needs = "one number" if data.labels is None else ", ".join(data.labels)
+        raise ValueError(
+            f"The model predicts {', '.join(config.id2label.values())}, but the data of "
+            f"{data_args.task_name or 'the files'} needs {needs}, in this order. Set do_train to fine-tune it first."
+        )
+    return settings
+
+
+def tokenize(data: TextData, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> dict[str, Dataset]:
+    """Every split as token ids; padding is left to the collator."""
+    length = min(max_seq_length, tokenizer.model_max_length)
+
+    def encode(batch):
+        texts = [batch[name] for name in ("text", "text_pair") if name in batch]
+        return tokenizer(*texts, truncation=True, max_length=length)
+
+    return {
+        split: dataset.map(
+            encode,
+            batched=True,
+            remove_columns=[name for name in dataset.column_names if name != "label"],
+            desc=f"Tokenizing {split}",
+        )
+        for split, dataset in data.splits.items()
+    }
+
+
+def read_logits(predictions: np.ndarray | tuple) -> np.ndarray:
+    """The logits, which some models return with hidden states behind them."""
+    return predictions[0] if isinstance(predictions, tuple) else predictions
+
+
+def make_compute_loss(data_args: DataArguments, label_smoothing: float):
+    """
+    The `compute_loss_func` of the Trainer: the mean over all rows of an optimizer step.
+
+    BERT and its like take the mean over a micro-batch, whatever number of rows the Trainer tells them: with gradient
+    accumulation, or in several processes, their own loss would be as many times too large.
+    """
+
+    def compute_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None):
+        logits = outputs["logits"]
+        if data_args.is_regression:
+            total = torch.nn.functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype), reduction="sum")
+        else:
+            total = torch.nn.functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
+        return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+    return compute_loss
+
+
+def make_compute_metrics(data_args: DataArguments):
+    """The `compute_metrics` of the Trainer."""
+    own = "regression" if data_args.is_regression else "classification"
+    metric = GlueMetric(data_args.task_name or own)
+
+    def compute_metrics(output: EvalPrediction) -> dict[str, float]:
+        logits = read_logits(output.predictions)
+        predictions = logits.reshape(-1) if data_args.is_regression else logits.argmax(axis=-1)
+        return metric.compute(predictions=predictions, references=output.label_ids)
+
+    return compute_metrics
+
+
+def prediction_names(data_args: DataArguments) -> tuple[str, ...]:
+    """Names of the files of predictions: GLUE's own, or `predictions.tsv`."""
+    return GLUE_TASKS[data_args.task_name].submissions if data_args.task_name else ("predictions.tsv",)
+
+
+def write_predictions(path: Path, logits: np.ndarray, data_args: DataArguments, labels: tuple[str, ...] | None):
+    """Write predictions in GLUE's submission format: `index`, tab, `prediction`."""
+    task = GLUE_TASKS[data_args.task_name] if data_args.task_name else None
+    if labels is None:
+        numbers = logits.reshape(-1)
+        predictions = [f"{number:.3f}" for number in (np.clip(numbers, *STSB_RANGE) if task else numbers)]
+    else:
+        by_name = task is None or task.submits_names
+        predictions = [labels[number] if by_name else str(number) for number in logits.argmax(axis=-1)]
+    lines = [f"{index}\t{prediction}\n" for index, prediction in enumerate(predictions)]
+    path.write_text("index\tprediction\n" + "".join(lines), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    prepared = None
+    try:
+        prepared = prepare(sys.argv[1:])
+        execute(prepared)
+    except (ValueError, NotImplementedError, OSError) as problem:
+        # Before training, what is wrong are the settings, and the message says it all.
+        if prepared is not None and (prepared.timer.started or not prepared.args.do_train):
+            raise
+        sys.exit(f"run_glue.py: error: {problem}")
