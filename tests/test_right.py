@@ -182,3 +182,25 @@ def test_start_end_and_interval(start, end, tmp_path):
         literal_step = perturbed_step if perturbed else reference.plain_step
         literal_step(slow, [examples.batch(step * BATCH, BATCH)], slow_optimizer)
     assert largest_difference(weights(fast), weights(slow)) < 1e-12
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("method", ["one pass, top 2", "looksam", "top 2"])
+def test_clipping_acts_on_the_mixed_gradient_only(method, tmp_path):
+    """What is climbed or reused at a later step is the gradient before clipping."""
+    settings, literal = METHODS[method]
+    examples = Examples(STEPS * BATCH)
+    fast, slow = MODELS["bert"](), MODELS["bert"]()
+    train(fast, optimizer_for("sgd", fast), LSAMConfig(**settings), examples, tmp_path, max_grad_norm=0.2)
+
+    slow_optimizer = optimizer_for("sgd", slow)
+
+    def clip(*_):
+        torch.nn.utils.clip_grad_norm_(slow.parameters(), 0.2)
+
+    slow_optimizer.register_step_pre_hook(clip)
+    literal_step = literal(slow, "bert")
+    slow.train()
+    for step in range(STEPS):
+        literal_step(slow, [examples.batch(step * BATCH, BATCH)], slow_optimizer)
+    assert largest_difference(weights(fast), weights(slow)) < 1e-12
