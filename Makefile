@@ -1,0 +1,42 @@
+# make demo   fine-tune a real model on real text with AdamW, SAM and LSAM; a table and a picture in demo/
+#             more seeds: make demo SEEDS='0 1 2'; without downloads: make demo DEMO_MODEL=PATH DEMO_REVIEWS=PATH
+# make test   lint, types and tests, as the continuous integration runs them
+# make clean  remove the environment and the caches, but not demo/
+# Environments are made in .venv with PYTHON (python3.11); nothing is installed outside of it.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+PYTHON ?= python3.11
+SEEDS ?= 0 1
+DEMO_DIR ?= demo
+
+.PHONY: help demo test format clean
+
+help:
+	@sed -n '/^[^#]/q; s/^# //p' $(MAKEFILE_LIST)
+
+demo: .venv/.installed-demo
+	.venv/bin/python recipes/demo.py --output_dir '$(DEMO_DIR)' --seeds $(SEEDS) \
+		$(if $(DEMO_MODEL),--model '$(DEMO_MODEL)') $(if $(DEMO_REVIEWS),--reviews '$(DEMO_REVIEWS)')
+
+test: .venv/.installed-test
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/pytest -n 2
+
+format: .venv/.installed-test
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+# What is installed is kept until pyproject.toml or constraints.txt change (a stamp for each extra).
+.venv/.installed-%: pyproject.toml constraints.txt
+	@command -v '$(PYTHON)' >/dev/null || { echo "make: $(PYTHON) is not on the PATH. Install Python 3.11 or newer, \
+	or say which one to use: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "Installing hf-lsam[$*] into .venv (the first time takes a few minutes) ..."
+	@'$(PYTHON)' -m venv .venv
+	@.venv/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'
+	@touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache
