@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .blocks import Candidate
 from .config import LSAMConfig
+from .distributed import average_over_ranks, is_distributed
 from .perturbation import adaptive_scores, norms
 from .selection import CostModel, select
 
@@ -21,7 +22,8 @@ class Ascent:
 
     Attributes:
         chosen: Indices of the selected candidates.
-        squared_norms: Squared gradient norm of every candidate (of `|w| g` if adaptive).
+        squared_norms: Squared gradient norm of every candidate (of `|w| g` if adaptive) that was selected on.
+        norm: Joint norm of the selected gradients, the denominator of eps.
         weights: Parameters of the selected candidates that have a gradient.
         gradients: Their gradients.
         direction: What is added to the weights, times `rho / norm`: the gradients, or `w^2 g` if adaptive.
@@ -29,37 +31,38 @@ class Ascent:
 
     chosen: list[int]
     squared_norms: list[float]
+    norm: float
     weights: list[Tensor]
     gradients: list[Tensor]
     direction: list[Tensor]
-
-    @property
-    def norm(self) -> float:
-        """Joint norm of the selected gradients, the denominator of eps."""
-        return math.sqrt(sum(self.squared_norms[index] for index in self.chosen))
 
 
 @torch.no_grad()
 def find_ascent(candidates: Sequence[Candidate], costs: CostModel, config: LSAMConfig) -> Ascent | None:
     """
-    Select on the gradients in `.grad`. The one wait for the device in a step: the norms come to the host together.
+    Select on the gradients in `.grad`. The norms come to the host together, in one wait for the device.
+
+    Processes select the same: with `sharpness_scope="batch"` their gradients are the same, and with `"micro_batch"`
+    they select on the mean of their squared norms, while each climbs its own gradient.
 
     Returns:
         The ascent, or `None` where there is nothing to climb: a norm is not finite, or all of them are zero.
     """
     with_gradient = [[p for p in candidate.parameters if p.grad is not None] for candidate in candidates]
     weights: list[Tensor] = [p for parameters in with_gradient for p in parameters]
-    if not weights:
-        return None
     gradients: list[Tensor] = [p.grad for p in weights]  # type: ignore[misc]
-    scores = adaptive_scores(weights, gradients) if config.adaptive else gradients
-    squares = norms(scores).cpu().numpy().astype(np.float64) ** 2
+    scores = adaptive_scores(weights, gradients) if config.adaptive and weights else gradients
+    squares = norms(scores).cpu().numpy().astype(np.float64) ** 2 if weights else np.zeros(0)
     ends = np.cumsum([len(parameters) for parameters in with_gradient])
-    squared_norms = [float(part.sum()) for part in np.split(squares, ends[:-1])]
-    if not np.isfinite(squares).all() or not squares.any():
+    own = agreed = [float(part.sum()) for part in np.split(squares, ends[:-1])]
+    if config.sharpness_scope == "micro_batch" and is_distributed():
+        device = candidates[0].parameters[0].device
+        agreed = average_over_ranks([torch.tensor(own, dtype=torch.float64, device=device)])[0].tolist()
+    if not np.isfinite(agreed).all() or not any(agreed):
         return None
-    chosen = select(config, candidates, costs, squared_norms)
-    if not chosen:
+    chosen = select(config, candidates, costs, agreed)
+    norm = math.sqrt(sum(own[index] for index in chosen))
+    if norm == 0:
         return None
     starts = [0, *ends]
     places = [place for index in chosen for place in range(starts[index], starts[index + 1])]
@@ -69,4 +72,4 @@ def find_ascent(candidates: Sequence[Candidate], costs: CostModel, config: LSAMC
         direction = list(torch._foreach_mul(torch._foreach_abs(weights), selected_scores))
     else:
         direction = gradients
-    return Ascent(chosen, squared_norms, weights, gradients, direction)
+    return Ascent(chosen, agreed, norm, weights, gradients, direction)

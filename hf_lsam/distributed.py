@@ -1,6 +1,11 @@
-"""What ways of running are supported, refused before training with the reason and the way out."""
+"""What the processes of a run must agree on, and which ways of running are supported."""
 
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
 from accelerate.utils import DistributedType
+from torch import Tensor
 from transformers import Trainer
 from transformers.training_args import OptimizerNames
 
@@ -15,6 +20,50 @@ _UPDATE_IN_BACKWARD = {
     OptimizerNames.GALORE_ADAFACTOR_LAYERWISE,
     OptimizerNames.APOLLO_ADAMW_LAYERWISE,
 }
+# One process, or DistributedDataParallel: every process holds the whole model and, after pass 1, the same gradients.
+_SUPPORTED = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
+
+
+def is_distributed() -> bool:
+    """Whether other processes train with this one."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+@torch.no_grad()
+def average_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """
+    The mean of each tensor over all processes, by one all-reduce for each dtype and device.
+
+    In one process the tensors themselves. Every process must give tensors of the same shapes in the same order.
+    """
+    if not is_distributed() or not tensors:
+        return list(tensors)
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        groups.setdefault((tensor.device, tensor.dtype), []).append(place)
+    averages = list(tensors)
+    for places in groups.values():
+        flat = torch.cat([tensors[place].reshape(-1) for place in places])
+        # Divided first, as DistributedDataParallel does: the sum of 16-bit numbers could overflow.
+        flat.div_(dist.get_world_size())
+        dist.all_reduce(flat)
+        parts = flat.split([tensors[place].numel() for place in places])
+        for place, part in zip(places, parts, strict=True):
+            averages[place] = part.view_as(tensors[place])
+    return averages
+
+
+@torch.no_grad()
+def average_gradients(parameters: Sequence[Tensor]) -> None:
+    """Replace every `.grad` by its mean over all processes; one that only some have counts as zero elsewhere."""
+    if not is_distributed():
+        return
+    present = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+    dist.all_reduce(present)
+    used = [p for p, count in zip(parameters, present.tolist(), strict=True) if count > 0]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in used]
+    for parameter, average in zip(used, average_over_ranks(gradients), strict=True):
+        parameter.grad = average
 
 
 def check_supported(trainer: Trainer, config: LSAMConfig) -> None:
@@ -27,10 +76,11 @@ def check_supported(trainer: Trainer, config: LSAMConfig) -> None:
     args = trainer.args
     way_out = "Set it otherwise, or train plainly with LSAMConfig(block_selection='none')."
     distributed_type = trainer.accelerator.distributed_type
-    if distributed_type != DistributedType.NO:
+    if distributed_type not in _SUPPORTED or getattr(trainer.accelerator, "parallelism_config", None) is not None:
         raise NotImplementedError(
-            f"LSAMTrainer runs in one process so far, and this run is {distributed_type.value}: the selected blocks "
-            f"and their gradients would have to be agreed on by all processes. Launch one process. {way_out}"
+            "LSAMTrainer runs in one process, or in several under DistributedDataParallel, and this run is "
+            f"{distributed_type.value}: weights and gradients that are sharded, or that an engine holds, are not "
+            f"perturbed. Launch it without FSDP, DeepSpeed or a parallelism_config. {way_out}"
         )
     if args.n_gpu > 1:
         raise NotImplementedError(

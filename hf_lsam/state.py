@@ -25,7 +25,11 @@ def save_state(step: LSAMStep, checkpoint: str) -> None:
     contents: dict[str, Any] = {"config": asdict(step.config), "log": step.log.state()}
     if step.previous is not None:
         weights, direction = step.previous.weights, step.previous.direction
-        contents["previous"] = {"chosen": step.previous.chosen, "squared_norms": step.previous.squared_norms}
+        contents["previous"] = {
+            "chosen": step.previous.chosen,
+            "squared_norms": step.previous.squared_norms,
+            "norm": step.previous.norm,
+        }
     elif step.correction is not None:
         weights, direction = step.correction
     else:
@@ -84,7 +88,6 @@ def load_state(step: LSAMStep, checkpoint: str) -> None:
     direction = list(tensors.values())
     weights: list[Tensor] = [parameters[name] for name in tensors]
     if "previous" in contents:
-        previous = contents["previous"]
-        step.previous = Ascent(previous["chosen"], previous["squared_norms"], weights, [], direction)
+        step.previous = Ascent(**contents["previous"], weights=weights, gradients=[], direction=direction)
     elif weights:
         step.correction = (weights, direction)

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from .ascent import Ascent, find_ascent
 from .blocks import everything, find_blocks, find_candidates
 from .config import LSAMConfig
+from .distributed import average_gradients, average_over_ranks
 from .passes import only_gradients_of, running_statistics_paused
 from .perturbation import Perturbation, mix, move_cosine, norms, orthogonal_part
 from .replay import Recording, Replay, ReplayError
@@ -84,20 +85,25 @@ class LSAMStep:
         """Begin the sums of the next log line."""
         self.log = StepLog([candidate.name for candidate in self.candidates])
 
+    def perturbs(self, step: int) -> bool:
+        """Whether optimizer step `step` is to be perturbed."""
+        return self.config.is_perturbed(step, self.max_steps)
+
     def __call__(self, pass_1: Pass, pass_2: Pass, step: int, is_last: bool) -> Tensor:
         """
         Run a micro-batch; at the last one of an optimizer step, `.grad` holds what the optimizer should get.
 
         Args:
-            pass_1: Forward and backward at the current weights; returns the detached loss.
-            pass_2: The same again, counting nothing and without gradient synchronisation.
+            pass_1: Forward and backward at the current weights; returns the detached loss. With
+                `sharpness_scope="micro_batch"`, and for pass 2 always, gradients stay those of this process.
+            pass_2: The same again, counting nothing.
             step: Index of the optimizer step, 0-based.
             is_last: Whether this is the step's last micro-batch.
 
         Returns:
             The loss of pass 1.
         """
-        is_perturbed = self.config.is_perturbed(step, self.max_steps)
+        is_perturbed = self.perturbs(step)
         self.log.steps += is_last
         self.log.chances += is_last or self.config.sharpness_scope == "micro_batch"
         if self.config.ascent_gradient == "previous":
@@ -109,7 +115,7 @@ class LSAMStep:
             return loss
         try:
             if self.config.sharpness_scope == "micro_batch":
-                return self._micro_batch_step(pass_1, pass_2)
+                return self._micro_batch_step(pass_1, pass_2, is_last)
             return self._batch_step(pass_1, pass_2, is_last)
         except BaseException:
             self.window.clear()
@@ -124,7 +130,7 @@ class LSAMStep:
             self._perturb_and_rerun(window)
         return loss
 
-    def _micro_batch_step(self, pass_1: Pass, pass_2: Pass) -> Tensor:
+    def _micro_batch_step(self, pass_1: Pass, pass_2: Pass, is_last: bool) -> Tensor:
         """Both passes of this micro-batch; its mixed gradient is added to those of the ones before."""
         sums = {p: p.grad for p in self.model.parameters() if p.grad is not None}
         for parameter in sums:
@@ -133,6 +139,8 @@ class LSAMStep:
         self._perturb_and_rerun([micro_batch])
         for parameter, total in sums.items():
             parameter.grad = total if parameter.grad is None else total + parameter.grad
+        if is_last:
+            average_gradients([p for p in self.model.parameters() if p.requires_grad])
         return micro_batch.loss
 
     def _record(self, pass_1: Pass, pass_2: Pass) -> MicroBatch:
@@ -154,6 +162,8 @@ class LSAMStep:
                 torch.zeros_like(plain) if weight.grad is None else weight.grad
                 for weight, plain in zip(ascent.weights, ascent.gradients, strict=True)
             ]
+        if self.config.sharpness_scope == "batch":
+            perturbed = average_over_ranks(perturbed)
         if not self.has_scaler and not norms(perturbed).isfinite().all():
             self._skip("The gradient at the perturbed weights is not finite")
             return
@@ -244,7 +254,7 @@ class LSAMStep:
             if ascent is not None:
                 self._count(ascent, 0.0)
             self.previous = None
-            if self.config.is_perturbed(step + 1, self.max_steps):
+            if self.perturbs(step + 1):
                 self.previous = find_ascent(self.candidates, self.costs, self.config)
                 if self.previous is None:
                     self._skip("The gradient is zero or not finite")

@@ -1,6 +1,7 @@
 """`LSAMTrainer`: the Trainer whose training step perturbs a few blocks."""
 
 import copy
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -76,11 +77,15 @@ class LSAMMixin(_AnyTrainer):
             return training_step(model, inputs, num_items_in_batch)
         if self._lsam is None or self._lsam_run is not self.state:
             self._begin_lsam(model)
-        assert self._lsam is not None
+        step = self._lsam
+        assert step is not None
 
         # Passes get copies of the batch, since a `compute_loss` may pop labels from it.
         def pass_1() -> Tensor:
-            return training_step(model, copy.copy(inputs), num_items_in_batch)
+            # Micro-batches that are perturbed by their own gradients are averaged over processes by the step.
+            own = self.lsam_config.sharpness_scope == "micro_batch" and step.perturbs(self.state.global_step)
+            with self.accelerator.no_sync(model) if own else nullcontext():
+                return training_step(model, copy.copy(inputs), num_items_in_batch)
 
         def pass_2() -> Tensor:
             self._lsam_flops += float(self.floating_point_ops(inputs))
@@ -91,9 +96,9 @@ class LSAMMixin(_AnyTrainer):
             finally:
                 counters.restore()
 
-        loss = self._lsam(pass_1, pass_2, self.state.global_step, self.accelerator.sync_gradients)
+        loss = step(pass_1, pass_2, self.state.global_step, self.accelerator.sync_gradients)
         # The Trainer counts pass 1. What pass 2 ran over is counted by the share that it computed.
-        self.current_flos += self._lsam.overhead * self._lsam_flops
+        self.current_flos += step.overhead * self._lsam_flops
         self._lsam_flops = 0.0
         return loss
 

@@ -5,7 +5,8 @@ import json
 import benchmark
 import pytest
 
-TINY = "--num_hidden_layers 4 --hidden_size 64 --batch_size 2 --sequence_length 8 --rounds 1 --steps 1".split()
+TINY = ["--num_hidden_layers", "4", "--hidden_size", "64", "--batch_size", "2", "--sequence_length", "8"]
+TINY += ["--rounds", "1", "--steps", "1"]
 
 
 def test_every_method(tmp_path, capsys):
