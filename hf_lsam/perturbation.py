@@ -82,6 +82,14 @@ def mix(plain: Sequence[Tensor], perturbed: Sequence[Tensor], alpha: float) -> S
 
 
 @torch.no_grad()
+def where(condition: Tensor, tensors: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
+    """`tensors` if `condition`, one boolean, else `others`; on an accelerator without waiting for it."""
+    if condition.device.type == "cpu":
+        return list(tensors if condition else others)
+    return [torch.where(condition, one, other) for one, other in zip(tensors, others, strict=True)]
+
+
+@torch.no_grad()
 def adaptive_scores(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
     """ASAM's `|w| g`, whose norm takes the place of the gradient's."""
     return list(torch._foreach_mul(torch._foreach_abs(list(weights)), list(gradients)))

@@ -18,10 +18,10 @@ from .blocks import everything, find_blocks, find_candidates
 from .config import LSAMConfig
 from .distributed import average_gradients, average_over_ranks
 from .passes import only_gradients_of, running_statistics_paused
-from .perturbation import Perturbation, mix, move_cosine, norms, orthogonal_part
+from .perturbation import Perturbation, mix, move_cosine, norms, orthogonal_part, where
 from .replay import Recording, Replay, ReplayError
 from .selection import CostModel, check_selection
-from .step_log import StepLog
+from .step_log import Perturbed, StepLog
 
 logger = logging.get_logger(__name__)
 
@@ -152,7 +152,7 @@ class LSAMStep:
         """Select on the gradient of pass 1, move the selected blocks, take their gradient there, and mix."""
         ascent = find_ascent(self.candidates, self.costs, self.config)
         if ascent is None:
-            self._skip("The gradient is zero or not finite")
+            self._skip()
             return
         self._check_replay(window[-1])
         with only_gradients_of(self.model, ascent.weights), running_statistics_paused(self.model):
@@ -164,16 +164,16 @@ class LSAMStep:
             ]
         if self.config.sharpness_scope == "batch":
             perturbed = average_over_ranks(perturbed)
-        if not self.has_scaler and not norms(perturbed).isfinite().all():
-            self._skip("The gradient at the perturbed weights is not finite")
-            return
+        finite = norms(perturbed).isfinite().all() if not self.has_scaler else torch.tensor(True)
         if self.config.reuse_correction > 0:
-            self.correction = (ascent.weights, orthogonal_part(perturbed, ascent.gradients))
+            parts = orthogonal_part(perturbed, ascent.gradients)
+            self.correction = (ascent.weights, where(finite, parts, [torch.zeros_like(part) for part in parts]))
+        perturbed = where(finite, perturbed, ascent.gradients)
         for weight, mixed in zip(ascent.weights, mix(ascent.gradients, perturbed, self.config.alpha), strict=True):
             weight.grad = mixed
         chosen = [self.candidates[index] for index in ascent.chosen]
         self.overhead = self.costs.overhead(chosen, replayed=self.replay_works)
-        self._count(ascent, self.overhead)
+        self._count(ascent, self.overhead, finite)
 
     @contextmanager
     def _moved(self, ascent: Ascent) -> Iterator[None]:
@@ -252,12 +252,12 @@ class LSAMStep:
                 loss = pass_1()
         if is_last:
             if ascent is not None:
-                self._count(ascent, 0.0)
+                self._count(ascent, 0.0, torch.tensor(True))
             self.previous = None
             if self.perturbs(step + 1):
                 self.previous = find_ascent(self.candidates, self.costs, self.config)
                 if self.previous is None:
-                    self._skip("The gradient is zero or not finite")
+                    self._skip()
                 else:
                     # The optimizer's clipping and zeroing change `.grad` in place.
                     self.previous.direction = [tensor.clone() for tensor in self.previous.direction]
@@ -274,16 +274,16 @@ class LSAMStep:
         length = norms(gradients).square().sum().sqrt()
         torch._foreach_add_(gradients, torch._foreach_mul(parts, self.config.reuse_correction * length))
 
-    def _count(self, ascent: Ascent, overhead: float) -> None:
-        length = self.config.rho
+    def _count(self, ascent: Ascent, overhead: float, applied: Tensor) -> None:
+        length: float | Tensor = self.config.rho
         if self.config.adaptive:
-            length *= float(norms(ascent.direction).square().sum().sqrt()) / ascent.norm
+            length = norms(ascent.direction).square().sum().sqrt() * (length / ascent.norm)
         first_block = min(self.candidates[index].first_block for index in ascent.chosen)
-        self.log.add_perturbation(ascent.chosen, ascent.squared_norms, length, first_block, overhead)
+        self.log.add(Perturbed(applied, ascent.chosen, ascent.squared_norms, length, first_block, overhead))
 
-    def _skip(self, reason: str) -> None:
+    def _skip(self) -> None:
         self.log.skipped += 1
         logger.warning_once(
-            f"{reason}, so the weights were not perturbed and the plain gradient was used. Steps of this kind are "
-            "counted in lsam/skipped."
+            "The gradient is zero or not finite, so the weights were not perturbed and the plain gradient was used. "
+            "Steps of this kind are counted in lsam/skipped."
         )

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -16,6 +18,28 @@ BLOCKS_FILE = "lsam_blocks.jsonl"
 # A run counts as stuck if the logged losses of this share of the training, and of at least so many log lines, stay
 # within this distance of the first (a fresh classifier's loss is log(classes), and noise moves it by less than that).
 _STUCK_SHARE, _STUCK_LINES, _STUCK_DISTANCE = 0.25, 5, 0.02
+
+
+@dataclass(frozen=True)
+class Perturbed:
+    """
+    One perturbation.
+
+    Attributes:
+        applied: Whether its gradient was finite and used: one boolean, on the device.
+        chosen: Indices of the perturbed candidates.
+        squared_norms: Squared gradient norm of every candidate.
+        length: How far the weights were moved.
+        first_block: Index of the first model block that held a perturbed weight.
+        overhead: Predicted cost of its pass 2, in plain steps.
+    """
+
+    applied: Tensor
+    chosen: Sequence[int]
+    squared_norms: Sequence[float]
+    length: float | Tensor
+    first_block: int
+    overhead: float
 
 
 @dataclass
@@ -29,6 +53,7 @@ class StepLog:
         chances: Steps, or micro-batches where each has its own perturbation, that could have been perturbed.
         perturbed: Those that were.
         skipped: Those that should have been, but had a gradient that is zero or not finite.
+        pending: Those that are not summed up yet.
     """
 
     names: Sequence[str]
@@ -39,40 +64,44 @@ class StepLog:
     sums: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     norms: dict[str, float] = field(default_factory=dict)
+    pending: list[Perturbed] = field(default_factory=list)
 
-    def add_perturbation(
-        self,
-        chosen: Sequence[int],
-        squared_norms: Sequence[float],
-        perturbation_norm: float,
-        first_block: int,
-        overhead: float,
-    ) -> None:
-        """
-        One perturbation.
+    def add(self, perturbation: Perturbed) -> None:
+        """Note a perturbation. Whether it was applied may still be on its way from the device: nobody waits here."""
+        self.pending.append(perturbation)
 
-        Args:
-            chosen: Indices of the perturbed candidates.
-            squared_norms: Squared gradient norm of every candidate.
-            perturbation_norm: How far the weights were moved.
-            first_block: Index of the first model block that held a perturbed weight.
-            overhead: Predicted cost of its pass 2, in plain steps.
-        """
-        total = sum(squared_norms)
+    def settle(self) -> None:
+        """Sum up what was noted: one wait for the device a log line."""
+        if not self.pending:
+            return
+        applied = torch.stack([perturbation.applied for perturbation in self.pending]).tolist()
+        for perturbation, was_applied in zip(self.pending, applied, strict=True):
+            if was_applied:
+                self._sum_up(perturbation)
+            else:
+                self.skipped += 1
+                logger.warning_once(
+                    "The gradient at the perturbed weights was not finite, so the plain gradient was used. Steps of "
+                    "this kind are counted in lsam/skipped. A smaller rho may help."
+                )
+        self.pending.clear()
+
+    def _sum_up(self, perturbation: Perturbed) -> None:
+        total = sum(perturbation.squared_norms)
         self.perturbed += 1
         figures = {
             "grad_norm": total**0.5,
-            "captured": sum(squared_norms[index] for index in chosen) / total,
-            "perturbation_norm": perturbation_norm,
-            "first_block": first_block,
-            "overhead": overhead,
+            "captured": sum(perturbation.squared_norms[index] for index in perturbation.chosen) / total,
+            "perturbation_norm": float(perturbation.length),
+            "first_block": perturbation.first_block,
+            "overhead": perturbation.overhead,
         }
         for name, value in figures.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
-        for index in chosen:
+        for index in perturbation.chosen:
             name = self.names[index]
             self.counts[name] = self.counts.get(name, 0) + 1
-        for name, squared_norm in zip(self.names, squared_norms, strict=True):
+        for name, squared_norm in zip(self.names, perturbation.squared_norms, strict=True):
             self.norms[name] = self.norms.get(name, 0.0) + squared_norm**0.5
 
     def line(self) -> dict[str, float]:
@@ -82,6 +111,7 @@ class StepLog:
         `lsam/overhead` is a mean over all steps, perturbed or not; the others are means over the perturbed ones, and
         are left out where there was none.
         """
+        self.settle()
         chances = max(self.chances, 1)
         line = {f"lsam/{name}": value / self.perturbed for name, value in self.sums.items()}
         line["lsam/overhead"] = self.sums.get("overhead", 0.0) / chances
@@ -91,6 +121,7 @@ class StepLog:
 
     def row(self, step: int, epoch: float) -> dict[str, Any]:
         """The row of `lsam_blocks.jsonl`: how often each block was selected, and its mean gradient norm."""
+        self.settle()
         return {
             "step": step,
             "epoch": epoch,
@@ -103,7 +134,8 @@ class StepLog:
 
     def state(self) -> dict[str, Any]:
         """The sums, for a checkpoint between two log lines."""
-        return {key: value for key, value in vars(self).items() if key != "names"}
+        self.settle()
+        return {key: value for key, value in vars(self).items() if key not in ("names", "pending")}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's `state()`."""

@@ -9,7 +9,7 @@ from tiny import Examples, arguments, assert_equal, bert, weights
 from transformers import TrainerCallback
 
 from hf_lsam import LSAMConfig, LSAMTrainer
-from hf_lsam.perturbation import Perturbation
+from hf_lsam.perturbation import Perturbation, where
 
 METHODS = {
     "top 2": LSAMConfig(rho=0.5),
@@ -154,7 +154,7 @@ def test_put_back_when_the_perturbed_loss_is_not_finite(value, tmp_path, caplog)
     assert_equal(weights(trainer.model), weights(plain.model))
     assert trainer.state.log_history[0]["lsam/skipped"] == 3
     assert trainer.state.log_history[0]["lsam/active"] == 0
-    assert "at the perturbed weights is not finite" in caplog.text
+    assert "at the perturbed weights was not finite" in caplog.text
 
 
 @pytest.mark.parametrize("method", ["top 2", "one pass"])
@@ -248,3 +248,22 @@ def test_out_of_memory_retries_with_a_smaller_batch_from_the_start(method, tmp_p
     small.train()
     # The first pass of the attempt that went through is at the weights that training began with.
     assert_equal(found.seen[-len(small.seen)], small.seen[0])
+
+
+def test_a_choice_by_a_condition_on_the_device_does_not_wait_for_it():
+    """A tensor on `meta` has no value: reading the condition would raise."""
+    one, other = ([torch.empty(3, device="meta")] for _ in range(2))
+    chosen = where(torch.empty((), dtype=torch.bool, device="meta"), one, other)
+    assert [tensor.shape for tensor in chosen] == [(3,)]
+    values, others = [torch.ones(2)], [torch.zeros(2)]
+    assert where(torch.tensor(True), values, others)[0] is values[0]
+    assert where(torch.tensor(False), values, others)[0] is others[0]
+
+
+def test_looksam_reuses_nothing_of_a_gradient_that_is_not_finite(tmp_path):
+    config = LSAMConfig(rho=0.5, block_selection="all", perturb_interval=3, reuse_correction=0.7)
+    trainer = watched(tmp_path / "lsam", config, lambda count, loss: loss * math.nan if count == 2 else loss)
+    trainer.train()
+    plain = watched(tmp_path / "plain", LSAMConfig(block_selection="none"))
+    plain.train()
+    assert_equal(weights(trainer.model), weights(plain.model))
