@@ -74,7 +74,7 @@ class LSAMStep:
         self.rounding_checked = False
         self.perturbation = Perturbation()
         self.window: list[MicroBatch] = []
-        # What goes from step to step: the gradient to climb (one pass), the direction to reuse (LookSAM).
+        # What is kept from step to step: the gradient to climb (one pass), the direction to reuse (LookSAM).
         self.previous: Ascent | None = None
         self.correction: tuple[list[Tensor], list[Tensor]] | None = None
         self.reset_log()
@@ -164,11 +164,12 @@ class LSAMStep:
             ]
         if self.config.sharpness_scope == "batch":
             perturbed = average_over_ranks(perturbed)
-        finite = norms(perturbed).isfinite().all() if not self.has_scaler else torch.tensor(True)
+        finite = norms(perturbed).isfinite().all()
         if self.config.reuse_correction > 0:
             parts = orthogonal_part(perturbed, ascent.gradients)
             self.correction = (ascent.weights, where(finite, parts, [torch.zeros_like(part) for part in parts]))
-        perturbed = where(finite, perturbed, ascent.gradients)
+        if not self.has_scaler:
+            perturbed = where(finite, perturbed, ascent.gradients)
         for weight, mixed in zip(ascent.weights, mix(ascent.gradients, perturbed, self.config.alpha), strict=True):
             weight.grad = mixed
         chosen = [self.candidates[index] for index in ascent.chosen]
@@ -179,7 +180,7 @@ class LSAMStep:
     def _moved(self, ascent: Ascent) -> Iterator[None]:
         """Inside, the selected weights are at w + eps."""
         with self.perturbation.moved(ascent.weights, ascent.direction, self.config.rho / ascent.norm) as before:
-            if not self.rounding_checked:
+            if not self.rounding_checked and torch.finfo(ascent.weights[0].dtype).bits < 32:
                 self.rounding_checked = True
                 cosine = move_cosine(ascent.weights, before, ascent.direction)
                 if cosine < _ROUNDED:
