@@ -140,27 +140,32 @@ def test_splits_keep_odd_characters_and_drop_doubles_and_neutral(tmp_path):
 
 
 STAND_IN = """
-import json, sys, yaml, pathlib
-given = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+import json, pathlib, sys, yaml
 settings = yaml.safe_load(open(sys.argv[1]))
+assert sys.argv[2] == "--output_dir" and "--do_train" in sys.argv
 with open(settings["model_name_or_path"] + ".calls", "a") as calls:
-    print(settings["block_selection"], settings["seed"], "train" if "--do_train" in sys.argv else "test", file=calls)
-out = pathlib.Path(given["--output_dir"])
+    print(settings["block_selection"], settings["seed"], file=calls)
+out = pathlib.Path(sys.argv[3])
 out.mkdir()
-if "--do_train" in sys.argv:
-    print({"loss": "0.7", "epoch": "0.5"})
-    print({"loss": "0.6", "epoch": "1"})
-    if settings["seed"] == 13:
-        sys.exit("no luck")
-    (out / "model.safetensors").touch()
-    result = {"train_runtime": 9.0, "train_step_seconds": 0.1, "train_peak_memory_mib": 500.0}
-    (out / "train_results.json").write_text(json.dumps(result))
-    log = [{"step": 5, "loss": 0.7}, {"step": 5, "eval_accuracy": 0.5, "eval_loss": 0.7, "eval_runtime": 2.0}]
-    (out / "trainer_state.json").write_text(json.dumps({"log_history": log}))
-else:
-    assert (pathlib.Path(given["--model_name_or_path"]) / "model.safetensors").exists()
-    (out / "eval_results.json").write_text(json.dumps({"eval_accuracy": 0.7, "eval_loss": 0.6}))
+print({"loss": "0.7", "epoch": "0.5"})
+print({"loss": "0.6", "epoch": "1"})
+if settings["seed"] == 13:
+    sys.exit("no luck")
+(out / "model.safetensors").touch()
+result = {"train_runtime": 9.0, "train_step_seconds": 0.1, "train_peak_memory_mib": 500.0}
+(out / "train_results.json").write_text(json.dumps(result))
+log = [{"step": 5, "loss": 0.7}, {"step": 5, "eval_accuracy": 0.5, "eval_loss": 0.7, "eval_runtime": 2.0}]
+(out / "trainer_state.json").write_text(json.dumps({"log_history": log}))
 """
+
+
+def stand_in_for_test(arguments: list[str]):
+    """What the recipe leaves of an evaluation."""
+    given = dict(zip(arguments[1::2], arguments[2::2], strict=False))
+    assert (Path(given["--model_name_or_path"]) / "model.safetensors").exists()
+    output = Path(given["--output_dir"])
+    output.mkdir()
+    (output / "eval_results.json").write_text(json.dumps({"eval_accuracy": 0.7, "eval_loss": 0.6}))
 
 
 @pytest.fixture
@@ -182,15 +187,32 @@ def test_runs_are_interleaved_and_kept_and_redone_when_something_changed(tmp_pat
     plan, calls = stand_in
     runs = plan()
     assert [(run.method, run.seed) for run in runs] == [("AdamW", 0), ("SAM", 0), ("AdamW", 1), ("SAM", 1)]
-    assert not any(run.done for run in runs)
+    assert not any(run.trained or run.tested for run in runs)
     epochs = []
-    demo.carry_out(runs[1], tmp_path / "test.tsv", epochs.append)
-    assert calls() == ["all 0 train", "all 0 test"]
+    demo.train(runs[1], epochs.append)
+    assert calls() == ["all 0"]
     assert epochs == [0.5, 1.0]
-    assert [run.done for run in plan()] == [False, True, False, False]
-    assert not any(run.done for run in (*plan(version="2"), *plan(learning_rate=0.1)))
-    assert not list(runs[1].folder.rglob("model.safetensors"))
-    figures = demo.read_run(runs[1])
+    assert [run.trained for run in plan()] == [False, True, False, False]
+    assert not any(run.trained for run in (*plan(version="2"), *plan(learning_rate=0.1)))
+
+
+def test_weights_are_kept_until_the_run_is_tested(tmp_path, stand_in):
+    run = stand_in[0]()[0]
+    demo.train(run, lambda epoch: None)
+    assert run.trained
+    assert not run.tested
+
+    def stop(arguments):
+        stand_in_for_test(arguments)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        demo.test(run, tmp_path / "test.tsv", stop)
+    assert not run.tested
+    demo.test(run, tmp_path / "test.tsv", stand_in_for_test)
+    assert run.tested
+    assert not list(run.folder.rglob("model.safetensors"))
+    figures = demo.read_run(run)
     assert figures["test_accuracy"] == 0.7
     assert figures["training_seconds"] == 7.0
     assert figures["curve"] == [{"step": 5, "accuracy": 0.5, "loss": 0.7}]
@@ -204,19 +226,19 @@ def test_run_that_was_killed_is_redone(tmp_path, stand_in):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        demo.carry_out(run, tmp_path / "test.tsv", stop)
-    assert not run.done
-    demo.carry_out(run, tmp_path / "test.tsv", lambda epoch: None)
-    assert run.done
+        demo.train(run, stop)
+    assert not run.trained
+    demo.train(run, lambda epoch: None)
+    assert run.trained
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [run.folder.name]
-    assert calls()[-2:] == ["none 0 train", "none 0 test"]
+    assert calls()[-1] == "none 0"
 
 
-def test_failed_run_shows_its_output(tmp_path, stand_in):
+def test_failed_run_shows_its_output(stand_in):
     run = stand_in[0]([13])[0]
     with pytest.raises(demo.RunError, match=r"(?s)AdamW, seed 13 failed:.*no luck.*train.log"):
-        demo.carry_out(run, tmp_path / "test.tsv", lambda epoch: None)
-    assert not run.done
+        demo.train(run, lambda epoch: None)
+    assert not run.trained
 
 
 def synthetic(methods=("AdamW", "SAM"), seeds=(0, 1)) -> list[dict]:
