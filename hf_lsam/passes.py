@@ -8,27 +8,29 @@ from torch.nn.modules.batchnorm import _NormBase
 
 
 @contextmanager
-def only_gradients_of(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[None]:
+def only_gradients_of(model: nn.Module, weights: Sequence[Tensor], beside: Sequence[Tensor] = ()) -> Iterator[None]:
     """
     Inside, backward gives gradients to `weights` only, starting from none; afterwards every `.grad` is what it was.
 
-    Gradients are switched off on the parameters. `backward(inputs=...)` would give none, and no error, under reentrant
-    activation checkpointing, and wrong ones under FSDP2.
+    Gradients are switched off on the parameters of the model and on those `beside` it. `backward(inputs=...)` would
+    give none, and no error, under reentrant activation checkpointing, and wrong ones under FSDP2. A forward pass may
+    switch them on again, as PEFT does where it disables an adapter for a while, so what others get is dropped.
     """
     wanted = set(weights)
-    others = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in wanted]
-    gradients = [weight.grad for weight in weights]
+    trained = [p for p in dict.fromkeys([*model.parameters(), *beside]) if p.requires_grad or p in wanted]
+    others = [parameter for parameter in trained if parameter not in wanted]
+    gradients = [parameter.grad for parameter in trained]
     try:
         for parameter in others:
             parameter.requires_grad_(False)
-        for weight in weights:
-            weight.grad = None
+        for parameter in trained:
+            parameter.grad = None
         yield
     finally:
         for parameter in others:
             parameter.requires_grad_(True)
-        for weight, gradient in zip(weights, gradients, strict=True):
-            weight.grad = gradient
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            parameter.grad = gradient
 
 
 @contextmanager
@@ -48,8 +50,9 @@ class Counters:
     """
     The numbers that an object counts on itself, to be put back after a pass that must not count.
 
-    Trainers keep token counters and lists of metrics as attributes and add to them in `compute_loss`. Numbers, lists
-    (by their length) and dictionaries of those are put back; whatever else the object holds is left alone.
+    Trainers keep token counters and lists of metrics as attributes and add to them in `compute_loss`. Numbers, tensors
+    without a gradient, lists (by their length) and dictionaries of those are put back; whatever else the object holds
+    is left alone.
     """
 
     def __init__(self, owner: object):
@@ -63,12 +66,14 @@ class Counters:
 
 
 def _is_counted(value: object) -> bool:
-    return isinstance(value, (int, float, list, dict))
+    return isinstance(value, (int, float, list, dict)) or (isinstance(value, Tensor) and not value.requires_grad)
 
 
 def _snapshot(value):
     if isinstance(value, dict):
         return value, {key: _snapshot(entry) for key, entry in value.items() if _is_counted(entry)}
+    if isinstance(value, Tensor):
+        return value, value.clone()
     return value, len(value) if isinstance(value, list) else None
 
 
@@ -80,4 +85,6 @@ def _restored(snapshot):
     elif isinstance(value, dict):
         for key, entry in content.items():
             value[key] = _restored(entry)
+    elif isinstance(value, Tensor):
+        value.copy_(content)
     return value

@@ -50,13 +50,22 @@ class LSAMStep:
         max_steps: Optimizer steps of the training, of which `perturb_start` and `perturb_end` are shares.
         has_scaler: Whether a gradient scaler looks at the gradients afterwards: a pass 2 that overflowed is then left
             for it to see, so that it skips the step and lowers the scale.
+        beside: Parameters that are trained but not the model's, as those of a loss; they keep their plain gradients.
 
     Raises:
         ValueError: if the model has no blocks to choose from, or the settings do not fit it.
     """
 
-    def __init__(self, model: nn.Module, config: LSAMConfig, max_steps: int, has_scaler: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        config: LSAMConfig,
+        max_steps: int,
+        has_scaler: bool = False,
+        beside: Sequence[Tensor] = (),
+    ):
         self.model = model
+        self.beside = beside
         self.config = config
         self.max_steps = max_steps
         self.has_scaler = has_scaler
@@ -155,7 +164,7 @@ class LSAMStep:
             self._skip()
             return
         self._check_replay(window[-1])
-        with only_gradients_of(self.model, ascent.weights), running_statistics_paused(self.model):
+        with only_gradients_of(self.model, ascent.weights, self.beside), running_statistics_paused(self.model):
             with self._moved(ascent):
                 self._rerun(window, ascent)
             perturbed = [
@@ -222,7 +231,7 @@ class LSAMStep:
                 break
         try:
             with (
-                only_gradients_of(self.model, weights),
+                only_gradients_of(self.model, weights, self.beside),
                 running_statistics_paused(self.model),
                 self.replay.replaying(micro_batch.recording, {block}),
             ):

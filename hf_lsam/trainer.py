@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers import Trainer
 
+from .composition import check_order, check_repeatable
 from .config import LSAMConfig
 from .distributed import check_supported
 from .passes import Counters
@@ -50,6 +51,10 @@ class LSAMMixin(_AnyTrainer):
         NotImplementedError: before training, for what is not supported; the message names the way out.
     """
 
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        check_order(cls, LSAMMixin)
+
     def __init__(self, *args: Any, lsam_config: LSAMConfig | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.lsam_config = lsam_config if lsam_config is not None else LSAMConfig()
@@ -64,6 +69,7 @@ class LSAMMixin(_AnyTrainer):
         """Check that the settings are supported and fit the model, then train."""
         self._lsam, self._lsam_run, self._lsam_checkpoint = None, None, None
         if self.lsam_config.enabled:
+            check_repeatable(self, LSAMMixin)
             check_supported(self, self.lsam_config)
             LSAMStep(self.model, self.lsam_config, max_steps=1)
         return super().train(*args, **kwargs)
@@ -117,7 +123,9 @@ class LSAMMixin(_AnyTrainer):
         """Find the blocks for this run, and go on from the checkpoint that it resumes."""
         has_scaler = self.accelerator.scaler is not None
         unwrapped = self.accelerator.unwrap_model(model)
-        self._lsam = LSAMStep(unwrapped, self.lsam_config, self.state.max_steps, has_scaler)
+        # A loss may have parameters of its own (sentence-transformers), which only the optimizer knows.
+        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self._lsam = LSAMStep(unwrapped, self.lsam_config, self.state.max_steps, has_scaler, trained)
         self._lsam_run = self.state
         self._lsam_watch = StuckWatch()
         self._lsam_flops = 0.0

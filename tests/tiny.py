@@ -3,11 +3,15 @@
 import torch
 from torch.utils.data import Dataset
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
     TrainingArguments,
     set_seed,
 )
@@ -52,6 +56,49 @@ def llama(blocks: int = 4, dropout: float = 0.0, seed: int = 0, **options) -> Pr
         **options,
     )
     return LlamaForCausalLM(config)
+
+
+def t5(blocks: int = 3, dropout: float = 0.0, seed: int = 0) -> PreTrainedModel:
+    """A T5 with as many blocks in its encoder as in its decoder."""
+    set_seed(seed)
+    config = T5Config(
+        vocab_size=VOCABULARY,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=blocks,
+        num_heads=2,
+        dropout_rate=dropout,
+        pad_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+        initializer_factor=1.0,
+    )
+    return T5ForConditionalGeneration(config)
+
+
+def bart(blocks: int = 3, dropout: float = 0.0, seed: int = 0) -> PreTrainedModel:
+    """A BART with as many blocks in its encoder as in its decoder."""
+    set_seed(seed)
+    config = BartConfig(
+        vocab_size=VOCABULARY,
+        d_model=16,
+        encoder_layers=blocks,
+        decoder_layers=blocks,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_position_embeddings=32,
+        dropout=dropout,
+        init_std=0.3,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=1,
+        forced_eos_token_id=1,
+    )
+    return BartForConditionalGeneration(config)
 
 
 MODELS = {"bert": bert, "llama": llama}

@@ -1,0 +1,139 @@
+"""Trainers of transformers, and a user's own: both passes are theirs, and nothing that they count is doubled."""
+
+import pytest
+import torch
+from literal import LiteralLSAM
+from tiny import Examples, arguments, assert_equal, bart, bert, largest_difference, t5, weights
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
+
+from hf_lsam import LSAMConfig, LSAMMixin, LSAMTrainer, reference
+from hf_lsam.blocks import find_blocks
+
+SEQ2SEQ = {"t5": t5, "bart": bart}
+
+
+class LSAMSeq2Seq(LSAMMixin, Seq2SeqTrainer):
+    pass
+
+
+class LiteralSeq2Seq(LiteralLSAM, Seq2SeqTrainer):
+    pass
+
+
+class Full(LSAMSeq2Seq):
+    """Runs all of pass 2."""
+
+    def _begin_lsam(self, model):
+        super()._begin_lsam(model)
+        self._lsam.replay_works = False
+
+
+class Calls:
+    """Counts how often a block of a model really runs: its self-attention does."""
+
+    def __init__(self, model):
+        self.count = 0
+        for block in find_blocks(model).values():
+            next(module for name, module in block.named_modules() if name.endswith(("self_attn", "SelfAttention")))\
+                .register_forward_hook(self.called)
+
+    def called(self, *_):
+        self.count += 1
+
+
+class Plain(TrainerCallback):
+    """Notes the weights at the end of each step, and whether those that an evaluation sees are the same."""
+
+    def __init__(self, model):
+        self.model, self.after_step, self.evaluations = model, None, 0
+
+    def on_step_end(self, *args, **kwargs):
+        self.after_step = weights(self.model)
+
+    def on_prediction_step(self, *args, **kwargs):
+        self.evaluations += 1
+        assert_equal(self.after_step, weights(self.model))
+
+
+class Collator:
+    """The tokens of each example, and what a decoder reads: its labels, one place later."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, examples):
+        batch = torch.utils.data.default_collate(examples)
+        batch["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+        return batch
+
+
+def translate(trainer_class, model, folder, config=None, **options):
+    """Train a model on sequences to sequences; returns the trainer."""
+    shared = vars(arguments(folder))
+    names = ("output_dir", "per_device_train_batch_size", "learning_rate", "lr_scheduler_type", "save_strategy")
+    names += ("train_sampling_strategy", "report_to", "disable_tqdm", "use_cpu", "seed")
+    defaults = dict(optim="sgd", max_steps=5, max_grad_norm=0.0, logging_steps=1)
+    args = Seq2SeqTrainingArguments(**{**{name: shared[name] for name in names}, **defaults, **options})
+    trainer = trainer_class(
+        model=model,
+        args=args,
+        data_collator=Collator(model),
+        train_dataset=Examples(20, language_model=True),
+        eval_dataset=Examples(4, language_model=True, seed=1),
+        **({} if config is None else {"lsam_config": config}),
+    )
+    trainer.add_callback(Plain(model))
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("name", list(SEQ2SEQ))
+def test_seq2seq_equals_the_literal_method(name, smoothing, tmp_path):
+    options = dict(label_smoothing_factor=smoothing)
+    lsam, literal, plain = (SEQ2SEQ[name]() for _ in range(3))
+    trainer = translate(LSAMSeq2Seq, lsam, tmp_path, LSAMConfig(rho=0.1), **options)
+    translate(LiteralSeq2Seq, literal, tmp_path, **options)
+    translate(Seq2SeqTrainer, plain, tmp_path, **options)
+    assert trainer._lsam.replay_works
+    assert largest_difference(weights(lsam), weights(literal)) < 1e-12
+    assert largest_difference(weights(lsam), weights(plain)) > 1e-6
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", list(SEQ2SEQ))
+def test_seq2seq_takes_one_pass(name, tmp_path):
+    """Against the reference: the gradient of the step before is climbed, in the blocks of encoder and decoder."""
+    fast, slow = SEQ2SEQ[name](), SEQ2SEQ[name]()
+    translate(LSAMSeq2Seq, fast, tmp_path, LSAMConfig(rho=0.1, ascent_gradient="previous"))
+    blocks = [list(block.parameters()) for block in find_blocks(slow).values()]
+    assert len(blocks) == 6
+    examples, state = Examples(20, language_model=True), {}
+    optimizer = torch.optim.SGD(slow.parameters(), lr=1e-2)
+    slow.train()
+    for step in range(5):
+        batches = [examples.batch(step * 4, 4)]
+        reference.one_pass_lsam_step(slow, batches, optimizer, blocks, 0.1, reference.top_k(2), state)
+    assert largest_difference(weights(fast), weights(slow)) < 1e-12
+
+
+@pytest.mark.parametrize("selection", ["encoder.*", "decoder.*"])
+@pytest.mark.parametrize("name", list(SEQ2SEQ))
+def test_replay_over_encoder_and_decoder_equals_a_full_pass_2(name, selection, tmp_path):
+    """With dropout, bitwise; the blocks before the perturbed one are not run again."""
+    ran, results = [], []
+    for is_replayed in (True, False):
+        model = SEQ2SEQ[name](dropout=0.1)
+        pattern = rf"(model\.)?{selection[:7]}\.(block|layers)\.2"
+        config = LSAMConfig(rho=0.5, block_pattern=pattern, num_perturbed_blocks=1)
+        options = dict(full_pass_2=not is_replayed, max_steps=3)
+        calls = Calls(model)
+        trainer = translate(Full if options.pop("full_pass_2") else LSAMSeq2Seq, model, tmp_path, config, **options)
+        assert trainer._lsam.replay_works == is_replayed
+        ran.append(calls.count)
+        results.append(weights(model))
+    assert_equal(*results)
+    first = 2 if selection == "encoder.*" else 5
+    # Three steps; the self-check of the first runs the last block only.
+    assert ran == [3 * 6 + 3 * (6 - first) + 1, 3 * 12]
