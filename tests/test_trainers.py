@@ -137,3 +137,149 @@ def test_replay_over_encoder_and_decoder_equals_a_full_pass_2(name, selection, t
     first = 2 if selection == "encoder.*" else 5
     # Three steps; the self-check of the first runs the last block only.
     assert ran == [3 * 6 + 3 * (6 - first) + 1, 3 * 12]
+
+
+@pytest.mark.parametrize("name", list(SEQ2SEQ))
+def test_generation_in_evaluation_sees_unperturbed_weights_and_changes_nothing(name, tmp_path):
+    """Training goes on as if there had been no evaluation."""
+    results = []
+    for strategy in ("no", "steps"):
+        model = SEQ2SEQ[name]()
+        options = dict(eval_strategy=strategy, eval_steps=1, predict_with_generate=True, generation_max_length=6)
+        trainer = translate(
+            LSAMSeq2Seq, model, tmp_path, LSAMConfig(rho=0.5), gradient_accumulation_steps=2, max_steps=2, **options
+        )
+        results.append(weights(model))
+        evaluations = [line for line in trainer.state.log_history if "eval_loss" in line]
+        assert len(evaluations) == (0 if strategy == "no" else 2)
+        assert all("forward" not in vars(block) for block in find_blocks(model).values())
+    assert_equal(*results)
+    seen = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Plain))
+    assert seen.evaluations == 2
+    # Tokens, and not a logit for each word.
+    assert trainer.predict(Examples(4, language_model=True)).predictions.ndim == 2
+
+
+class Theirs(Trainer):
+    """A trainer of a user's own: it pops labels, counts on itself, and logs its counts."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.steps = 0
+        self.tokens = torch.zeros((), dtype=torch.long)
+        self.seen = {"train": {"confusion": torch.zeros(3, 3), "losses": []}}
+        self.line_at = []
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.steps += 1
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = torch.nn.functional.cross_entropy(outputs.logits, labels, label_smoothing=0.1)
+        self.tokens += inputs["attention_mask"].sum()
+        self.seen["train"]["confusion"][labels, outputs.logits.detach().argmax(-1)] += 1
+        self.seen["train"]["losses"].append(loss.item())
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs:
+            self.line_at.append(self._globalstep_last_logged)
+            logs |= {"steps": self.steps, "tokens": int(self.tokens), "mean": sum(self.seen["train"]["losses"])}
+        super().log(logs, *args, **kwargs)
+
+
+class Beneath(LSAMMixin, Theirs):
+    pass
+
+
+class Above(Theirs, LSAMMixin, Trainer):
+    """Both passes run inside one call of `Theirs.training_step`."""
+
+
+class LiteralTheirs(LiteralLSAM, Theirs):
+    pass
+
+
+def classify(trainer_class, folder, config=None, model=None, **options):
+    model = model or bert()
+    keywords = {} if config is None else {"lsam_config": config}
+    if loss := options.pop("compute_loss_func", None):
+        keywords["compute_loss_func"] = loss
+    defaults = dict(optim="sgd", max_grad_norm=0.0, logging_steps=1)
+    args = arguments(folder, **{**defaults, **options})
+    trainer = trainer_class(model=model, args=args, train_dataset=Examples(16), eval_dataset=Examples(8), **keywords)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("trainer_class", [Beneath, Above])
+def test_a_users_trainer_keeps_its_loss_and_counts_once(trainer_class, accumulation, tmp_path):
+    options = dict(gradient_accumulation_steps=accumulation, per_device_train_batch_size=4 // accumulation)
+    plain = classify(Theirs, tmp_path, **options)
+    literal = classify(LiteralTheirs, tmp_path, **options)
+    lsam = classify(trainer_class, tmp_path, LSAMConfig(rho=0.1), **options)
+    faint = classify(trainer_class, tmp_path, LSAMConfig(rho=1e-30), **options)
+    assert largest_difference(weights(lsam.model), weights(literal.model)) < 1e-12
+    assert largest_difference(weights(lsam.model), weights(plain.model)) > 1e-6
+    assert lsam._lsam.replay_works
+    assert literal.tokens == 2 * plain.tokens
+    assert (faint.steps, faint.tokens, faint.line_at) == (plain.steps, plain.tokens, plain.line_at)
+    assert torch.equal(faint.seen["train"]["confusion"], plain.seen["train"]["confusion"])
+    assert faint.seen["train"]["losses"] == plain.seen["train"]["losses"]
+    for line, plain_line in zip(faint.state.log_history[:-1], plain.state.log_history[:-1], strict=True):
+        assert plain_line.items() <= line.items()
+
+
+@pytest.mark.usefixtures("float64")
+def test_compute_loss_func_is_the_loss_of_both_passes(tmp_path):
+    def loss(outputs, labels, num_items_in_batch=None):
+        return torch.nn.functional.multi_margin_loss(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+    class Literal(LiteralLSAM, Trainer):
+        pass
+
+    options = dict(compute_loss_func=loss, gradient_accumulation_steps=2, per_device_train_batch_size=2)
+    lsam = classify(LSAMTrainer, tmp_path, LSAMConfig(rho=0.1), **options)
+    literal = classify(Literal, tmp_path, **options)
+    assert largest_difference(weights(lsam.model), weights(literal.model)) < 1e-12
+    assert largest_difference(weights(lsam.model), weights(classify(Trainer, tmp_path, **options).model)) > 1e-6
+
+
+def test_the_mixin_must_come_before_the_trainer():
+    with pytest.raises(TypeError, match=r"Put it first: class Wrong\(LSAMMixin, Theirs\)"):
+
+        class Wrong(Theirs, LSAMMixin):
+            pass
+
+
+class Shifting(Trainer):
+    """Makes its batch anew in each pass."""
+
+    def _prepare_inputs(self, inputs):
+        return super()._prepare_inputs(inputs)
+
+
+class LSAMShifting(LSAMMixin, Shifting):
+    pass
+
+
+class Declared(LSAMShifting):
+    """Its author says that the batch is the same each time."""
+
+    def _prepare_inputs(self, inputs):
+        return super()._prepare_inputs(inputs)
+
+
+@pytest.mark.parametrize("previous", [False, True])
+def test_a_trainer_that_makes_its_batch_in_each_pass_is_refused(previous, tmp_path):
+    config = LSAMConfig(rho=0.1, ascent_gradient="previous" if previous else "current")
+    with pytest.raises(NotImplementedError, match="Shifting overrides _prepare_inputs.*block_selection='none'"):
+        classify(LSAMShifting, tmp_path, config)
+    off = classify(LSAMShifting, tmp_path, LSAMConfig(block_selection="none"))
+    assert_equal(weights(off.model), weights(classify(Trainer, tmp_path).model))
+    declared = classify(Declared, tmp_path, config)
+    assert_equal(weights(declared.model), weights(classify(LSAMTrainer, tmp_path, config).model))
