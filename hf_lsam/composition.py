@@ -22,16 +22,16 @@ def check_order(trainer_class: type, mixin: type) -> None:
         )
 
 
-def check_repeatable(trainer: Trainer, mixin: type) -> None:
+def check_repeatable(trainer_class: type, mixin: type) -> None:
     """
-    Refuse a Trainer whose `training_step` makes the batch that it trains on, as GRPO's does from the model's samples.
+    Refuse a class whose `training_step` makes the batch that it trains on, as GRPO's does from the model's samples.
 
     What a class that derives from `mixin` overrides is its author's own choice, made for two passes.
 
     Raises:
         NotImplementedError: names the class, the reason and the way out.
     """
-    order = type(trainer).__mro__
+    order = trainer_class.__mro__
     sampling = next((c for c in order if c.__name__ in _SAMPLING and c.__module__.startswith("trl.")), None)
     if sampling is not None:
         raise NotImplementedError(

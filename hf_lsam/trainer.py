@@ -69,7 +69,7 @@ class LSAMMixin(_AnyTrainer):
         """Check that the settings are supported and fit the model, then train."""
         self._lsam, self._lsam_run, self._lsam_checkpoint = None, None, None
         if self.lsam_config.enabled:
-            check_repeatable(self, LSAMMixin)
+            check_repeatable(type(self), LSAMMixin)
             check_supported(self, self.lsam_config)
             LSAMStep(self.model, self.lsam_config, max_steps=1)
         return super().train(*args, **kwargs)

@@ -34,8 +34,9 @@ class Calls:
     def __init__(self, model):
         self.count = 0
         for block in find_blocks(model).values():
-            next(module for name, module in block.named_modules() if name.endswith(("self_attn", "SelfAttention")))\
-                .register_forward_hook(self.called)
+            next(
+                module for name, module in block.named_modules() if name.endswith(("self_attn", "SelfAttention"))
+            ).register_forward_hook(self.called)
 
     def called(self, *_):
         self.count += 1

@@ -1,17 +1,21 @@
 """Trainers of trl: those with a fixed batch compose and count once, those that sample their batch are refused."""
 
+import importlib
+import pkgutil
 import random
 
 import pytest
 
 pytest.importorskip("trl")
 import torch
+import trl.experimental
+import trl.trainer
 from datasets import Dataset
 from literal import LiteralLSAM
 from peft import LoraConfig
 from tiny import largest_difference, llama, weights
 from tiny_glue import WORDS, save_tokenizer
-from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForSequenceClassification, set_seed
+from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForSequenceClassification, Trainer, set_seed
 from trl import (
     DPOConfig,
     DPOTrainer,
@@ -30,6 +34,7 @@ from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
 from hf_lsam import LSAMConfig, LSAMMixin
+from hf_lsam.composition import check_repeatable
 
 # trl 1.16 announces its own removals.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -153,8 +158,7 @@ def test_a_trainer_with_a_fixed_batch_composes_and_counts_once(name, tokenizer, 
     assert runs["lsam"]._lsam.replay_works
     plain_lines = runs["plain"].state.log_history[:-1]
     assert len(plain_lines) == 2
-    if not name.startswith("kto"):
-        assert plain_lines[-1]["num_tokens"] > plain_lines[0]["num_tokens"] > 0
+    assert plain_lines[-1]["num_tokens"] > plain_lines[0]["num_tokens"] > 0
     for run in ("off", "faint"):
         for line, plain_line in zip(runs[run].state.log_history[:-1], plain_lines, strict=True):
             assert {key: line[key] for key in plain_line} == plain_line
@@ -192,3 +196,26 @@ def test_a_trainer_that_samples_its_batch_is_refused_before_training(name, token
             trainer.train()
         assert trainer.state.global_step == 0
         assert torch.equal(trainer.model.lm_head.weight, llama(blocks=3).lm_head.weight)
+
+
+# What trains on the rows of its data set. Any other Trainer of trl writes its own batches.
+FIXED_BATCH = {"CPOTrainer", "DPOTrainer", "KTOTrainer", "ORPOTrainer", "RewardTrainer", "SFTTrainer", "TPOTrainer"}
+
+
+def test_of_all_the_trainers_of_trl_just_those_that_sample_are_refused():
+    refused, accepted = set(), set()
+    for package in (trl.trainer, trl.experimental):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if not module.name.endswith("_trainer"):
+                continue
+            for trainer_class in vars(importlib.import_module(module.name)).values():
+                is_class = isinstance(trainer_class, type) and trainer_class.__module__ == module.name
+                if not is_class or not issubclass(trainer_class, Trainer) or trainer_class.__name__[0] == "_":
+                    continue
+                try:
+                    check_repeatable(with_lsam(trainer_class), LSAMMixin)
+                    accepted.add(trainer_class.__name__)
+                except NotImplementedError:
+                    refused.add(trainer_class.__name__)
+    assert accepted == FIXED_BATCH
+    assert refused >= {"GRPOTrainer", "RLOOTrainer", "OnlineDPOTrainer", "GKDTrainer", "AsyncGRPOTrainer"}
