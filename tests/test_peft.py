@@ -149,7 +149,7 @@ def test_replay_is_exact_and_used(name, checkpointing, tmp_path):
     results, ran = [], []
     for replayed in (True, False):
         model = adapted(name, config, dropout=0.1)
-        options = dict(activation_checkpointing=checkpointing is not None, activation_checkpointing_kwargs=checkpointing)
+        options = dict(activation_checkpointing=bool(checkpointing), activation_checkpointing_kwargs=checkpointing)
         trainer = trainer_for(model, tmp_path, dict(rho=0.5, block_selection="last"), logging_steps=1, **options)
         first_layer = next(m for n, m in model.named_modules() if n.endswith(f"{ATTENTION[name][0]}.lora_A.default"))
         calls = []
