@@ -79,7 +79,6 @@ def add_adapter(model: PreTrainedModel, args: AdapterArguments, new_parameters: 
     Raises:
         ValueError: if the model has no such layers, or PEFT has no choice for its type; names those it has.
     """
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     targets: list[str] | str | None = args.lora_target_modules
     if targets == ["all-linear"]:
         targets = "all-linear"
@@ -93,21 +92,21 @@ def add_adapter(model: PreTrainedModel, args: AdapterArguments, new_parameters: 
         use_dora=args.use_dora,
         modules_to_save=sorted(name for name in new_modules if not _HEADS & set(name.split("."))) or None,
     )
-    problem = None
-    if isinstance(targets, list):
-        names = [name for name, _ in model.named_modules()]
-        unknown = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
-        problem = f"it has no {', '.join(unknown)}." if unknown else None
-    if problem is None:
-        try:
-            return get_peft_model(model, config)
-        except ValueError as error:
-            problem = " ".join(str(error).split())
-    ends = sorted({name.rpartition(".")[2] for name in linear})
-    raise ValueError(
-        f"{type(model).__name__} cannot get an adapter with lora_target_modules={args.lora_target_modules}: {problem} "
-        f"Set lora_target_modules to all-linear, or to some of its linear layers: {', '.join(ends)}."
-    )
+    try:
+        if isinstance(targets, list):
+            # PEFT passes over a name that no layer has, as long as another one has some.
+            names = [f".{name}" for name, _ in model.named_modules()]
+            unknown = [t for t in targets if not any(name.endswith(f".{t}") for name in names)]
+            if unknown:
+                raise ValueError(f"it has no {', '.join(unknown)}.")
+        return get_peft_model(model, config)
+    except ValueError as error:
+        ends = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+        raise ValueError(
+            f"{type(model).__name__} cannot get an adapter with lora_target_modules={args.lora_target_modules}: "
+            f"{' '.join(str(error).split())} Set lora_target_modules to all-linear, or to some of its linear layers: "
+            f"{', '.join(sorted(ends))}."
+        ) from error
 
 
 def find_base(name: str) -> str | None:

@@ -158,7 +158,7 @@ def test_an_adapter_is_loaded_with_its_labels(lora_run):
     folder, _ = lora_run
     config = AutoConfig.from_pretrained(folder, subfolder=adapters.MODEL_CONFIG)
     assert config.id2label == {0: "entailment", 1: "not_entailment"}
-    model = AutoModelForSequenceClassification.from_pretrained(folder, id2label=config.id2label)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, config=config)
     base = AutoModelForSequenceClassification.from_pretrained(
         json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
     )

@@ -14,9 +14,10 @@ from hf_lsam.step import LSAMStep
 
 peft = pytest.importorskip("peft")
 
-STEPS, BATCH = 6, 4
+STEPS, BATCH = 4, 4
 MODELS = {"bert": bert, "llama": llama, "qwen2": qwen2}
 ATTENTION = {"bert": ["query", "value"], "llama": ["q_proj", "v_proj"], "qwen2": ["q_proj", "v_proj"]}
+EMBEDDINGS = {"bert": "word_embeddings", "llama": "embed_tokens", "qwen2": "embed_tokens"}
 FEEDFORWARD = {"bert": "intermediate.dense", "llama": "down_proj", "qwen2": "down_proj"}
 HEAD = {"bert": "classifier", "llama": "lm_head", "qwen2": "lm_head"}
 
@@ -24,6 +25,7 @@ HEAD = {"bert": "classifier", "llama": "lm_head", "qwen2": "lm_head"}
 ADAPTERS = {
     "lora": lambda name: peft.LoraConfig(r=2, target_modules=ATTENTION[name]),
     "lora and head": lambda name: peft.LoraConfig(r=2, target_modules=ATTENTION[name], modules_to_save=[HEAD[name]]),
+    "lora, embeddings too": lambda name: peft.LoraConfig(r=2, target_modules=[*ATTENTION[name], EMBEDDINGS[name]]),
     "dora": lambda name: peft.LoraConfig(r=2, target_modules=ATTENTION[name], use_dora=True),
     "ia3": lambda name: peft.IA3Config(
         target_modules=[*ATTENTION[name], FEEDFORWARD[name]], feedforward_modules=[FEEDFORWARD[name]]
@@ -96,8 +98,9 @@ def frozen(model):
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("method", list(METHODS))
-@pytest.mark.parametrize("adapter", list(ADAPTERS))
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize(
+    "name, adapter", [(n, a) for n in MODELS for a in ADAPTERS if n != "qwen2" or a in ("lora", "lora and head")]
+)
 def test_equals_the_reference_and_leaves_the_base_alone(name, adapter, method, tmp_path):
     settings, literal = METHODS[method]
     fast, slow = (adapted(name, ADAPTERS[adapter](name)) for _ in range(2))
@@ -118,7 +121,7 @@ def test_equals_the_reference_and_leaves_the_base_alone(name, adapter, method, t
 @pytest.mark.usefixtures("float64")
 def test_adalora_with_its_reallocation_equals_the_reference(tmp_path):
     """Whoever trains AdaLoRA reallocates its ranks after each update, from the gradient that the optimizer got."""
-    ranks = dict(init_r=4, target_r=1, tinit=1, tfinal=2, deltaT=1, total_step=STEPS)
+    ranks = dict(init_r=4, target_r=1, tinit=0, tfinal=1, deltaT=1, total_step=STEPS)
     fast, slow = (adapted("bert", peft.AdaLoraConfig(target_modules=ATTENTION["bert"], **ranks)) for _ in range(2))
 
     class Reallocate(TrainerCallback):
@@ -273,12 +276,12 @@ def test_a_checkpoint_is_that_of_the_trainer_and_gives_the_same_outputs(adapter,
 def test_resume_equals_the_uninterrupted_run(method, tmp_path):
     config = peft.LoraConfig(r=2, target_modules=ATTENTION["bert"], lora_dropout=0.3, modules_to_save=["classifier"])
     settings = METHODS[method][0]
-    options = dict(save_strategy="steps", save_steps=3)
+    options = dict(save_strategy="steps", save_steps=2)
     whole = adapted("bert", config, dropout=0.1)
     trainer_for(whole, tmp_path, settings, **options).train()
     again = adapted("bert", config, dropout=0.1)
     start = weights(again)
-    trainer_for(again, tmp_path, settings, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    trainer_for(again, tmp_path, settings, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_equal(weights(again), weights(whole))
     assert largest_difference(weights(again), start) > 1e-3
 
