@@ -99,7 +99,7 @@ def frozen(model):
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("method", list(METHODS))
 @pytest.mark.parametrize(
-    "name, adapter", [(n, a) for n in MODELS for a in ADAPTERS if n != "qwen2" or a in ("lora", "lora and head")]
+    "name, adapter", [*(("bert", adapter) for adapter in ADAPTERS), ("llama", "lora"), ("qwen2", "lora and head")]
 )
 def test_equals_the_reference_and_leaves_the_base_alone(name, adapter, method, tmp_path):
     settings, literal = METHODS[method]
@@ -144,8 +144,9 @@ def test_adalora_with_its_reallocation_equals_the_reference(tmp_path):
     assert_equal(frozen(fast), base)
 
 
-@pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": True}, {"use_reentrant": False}])
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize(
+    "name, checkpointing", [("bert", None), ("bert", {"use_reentrant": True}), ("llama", {"use_reentrant": False})]
+)
 def test_replay_is_exact_and_used(name, checkpointing, tmp_path):
     """With dropout in the adapter, and under activation checkpointing; the base's embeddings are frozen."""
     config = peft.LoraConfig(r=2, target_modules=ATTENTION[name], lora_dropout=0.3)
@@ -192,12 +193,11 @@ def test_cost_is_the_share_of_the_blocks_that_pass_2_runs():
 # What is in no block
 
 
-@pytest.mark.parametrize("ascent_gradient", ["current", "previous"])
 @pytest.mark.parametrize("kind", list(OUTSIDE_BLOCKS))
-def test_tuning_outside_the_blocks_is_refused_before_training(kind, ascent_gradient, tmp_path):
+def test_tuning_outside_the_blocks_is_refused_before_training(kind, tmp_path):
     model = peft.get_peft_model(bert(), OUTSIDE_BLOCKS[kind]("SEQ_CLS"))
     start = weights(model)
-    trainer = trainer_for(model, tmp_path, dict(ascent_gradient=ascent_gradient))
+    trainer = trainer_for(model, tmp_path, {})
     with pytest.raises(ValueError, match="None of the 4 blocks .*prompt and prefix tuning.* block_selection='all'"):
         trainer.train()
     assert_equal(weights(model), start)
@@ -250,7 +250,7 @@ def test_only_the_active_adapter_is_trained(tmp_path):
 # Saving and resuming
 
 
-@pytest.mark.parametrize("adapter", list(ADAPTERS))
+@pytest.mark.parametrize("adapter", ["lora and head", "ia3"])
 def test_a_checkpoint_is_that_of_the_trainer_and_gives_the_same_outputs(adapter, tmp_path):
     files = {}
     for trainer_class in (Trainer, LSAMTrainer):
@@ -272,7 +272,7 @@ def test_a_checkpoint_is_that_of_the_trainer_and_gives_the_same_outputs(adapter,
     assert torch.allclose(merged(**batch).logits, outputs, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", ["top 2", "one pass"])
 def test_resume_equals_the_uninterrupted_run(method, tmp_path):
     config = peft.LoraConfig(r=2, target_modules=ATTENTION["bert"], lora_dropout=0.3, modules_to_save=["classifier"])
     settings = METHODS[method][0]
@@ -303,8 +303,7 @@ class Int8Linear(torch.nn.Linear):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("method", list(METHODS))
-def test_a_base_of_integers_equals_the_reference(method, tmp_path):
+def test_a_base_of_integers_equals_the_reference(tmp_path):
     """Only adapters are perturbed and take gradients, so that it does not matter what the base is made of."""
 
     def build():
@@ -317,7 +316,7 @@ def test_a_base_of_integers_equals_the_reference(method, tmp_path):
         set_seed(1)
         return peft.get_peft_model(model, ADAPTERS["lora"]("llama"), autocast_adapter_dtype=False)
 
-    settings, literal = METHODS[method]
+    settings, literal = METHODS["top 2"]
     fast, slow = build(), build()
     base = frozen(fast)
     assert sum(value.dtype == torch.int8 for value in base.values()) == 4 * 7
