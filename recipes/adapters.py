@@ -100,7 +100,7 @@ def add_adapter(model: PreTrainedModel, args: AdapterArguments, new_parameters: 
             if unknown:
                 raise ValueError(f"it has no {', '.join(unknown)}.")
         return get_peft_model(model, config)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         ends = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
         raise ValueError(
             f"{type(model).__name__} cannot get an adapter with lora_target_modules={args.lora_target_modules}: "
