@@ -90,6 +90,13 @@ def find_candidates(model: nn.Module, blocks: dict[str, nn.Module], pattern: str
             f"block_pattern {pattern!r} matches no module with trainable parameters in {type(model).__name__}. It "
             f"must match a module's whole name, as in model.named_modules(), for instance {_some_names(model)}."
         )
+    if pattern is None and not candidates and len(blocks) >= 2:
+        raise ValueError(
+            f"None of the {len(blocks)} blocks of {type(model).__name__} holds a trainable parameter, and layer-wise "
+            "perturbation has to choose among at least 2 that do (prompt and prefix tuning train vectors outside of "
+            "the blocks). Perturb every trainable parameter with block_selection='all', or train something in the "
+            "blocks, such as LoRA adapters."
+        )
     if pattern is None and len(candidates) < 2:
         raise ValueError(
             f"{type(model).__name__} has {len(blocks)} block(s), {len(candidates)} of them trainable, and layer-wise "

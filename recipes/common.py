@@ -23,6 +23,7 @@ RUN_OUTPUT = (
     "trainer_state.json",
     "lsam_blocks.jsonl",
     "config.json",
+    "adapter_config.json",
     "*.safetensors",
     "README.md",
 )

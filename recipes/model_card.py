@@ -6,6 +6,7 @@ import math
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -32,7 +33,7 @@ TRAINING_FIELDS = (
 )
 
 TEMPLATE = """
-# A text {kind} model, fine-tuned {method}
+# A text {kind}, fine-tuned {method}
 
 Made by the recipe `run_glue.py` of `hf_lsam`.
 
@@ -66,7 +67,13 @@ Layer-wise SAM perturbs only the layers whose gradients are largest before it ta
 """
 
 
-def write_model_card(trainer: LSAMTrainer, model_name: str, data_args: DataArguments, metrics: dict[str, float]):
+def write_model_card(
+    trainer: LSAMTrainer,
+    model_name: str,
+    data_args: DataArguments,
+    metrics: dict[str, float],
+    adapter: dict[str, Any] | None = None,
+):
     """
     Write `README.md` beside the model, and to the Hub where the Trainer pushes to it.
 
@@ -75,12 +82,13 @@ def write_model_card(trainer: LSAMTrainer, model_name: str, data_args: DataArgum
         model_name (`str`): Name or folder of the model that was fine-tuned.
         data_args (`DataArguments`): The data that it was trained on.
         metrics (`dict[str, float]`): The metrics of training and evaluation.
+        adapter (`dict[str, Any]`, *optional*): The settings of the LoRA adapter, if one was trained.
     """
     args, lsam_config = trainer.args, trainer.lsam_config
     on_hub = not Path(model_name).is_dir()
     task, from_hub = data_args.task_name, data_args.task_name is not None and data_args.data_dir is None
     data = ModelCardData(
-        library_name="transformers",
+        library_name="peft" if adapter else "transformers",
         pipeline_tag="text-classification",
         tags=["hf_lsam", "layer-wise-sam", "sharpness-aware-minimization"],
         datasets=HUB_NAME if from_hub else None,
@@ -89,6 +97,7 @@ def write_model_card(trainer: LSAMTrainer, model_name: str, data_args: DataArgum
     training = {
         "model": model_name if on_hub else Path(model_name).name,
         "data": f"GLUE {task} ({'Hub' if from_hub else 'local files'})" if task else "files of the user's own",
+        **({"adapter": adapter} if adapter else {}),
         **{name: getattr(args, name) for name in TRAINING_FIELDS},
         "versions": {
             "python": platform.python_version(),
@@ -98,7 +107,7 @@ def write_model_card(trainer: LSAMTrainer, model_name: str, data_args: DataArgum
         },
     }
     content = TEMPLATE.format(
-        kind="regression" if data_args.is_regression else "classification",
+        kind=("regression" if data_args.is_regression else "classification") + (" adapter" if adapter else " model"),
         method="with layer-wise SAM" if lsam_config.enabled else "without perturbation (layer-wise SAM is off)",
         training=_json_block(training),
         lsam=_json_block(dataclasses.asdict(lsam_config)),

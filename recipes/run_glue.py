@@ -4,22 +4,24 @@ Fine-tune a text classifier, or a regression, with layer-wise SAM: on a task of 
     python recipes/run_glue.py recipes/glue/rte.yaml --rho 0.1
 
 The first argument may be a YAML of settings; any later `--setting value` overrides it. `null` stands for "not set".
-The settings are those of `ModelArguments`, `DataArguments`, `LSAMConfig` and `TrainingArguments`; `--help` lists them.
+The settings are those of `ModelArguments`, `AdapterArguments`, `DataArguments`, `LSAMConfig` and `TrainingArguments`;
+`--help` lists them.
 """
 
+import dataclasses
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from adapters import AdapterArguments, add_adapter, find_base, load_adapter, load_config, save_model_config
 from common import StepTimer, check_output_dir, parse_arguments
 from datasets import Dataset
 from glue_data import TextData, load_text_data
 from glue_tasks import GLUE_TASKS, STSB_RANGE, DataArguments
 from model_card import write_model_card
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -41,7 +43,8 @@ class ModelArguments:
     Args:
         model_name_or_path (`str`):
             Any model that `AutoModelForSequenceClassification` loads: its name on the Hub, or its folder. Its weights
-            are loaded as 32-bit numbers, whose steps are fine enough for a small `rho`.
+            are loaded as 32-bit numbers, whose steps are fine enough for a small `rho`. Without `do_train` it may be
+            an adapter, whose base is loaded with it.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to run code that comes with the model.
     """
@@ -55,6 +58,7 @@ class Run:
     """Everything that is checked and built before the first step."""
 
     model_args: ModelArguments
+    adapter_args: AdapterArguments
     data_args: DataArguments
     args: TrainingArguments
     labels: tuple[str, ...] | None
@@ -71,8 +75,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 def prepare(argv: list[str]) -> Run:
     """Check settings, output directory and data, then build model and trainer; no file is written."""
-    kinds = (ModelArguments, DataArguments, LSAMConfig, TrainingArguments)
-    model_args, data_args, lsam_config, args = parse_arguments(kinds, argv, (__doc__ or "").strip().splitlines()[0])
+    kinds = (ModelArguments, AdapterArguments, DataArguments, LSAMConfig, TrainingArguments)
+    description = (__doc__ or "").strip().splitlines()[0]
+    model_args, adapter_args, data_args, lsam_config, args = parse_arguments(kinds, argv, description)
     splits = [
         split
         for split, wanted in (("train", args.do_train), ("validation", args.do_eval), ("test", args.do_predict))
@@ -84,10 +89,16 @@ def prepare(argv: list[str]) -> Run:
 
     name, code = model_args.model_name_or_path, model_args.trust_remote_code
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=code)
+        base = find_base(name)
+        config = load_config(name, base, code)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=code)
     except (OSError, ValueError) as error:
         raise ValueError(f"model_name_or_path={name} cannot be loaded: {' '.join(str(error).split())}") from error
+    if args.do_train and base is not None:
+        raise ValueError(
+            f"model_name_or_path={name} is an adapter, which can be evaluated and predicts. To train, name the model "
+            f"that it was made for ({base}); to go on with an interrupted run, add resume_from_checkpoint."
+        )
     data = load_text_data(data_args, splits, config.label2id)
     label_settings = check_labels(data_args, data, config, args.do_train)
     if tokenizer.pad_token is None:
@@ -96,11 +107,21 @@ def prepare(argv: list[str]) -> Run:
         tokenizer.pad_token = tokenizer.eos_token
 
     set_seed(args.seed)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        name, trust_remote_code=code, dtype=torch.float32, ignore_mismatched_sizes=args.do_train, **label_settings
+    model, loaded = AutoModelForSequenceClassification.from_pretrained(
+        base or name,
+        trust_remote_code=code,
+        dtype=torch.float32,
+        # An adapter brings its own head.
+        ignore_mismatched_sizes=args.do_train or base is not None,
+        output_loading_info=True,
+        **label_settings,
     )
     # A decoder finds the last token of a text by it.
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if base is not None:
+        model = load_adapter(model, name)
+    elif args.do_train and adapter_args.enabled:
+        model = add_adapter(model, adapter_args, set(loaded["missing_keys"]))
 
     datasets = tokenize(data, tokenizer, data_args.max_seq_length)
     timer = StepTimer()
@@ -116,7 +137,7 @@ def prepare(argv: list[str]) -> Run:
         compute_loss_func=make_compute_loss(data_args, args.label_smoothing_factor),
         callbacks=[timer],
     )
-    return Run(model_args, data_args, args, data.labels, datasets, trainer, timer, resume)
+    return Run(model_args, adapter_args, data_args, args, data.labels, datasets, trainer, timer, resume)
 
 
 def execute(run: Run) -> dict[str, float]:
@@ -127,6 +148,7 @@ def execute(run: Run) -> dict[str, float]:
     # Train
     if run.args.do_train:
         result = trainer.train(resume_from_checkpoint=run.resume)
+        save_model_config(trainer)
         trainer.save_model()
         trainer.save_state()
         train_metrics = result.metrics | run.timer.metrics() | {"train_samples": len(run.datasets["train"])}
@@ -156,7 +178,8 @@ def execute(run: Run) -> dict[str, float]:
 
     # Describe
     if run.args.do_train and trainer.is_world_process_zero():
-        write_model_card(trainer, run.model_args.model_name_or_path, run.data_args, metrics)
+        adapter = dataclasses.asdict(run.adapter_args) if run.adapter_args.enabled else None
+        write_model_card(trainer, run.model_args.model_name_or_path, run.data_args, metrics, adapter)
     return metrics
 
 

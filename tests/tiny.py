@@ -10,6 +10,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     TrainingArguments,
@@ -56,6 +58,25 @@ def llama(blocks: int = 4, dropout: float = 0.0, seed: int = 0, **options) -> Pr
         **options,
     )
     return LlamaForCausalLM(config)
+
+
+def qwen2(blocks: int = 4, dropout: float = 0.0, seed: int = 0, **options) -> PreTrainedModel:
+    """A Qwen2 language model, whose attention has biases and whose embeddings are not tied."""
+    set_seed(seed)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        num_hidden_layers=blocks,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        attention_dropout=dropout,
+        pad_token_id=0,
+        initializer_range=0.3,
+        **options,
+    )
+    return Qwen2ForCausalLM(config)
 
 
 def t5(blocks: int = 3, dropout: float = 0.0, seed: int = 0) -> PreTrainedModel:

@@ -1,0 +1,143 @@
+"""LoRA adapters for `run_glue.py`: their settings, how one is put on a model, and how its model is found again."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, Trainer
+from transformers.pytorch_utils import Conv1D
+from transformers.utils.peft_utils import find_adapter_config_file
+
+# Folder beside the adapter with the configuration of the whole model: its labels and its padding token. A
+# `config.json` beside it would pass the folder off as that of a whole model.
+MODEL_CONFIG = "model_config"
+# Modules that PEFT trains whole in a text classifier.
+_HEADS = {"classifier", "score"}
+
+
+@dataclass
+class AdapterArguments:
+    """
+    Whether to train a LoRA adapter (Hu et al., ICLR 2022) and the head instead of the whole model.
+
+    Args:
+        lora_r (`int`, *optional*):
+            Rank of the adapter. Not set: the whole model is trained, without an adapter.
+        lora_alpha (`int`, *optional*, defaults to `8`):
+            What the adapter adds is scaled by `lora_alpha / lora_r`. Default: PEFT's.
+        lora_dropout (`float`, *optional*, defaults to `0.0`):
+            Dropout on what the adapter reads. Default: PEFT's.
+        lora_target_modules (`list[str]`, *optional*):
+            Names of the layers that get an adapter, or the ends of their names; `all-linear`: every linear layer but
+            the head. Not set: PEFT's choice for the model type.
+        use_dora (`bool`, *optional*, defaults to `False`):
+            Whether to train the length of each weight's columns as well: DoRA (Liu et al., ICML 2024).
+    """
+
+    lora_r: int | None = field(default=None, metadata={"help": "Train a LoRA adapter of this rank, and the head."})
+    lora_alpha: int = field(default=8, metadata={"help": "The adapter is scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on what the adapter reads."})
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of the layers that get one, or all-linear; PEFT's choice unless set."},
+    )
+    use_dora: bool = field(default=False, metadata={"help": "Train the lengths of the weights, too: DoRA."})
+
+    def __post_init__(self):
+        if self.lora_target_modules == [None]:
+            self.lora_target_modules = None
+        if self.lora_r is None:
+            changed = [item.name for item in dataclasses.fields(self) if getattr(self, item.name) != item.default]
+            if changed:
+                raise ValueError(f"{changed[0]} is a setting of LoRA, which is off: set lora_r, or leave it out.")
+            return
+        if self.lora_r < 1:
+            raise ValueError(f"lora_r must be at least 1, or null for no adapter, but is {self.lora_r}.")
+        if self.lora_alpha <= 0:
+            raise ValueError(f"lora_alpha must be more than 0, but is {self.lora_alpha}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be at least 0 and less than 1, but is {self.lora_dropout}.")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether an adapter is trained."""
+        return self.lora_r is not None
+
+
+def add_adapter(model: PreTrainedModel, args: AdapterArguments, new_parameters: set[str]) -> PeftModel:
+    """
+    Put a fresh adapter on `model`, of which it and the head are all that is trained.
+
+    Args:
+        model (`PreTrainedModel`): A text classifier.
+        args (`AdapterArguments`): The settings of the adapter.
+        new_parameters (`set[str]`): Names of the parameters that the checkpoint did not hold. They are random, so the
+            modules that hold them are trained whole, such as the pooler of DeBERTa.
+
+    Raises:
+        ValueError: if the model has no such layers, or PEFT has no choice for its type; names those it has.
+    """
+    targets: list[str] | str | None = args.lora_target_modules
+    if targets == ["all-linear"]:
+        targets = "all-linear"
+    new_modules = {name.rpartition(".")[0] for name in new_parameters}
+    config = LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=targets,
+        use_dora=args.use_dora,
+        modules_to_save=sorted(name for name in new_modules if not _HEADS & set(name.split("."))) or None,
+    )
+    try:
+        if isinstance(targets, list):
+            # PEFT passes over a name that no layer has, as long as another one has some.
+            names = [f".{name}" for name, _ in model.named_modules()]
+            unknown = [t for t in targets if not any(name.endswith(f".{t}") for name in names)]
+            if unknown:
+                raise ValueError(f"it has no {', '.join(unknown)}.")
+        return get_peft_model(model, config)
+    except (TypeError, ValueError) as error:
+        ends = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+        raise ValueError(
+            f"{type(model).__name__} cannot get an adapter with lora_target_modules={args.lora_target_modules}: "
+            f"{' '.join(str(error).split())} Set lora_target_modules to all-linear, or to some of its linear layers: "
+            f"{', '.join(sorted(ends))}."
+        ) from error
+
+
+def find_base(name: str) -> str | None:
+    """The model that an adapter was made for; `None` if `name`, on the Hub or a folder, is no adapter."""
+    if find_adapter_config_file(name) is None:
+        return None
+    return PeftConfig.from_pretrained(name).base_model_name_or_path
+
+
+def load_config(name: str, base: str | None, trust_remote_code: bool):
+    """The configuration of the model `name`; of an adapter of `base`, the one that `save_model_config` left."""
+    if base is not None and PreTrainedConfig.get_config_dict(name, subfolder=MODEL_CONFIG)[0]:
+        return AutoConfig.from_pretrained(name, subfolder=MODEL_CONFIG, trust_remote_code=trust_remote_code)
+    # An adapter that was made elsewhere has no names of labels: the data has to know them.
+    return AutoConfig.from_pretrained(base or name, trust_remote_code=trust_remote_code)
+
+
+def load_adapter(model: PreTrainedModel, name: str) -> PeftModel:
+    """
+    `model` with the adapter `name` on it.
+
+    Raises:
+        ValueError: if the adapter was made for a model of other sizes, such as another number of labels.
+    """
+    try:
+        return PeftModel.from_pretrained(model, name)
+    except RuntimeError as error:
+        raise ValueError(f"The adapter {name} does not fit its model: {' '.join(str(error).split())}") from error
+
+
+def save_model_config(trainer: Trainer) -> None:
+    """Write the configuration of an adapter's whole model to where the adapter is saved, for `load_config`."""
+    if isinstance(trainer.model, PeftModel) and trainer.is_world_process_zero():
+        trainer.model.config.save_pretrained(Path(trainer.args.output_dir) / MODEL_CONFIG)
