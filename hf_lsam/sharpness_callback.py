@@ -1,0 +1,66 @@
+"""Sharpness block by block, and a callback that logs it while a model is trained."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from .blocks import find_blocks
+from .sharpness import LossFunction, LossSurface, model_loss
+
+
+def block_surfaces(
+    model: nn.Module, batches: Iterable[Any], loss_function: LossFunction = model_loss
+) -> dict[str, LossSurface]:
+    """A surface for each transformer block that has trained weights, by its name, and `"all"` for the whole model."""
+    surfaces = {}
+    for name, block in find_blocks(model).items():
+        if parameters := [parameter for parameter in block.parameters() if parameter.requires_grad]:
+            surfaces[name] = LossSurface(model, batches, loss_function, parameters)
+    return surfaces | {"all": LossSurface(model, batches, loss_function)}
+
+
+class SharpnessCallback(TrainerCallback):
+    """
+    Logs how flat the loss is around the weights while they are trained, and changes nothing of the training.
+
+        trainer.add_callback(SharpnessCallback(trainer, batches, interval=100))
+
+    The log gets `sharpness/gradient_norm/<block>` and `sharpness/sam/<block>`, for each block and for `all`, and on
+    demand `sharpness/top_eigenvalue`.
+
+    Args:
+        trainer ([`~transformers.Trainer`]): The trainer that it is added to.
+        batches (`Iterable`): See [`LossSurface`]; some hundred rows are enough to follow a training.
+        interval (`int`): Measure after every so many optimizer steps.
+        rho (`float`, *optional*, defaults to `0.05`): Length of the perturbation. Default: SAM's.
+        top_eigenvalue (`bool`, *optional*, defaults to `False`): Whether to log it: up to 100 Hessian products.
+        loss_function (`Callable`, *optional*): See [`LossSurface`].
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        batches: Iterable[Any],
+        interval: int,
+        rho: float = 0.05,
+        top_eigenvalue: bool = False,
+        loss_function: LossFunction = model_loss,
+    ):
+        if interval < 1:
+            raise ValueError(f"interval counts optimizer steps and must be at least 1, but is {interval}.")
+        self.trainer, self.batches, self.interval, self.rho = trainer, batches, interval, rho
+        self.top_eigenvalue, self.loss_function = top_eigenvalue, loss_function
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.interval:
+            return
+        surfaces = block_surfaces(self.trainer.accelerator.unwrap_model(model), self.batches, self.loss_function)
+        figures = {}
+        for name, surface in surfaces.items():
+            figures[f"sharpness/gradient_norm/{name}"] = surface.gradient_norm()
+            figures[f"sharpness/sam/{name}"] = surface.sharpness(self.rho)
+        if self.top_eigenvalue:
+            figures["sharpness/top_eigenvalue"] = surfaces["all"].top_eigenvalue()
+        self.trainer.log(figures)
