@@ -115,9 +115,8 @@ class LSAMMixin(_AnyTrainer):
 
     def _begin_lsam(self, model: nn.Module) -> None:
         """Find the blocks for this run, and go on from the checkpoint that it resumes."""
-        has_scaler = self.accelerator.scaler is not None
         unwrapped = self.accelerator.unwrap_model(model)
-        self._lsam = LSAMStep(unwrapped, self.lsam_config, self.state.max_steps, has_scaler)
+        self._lsam = LSAMStep(unwrapped, self.lsam_config, self.state.max_steps, self.accelerator.scaler)
         self._lsam_run = self.state
         self._lsam_watch = StuckWatch()
         self._lsam_flops = 0.0
