@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from transformers.utils import logging
 
 from .ascent import Ascent, find_ascent
@@ -18,7 +19,7 @@ from .blocks import everything, find_blocks, find_candidates
 from .config import LSAMConfig
 from .distributed import average_gradients, average_over_ranks
 from .passes import only_gradients_of, running_statistics_paused
-from .perturbation import Perturbation, mix, move_cosine, norms, orthogonal_part, where
+from .perturbation import Perturbation, is_coarse, mix, move_cosine, norms, orthogonal_part, where
 from .replay import Recording, Replay, ReplayError
 from .selection import CostModel, check_selection
 from .step_log import Perturbed, StepLog
@@ -27,7 +28,7 @@ logger = logging.get_logger(__name__)
 
 Pass = Callable[[], Tensor]
 
-# Below this cosine between what the weights moved by and what they should have moved by, a user is warned.
+# Below this cosine between what the weights moved by and what they should have, a user is told.
 _ROUNDED = 0.95
 
 
@@ -48,8 +49,7 @@ class LSAMStep:
         model: The model itself, not a wrapper of it; its blocks and trainable parameters are found here.
         config: The settings.
         max_steps: Optimizer steps of the training, of which `perturb_start` and `perturb_end` are shares.
-        has_scaler: Whether a gradient scaler looks at the gradients afterwards: a pass 2 that overflowed is then left
-            for it to see, so that it skips the step and lowers the scale.
+        scaler: The gradient scaler, if there is one: an overflow is left for it to see, so that it skips the step.
         beside: Parameters that are trained but not the model's, as those of a loss; they keep their plain gradients.
 
     Raises:
@@ -61,14 +61,14 @@ class LSAMStep:
         model: nn.Module,
         config: LSAMConfig,
         max_steps: int,
-        has_scaler: bool = False,
+        scaler: GradScaler | None = None,
         beside: Sequence[Tensor] = (),
     ):
         self.model = model
         self.beside = beside
         self.config = config
         self.max_steps = max_steps
-        self.has_scaler = has_scaler
+        self.scaler = scaler
         blocks = find_blocks(model)
         self.block_modules = list(blocks.values())
         if config.block_selection == "all":
@@ -113,6 +113,7 @@ class LSAMStep:
             The loss of pass 1.
         """
         is_perturbed = self.perturbs(step)
+        self.perturbation.seed = step
         self.log.steps += is_last
         self.log.chances += is_last or self.config.sharpness_scope == "micro_batch"
         if self.config.ascent_gradient == "previous":
@@ -159,7 +160,7 @@ class LSAMStep:
 
     def _perturb_and_rerun(self, window: Sequence[MicroBatch]) -> None:
         """Select on the gradient of pass 1, move the selected blocks, take their gradient there, and mix."""
-        ascent = find_ascent(self.candidates, self.costs, self.config)
+        ascent = self._find_ascent()
         if ascent is None:
             self._skip()
             return
@@ -177,7 +178,7 @@ class LSAMStep:
         if self.config.reuse_correction > 0:
             parts = orthogonal_part(perturbed, ascent.gradients)
             self.correction = (ascent.weights, where(finite, parts, [torch.zeros_like(part) for part in parts]))
-        if not self.has_scaler:
+        if self.scaler is None:
             perturbed = where(finite, perturbed, ascent.gradients)
         for weight, mixed in zip(ascent.weights, mix(ascent.gradients, perturbed, self.config.alpha), strict=True):
             weight.grad = mixed
@@ -185,18 +186,26 @@ class LSAMStep:
         self.overhead = self.costs.overhead(chosen, replayed=self.replay_works)
         self._count(ascent, self.overhead, finite)
 
+    def _find_ascent(self) -> Ascent | None:
+        """The ascent along `.grad`. A scaler's scale is in its direction and norm, not in `squared_norms`."""
+        ascent = find_ascent(self.candidates, self.costs, self.config)
+        if ascent is not None and self.scaler is not None:
+            ascent.squared_norms = [square / self.scaler.get_scale() ** 2 for square in ascent.squared_norms]
+        return ascent
+
     @contextmanager
     def _moved(self, ascent: Ascent) -> Iterator[None]:
         """Inside, the selected weights are at w + eps."""
         with self.perturbation.moved(ascent.weights, ascent.direction, self.config.rho / ascent.norm) as before:
-            if not self.rounding_checked and torch.finfo(ascent.weights[0].dtype).bits < 32:
+            coarse = next((weight.dtype for weight in ascent.weights if is_coarse(weight)), None)
+            if coarse is not None and not self.rounding_checked:
                 self.rounding_checked = True
                 cosine = move_cosine(ascent.weights, before, ascent.direction)
                 if cosine < _ROUNDED:
                     logger.warning(
-                        f"rho={self.config.rho} moves the {ascent.weights[0].dtype} weights by less than they "
-                        f"resolve: the cosine between the move and its direction is {cosine:.2f}. Raise rho, or keep "
-                        "the weights in float32 and train with bf16=True."
+                        f"rho={self.config.rho} moves the {coarse} weights by less than they resolve: rounded "
+                        f"stochastically, it is right in the mean but noisy (cosine with its direction {cosine:.2f}). "
+                        "Raise rho, or keep the weights in float32 and train with bf16=True."
                     )
             yield
 
@@ -265,7 +274,7 @@ class LSAMStep:
                 self._count(ascent, 0.0, torch.tensor(True))
             self.previous = None
             if self.perturbs(step + 1):
-                self.previous = find_ascent(self.candidates, self.costs, self.config)
+                self.previous = self._find_ascent()
                 if self.previous is None:
                     self._skip()
                 else:

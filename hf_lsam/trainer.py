@@ -121,11 +121,10 @@ class LSAMMixin(_AnyTrainer):
 
     def _begin_lsam(self, model: nn.Module) -> None:
         """Find the blocks for this run, and go on from the checkpoint that it resumes."""
-        has_scaler = self.accelerator.scaler is not None
         unwrapped = self.accelerator.unwrap_model(model)
         # A loss may have parameters of its own (sentence-transformers), which only the optimizer knows.
         trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        self._lsam = LSAMStep(unwrapped, self.lsam_config, self.state.max_steps, has_scaler, trained)
+        self._lsam = LSAMStep(unwrapped, self.lsam_config, self.state.max_steps, self.accelerator.scaler, trained)
         self._lsam_run = self.state
         self._lsam_watch = StuckWatch()
         self._lsam_flops = 0.0

@@ -88,11 +88,11 @@ def test_off_is_supported_everywhere(tmp_path):
     trainer.train()
 
 
-def test_weights_too_coarse_for_rho_warn(tmp_path, caplog):
+def test_weights_too_coarse_for_rho_warn_that_the_move_is_noisy(tmp_path, caplog):
     torch.manual_seed(0)
     model = bert().to(torch.bfloat16)
     trainer_for(tmp_path, LSAMConfig(rho=0.02), model, max_steps=1).train()
-    assert "moves the torch.bfloat16 weights by less than they resolve: the cosine" in caplog.text
+    assert "moves the torch.bfloat16 weights by less than they resolve: rounded stochastically" in caplog.text
     caplog.clear()
     trainer_for(tmp_path, LSAMConfig(rho=5.0), bert().to(torch.bfloat16), max_steps=1).train()
     trainer_for(tmp_path, LSAMConfig(rho=0.02), bert(), max_steps=1).train()
