@@ -156,7 +156,7 @@ def killed(folder, name, config, choose):
 
 
 def terminated(folder, name, config, choose):
-    """SIGTERM while the weights are moved, or after an update, with `enable_jit_checkpoint`; and resumed to the end."""
+    """SIGTERM while the weights are moved, or after an update, with `enable_jit_checkpoint`; resumed to the end."""
     train(folder / f"{name}-whole-0", config, None, False, 0.0, save_steps=STEPS)
     plan = []
     first = ACCUMULATION + 1 if config.ascent_gradient == "current" else 1
