@@ -55,6 +55,9 @@ class LSAMMixin(_AnyTrainer):
         NotImplementedError: before training, for what is not supported; the message names the way out.
     """
 
+    # The Trainer sets it when a search begins.
+    hp_space: Any
+
     def __init__(self, *args: Any, lsam_config: LSAMConfig | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.lsam_config = lsam_config if lsam_config is not None else LSAMConfig()

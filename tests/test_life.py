@@ -164,7 +164,7 @@ def test_no_setting_is_a_training_argument():
 # --- several runs
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", ["one pass", "looksam"])
 def test_a_second_run_with_model_init_equals_the_first(method, tmp_path):
     trainer = trainer_for(tmp_path, METHODS[method], init=True)
     ends = []
