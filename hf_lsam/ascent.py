@@ -13,6 +13,7 @@ from .config import LSAMConfig
 from .distributed import average_over_ranks, is_distributed
 from .perturbation import adaptive_scores, norms
 from .selection import CostModel, select
+from .step_log import StepLog
 
 
 @dataclass
@@ -35,6 +36,15 @@ class Ascent:
     weights: list[Tensor]
     gradients: list[Tensor]
     direction: list[Tensor]
+
+
+@dataclass
+class Kept:
+    """What goes from step to step: the gradient to climb (one pass), the direction to reuse (LookSAM), the log."""
+
+    previous: Ascent | None
+    correction: tuple[list[Tensor], list[Tensor]] | None
+    log: StepLog
 
 
 @torch.no_grad()

@@ -18,20 +18,26 @@ logger = logging.get_logger(__name__)
 STATE_FILE = "lsam_state.safetensors"
 
 
-def save_state(step: LSAMStep, checkpoint: str) -> None:
-    """Write to `checkpoint` what `step` keeps: the gradient to climb or the direction to reuse, the log's sums."""
+def save_state(step: LSAMStep, checkpoint: str, global_step: int) -> None:
+    """
+    Write to `checkpoint` what optimizer step `global_step` begins with.
+
+    The Trainer writes `trainer_state.json` afterwards and cannot resume without it, so a run that is killed in here
+    leaves no checkpoint that resumes without this state.
+    """
+    kept = step.kept(global_step)
     names: dict[Tensor, str] = {parameter: name for name, parameter in step.model.named_parameters()}
     tensors: dict[str, Tensor] = {}
-    contents: dict[str, Any] = {"config": asdict(step.config), "log": step.log.state()}
-    if step.previous is not None:
-        weights, direction = step.previous.weights, step.previous.direction
+    contents: dict[str, Any] = {"config": asdict(step.config), "log": kept.log.state()}
+    if kept.previous is not None:
+        weights, direction = kept.previous.weights, kept.previous.direction
         contents["previous"] = {
-            "chosen": step.previous.chosen,
-            "squared_norms": step.previous.squared_norms,
-            "norm": step.previous.norm,
+            "chosen": kept.previous.chosen,
+            "squared_norms": kept.previous.squared_norms,
+            "norm": kept.previous.norm,
         }
-    elif step.correction is not None:
-        weights, direction = step.correction
+    elif kept.correction is not None:
+        weights, direction = kept.correction
     else:
         weights, direction = [], []
     for weight, tensor in zip(weights, direction, strict=True):

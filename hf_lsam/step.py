@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from transformers.utils import logging
 
-from .ascent import Ascent, find_ascent
+from .ascent import Ascent, Kept, find_ascent
 from .blocks import everything, find_blocks, find_candidates
 from .config import LSAMConfig
 from .distributed import average_gradients, average_over_ranks
@@ -83,10 +83,11 @@ class LSAMStep:
         self.rounding_checked = False
         self.perturbation = Perturbation()
         self.window: list[MicroBatch] = []
-        # What is kept from step to step: the gradient to climb (one pass), the direction to reuse (LookSAM).
         self.previous: Ascent | None = None
         self.correction: tuple[list[Tensor], list[Tensor]] | None = None
         self.reset_log()
+        # The step that runs and what it began with.
+        self.current: tuple[int, Kept] | None = None
         # What each run of pass 2 cost in the last step, in plain passes over the same micro-batch.
         self.overhead = 0.0
 
@@ -97,6 +98,12 @@ class LSAMStep:
     def perturbs(self, step: int) -> bool:
         """Whether optimizer step `step` is to be perturbed."""
         return self.config.is_perturbed(step, self.max_steps)
+
+    def kept(self, step: int) -> Kept:
+        """What optimizer step `step` begins with, for a checkpoint: on SIGTERM one is saved within the step."""
+        if self.current is not None and self.current[0] == step:
+            return self.current[1]
+        return Kept(self.previous, self.correction, self.log.copy())
 
     def __call__(self, pass_1: Pass, pass_2: Pass, step: int, is_last: bool) -> Tensor:
         """
@@ -112,6 +119,7 @@ class LSAMStep:
         Returns:
             The loss of pass 1.
         """
+        self.current = (step, self.kept(step))
         is_perturbed = self.perturbs(step)
         self.perturbation.seed = step
         self.log.steps += is_last
