@@ -75,6 +75,12 @@ def check_supported(trainer: Trainer, config: LSAMConfig) -> None:
     """
     args = trainer.args
     way_out = "Set it otherwise, or train plainly with LSAMConfig(block_selection='none')."
+    if is_distributed() and args.world_size != dist.get_world_size():
+        raise NotImplementedError(
+            f"{dist.get_world_size()} processes were launched, but each trains alone: its Trainer counts "
+            f"{args.world_size} of them. Accelerate does this on CPUs unless it is told of them: set use_cpu=True "
+            "(--use_cpu), or launch one process."
+        )
     distributed_type = trainer.accelerator.distributed_type
     if distributed_type not in _SUPPORTED or getattr(trainer.accelerator, "parallelism_config", None) is not None:
         raise NotImplementedError(
