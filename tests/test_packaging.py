@@ -1,7 +1,5 @@
-"""What is installed, and what it takes with it: the wheel, the dependencies, and the ways to launch."""
+"""What is installed, and what it takes with it: the wheel and the dependencies."""
 
-import os
-import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +7,6 @@ import tomllib
 import zipfile
 from pathlib import Path
 
-import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
