@@ -88,6 +88,13 @@ def check_supported(trainer: Trainer, config: LSAMConfig) -> None:
             f"{distributed_type.value}: weights and gradients that are sharded, or that an engine holds, are not "
             f"perturbed. Launch it without FSDP, DeepSpeed or a parallelism_config. {way_out}"
         )
+    uneven = is_distributed() and not trainer.accelerator.even_batches and not args.dataloader_drop_last
+    if uneven and config.sharpness_scope == "micro_batch" and args.gradient_accumulation_steps > 1:
+        raise NotImplementedError(
+            "With even_batches=False a process may have fewer micro-batches in the last step than another, which "
+            "would wait for it: sharpness_scope='micro_batch' selects blocks together at each of them. Set "
+            "even_batches=True, dataloader_drop_last=True, or sharpness_scope='batch'."
+        )
     if args.n_gpu > 1:
         raise NotImplementedError(
             f"torch.nn.DataParallel copies the model to {args.n_gpu} GPUs in each pass, so blocks cannot be replayed. "
