@@ -4,6 +4,8 @@ import functools
 import json
 import os
 import sys
+from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -71,9 +73,12 @@ def train(case: dict, folder: Path, rank: int = 0) -> dict:
     if rank in case.get("faulty_ranks", ()):
         add_fault(model, *case["fault"])
     trainer.train()
-    log = trainer._lsam.log
-    log.settle()
-    return {"weights": weights(model), "rows": trainer.rows, "selected": log.counts, "skipped": log.skipped}
+    result = {"weights": weights(model), "rows": trainer.rows, "selected": {}, "skipped": 0}
+    if trainer.lsam_config.enabled:
+        log = trainer._lsam.log
+        log.settle()
+        result |= {"selected": log.counts, "skipped": log.skipped}
+    return result
 
 
 def refusal(folder: Path, config: dict, **options) -> str:
@@ -103,8 +108,10 @@ def main():
     rank = int(os.environ["RANK"])
     for name, case in json.loads((folder / "cases.json").read_text()).items():
         calls.clear()
-        result = train(case, folder / "out", rank)
-        torch.save(result | {"all_reduced": list(calls)}, folder / f"{name}.{rank}.pt")
+        with torch.profiler.profile() if case.get("profiled") else nullcontext() as profile:
+            result = train(case, folder / "out", rank)
+        sent = Counter(event.name for event in profile.events() if event.name.startswith("gloo:")) if profile else {}
+        torch.save(result | {"all_reduced": list(calls), "sent": dict(sent)}, folder / f"{name}.{rank}.pt")
     uneven = dict(accelerator_config={"even_batches": False}, gradient_accumulation_steps=3)
     refusals = {
         "uneven": refusal(folder / "out", {"sharpness_scope": "micro_batch"}, **uneven),

@@ -79,7 +79,8 @@ def cases() -> dict[str, dict]:
             two, one = TWO | dict(gradient_accumulation_steps=3), ONE | dict(gradient_accumulation_steps=3)
             made[f"{model}-{name}"] = dict(model=model, config=config, rows=48, arguments=two, single=one)
     base = dict(model="bert", config=METHODS["top-2"], rows=16)
-    made["no-accumulation"] = base | dict(arguments=TWO, single=ONE)
+    made["no-accumulation"] = base | dict(arguments=TWO, single=ONE, profiled=True)
+    made["plain"] = made["no-accumulation"] | dict(config=dict(block_selection="none"))
     each = dict(gradient_accumulation_steps=3, accelerator_config={"gradient_accumulation_kwargs": SYNC_EACH})
     made["synced-at-each-batch"] = base | dict(rows=48, arguments=TWO | each, single=ONE | each)
     for flag in (True, False):
@@ -147,7 +148,7 @@ def trained(tmp_path_factory) -> Path:
         [*command, ranks.__file__, str(folder)],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=300,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert result.returncode == 0, result.stderr[-3000:]
@@ -216,10 +217,23 @@ def test_a_fault_on_one_rank_leaves_both_in_step(name, trained):
 
 
 def test_pass_2_costs_one_all_reduce_of_the_selected_gradients(trained):
-    """Beside what DistributedDataParallel sends itself, which goes past `dist.all_reduce`."""
     block = sum(p.numel() for p in ranks.MODELS["bert"]().bert.encoder.layer[0].parameters())
     assert torch.load(trained / "bert-top-2.0.pt")["all_reduced"] == [2 * block] * 4
     assert torch.load(trained / "bert-one-pass.0.pt")["all_reduced"] == []
+
+
+def test_nothing_else_is_sent_beyond_the_plain_step(trained):
+    """Counted where the process group sends, so that what DistributedDataParallel sends is in it."""
+    for rank in range(2):
+        plain, perturbed = (torch.load(trained / f"{name}.{rank}.pt")["sent"] for name in ("plain", "no-accumulation"))
+        assert plain["gloo:all_reduce"] > 0 and plain["gloo:broadcast"] > 0
+        assert perturbed == plain | {"gloo:all_reduce": plain["gloo:all_reduce"] + 4}
+
+
+def test_micro_batch_scope_sends_norms_at_each_micro_batch_and_gradients_once_a_step(trained):
+    parameters = [p.numel() for p in ranks.MODELS["bert"]().parameters()]
+    a_step = [4, 4, len(parameters), sum(parameters)]
+    assert torch.load(trained / "micro-batch-accumulated.0.pt")["all_reduced"] == a_step * 4
 
 
 @pytest.mark.parametrize("rank", [0, 1])
