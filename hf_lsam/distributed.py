@@ -75,12 +75,25 @@ def check_supported(trainer: Trainer, config: LSAMConfig) -> None:
     """
     args = trainer.args
     way_out = "Set it otherwise, or train plainly with LSAMConfig(block_selection='none')."
+    if is_distributed() and args.world_size != dist.get_world_size():
+        raise NotImplementedError(
+            f"{dist.get_world_size()} processes were launched, but each trains alone: its Trainer counts "
+            f"{args.world_size} of them. Accelerate does this on CPUs unless it is told of them: set use_cpu=True "
+            "(--use_cpu), or launch one process."
+        )
     distributed_type = trainer.accelerator.distributed_type
     if distributed_type not in _SUPPORTED or getattr(trainer.accelerator, "parallelism_config", None) is not None:
         raise NotImplementedError(
             "LSAMTrainer runs in one process, or in several under DistributedDataParallel, and this run is "
             f"{distributed_type.value}: weights and gradients that are sharded, or that an engine holds, are not "
             f"perturbed. Launch it without FSDP, DeepSpeed or a parallelism_config. {way_out}"
+        )
+    uneven = is_distributed() and not trainer.accelerator.even_batches and not args.dataloader_drop_last
+    if uneven and config.sharpness_scope == "micro_batch" and args.gradient_accumulation_steps > 1:
+        raise NotImplementedError(
+            "With even_batches=False a process may have fewer micro-batches in the last step than another, which "
+            "would wait for it: sharpness_scope='micro_batch' selects blocks together at each of them. Set "
+            "even_batches=True, dataloader_drop_last=True, or sharpness_scope='batch'."
         )
     if args.n_gpu > 1:
         raise NotImplementedError(

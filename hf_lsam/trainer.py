@@ -141,8 +141,9 @@ class LSAMMixin(_AnyTrainer):
             self._lsam_flops += float(self.floating_point_ops(inputs))
             counters = Counters(self)
             try:
-                with self.accelerator.no_sync(model):
-                    return training_step(model, copy.copy(inputs), num_items_in_batch)
+                # Past DistributedDataParallel, which would send buffers on the way: a pass that fails on one process
+                # and is run again there would send them once more than the others.
+                return training_step(step.model, copy.copy(inputs), num_items_in_batch)
             finally:
                 counters.restore()
 
