@@ -70,7 +70,7 @@ def test_every_requirement_is_pinned_within_its_range():
             assert pin.version in requirement.specifier, requirement
 
 
-@pytest.mark.parametrize("config", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", [ROOT / "accelerate_configs" / f"{name}.yaml" for name in ("bf16", "cpu")])
 def test_accelerate_config_launches(config, tmp_path):
     script = tmp_path / "state.py"
     script.write_text(
