@@ -10,6 +10,7 @@ from transformers import Trainer
 from transformers.training_args import OptimizerNames
 
 from .config import LSAMConfig
+from .shards import is_sharded
 
 # Optimizers that update the weights inside the backward pass: pass 1 would already train.
 _UPDATE_IN_BACKWARD = {
@@ -21,7 +22,8 @@ _UPDATE_IN_BACKWARD = {
     OptimizerNames.APOLLO_ADAMW_LAYERWISE,
 }
 # One process, or DistributedDataParallel: every process holds the whole model and, after pass 1, the same gradients.
-_SUPPORTED = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
+# Or FSDP2: every process holds its part of each weight and, after pass 1, that of the same gradient.
+_SUPPORTED = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP}
 
 
 def is_distributed() -> bool:
@@ -35,11 +37,14 @@ def average_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
     The mean of each tensor over all processes, by one all-reduce for each dtype and device.
 
     In one process the tensors themselves. Every process must give tensors of the same shapes in the same order.
+    Sharded ones are left alone: as gradients, FSDP2 has reduced them over the processes already.
     """
     if not is_distributed() or not tensors:
         return list(tensors)
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for place, tensor in enumerate(tensors):
+        if is_sharded([tensor]):
+            continue
         groups.setdefault((tensor.device, tensor.dtype), []).append(place)
     averages = list(tensors)
     for places in groups.values():
@@ -78,10 +83,11 @@ def check_supported(trainer: Trainer, config: LSAMConfig) -> None:
     distributed_type = trainer.accelerator.distributed_type
     if distributed_type not in _SUPPORTED or getattr(trainer.accelerator, "parallelism_config", None) is not None:
         raise NotImplementedError(
-            "LSAMTrainer runs in one process, or in several under DistributedDataParallel, and this run is "
-            f"{distributed_type.value}: weights and gradients that are sharded, or that an engine holds, are not "
-            f"perturbed. Launch it without FSDP, DeepSpeed or a parallelism_config. {way_out}"
+            "LSAMTrainer runs in one process, or in several under DistributedDataParallel or FSDP2, and this run is "
+            f"{distributed_type.value}: weights and gradients that an engine holds, or that are split in another way, "
+            f"are not perturbed. Launch it without DeepSpeed or a parallelism_config. {way_out}"
         )
+    _check_sharding(trainer, config)
     if args.n_gpu > 1:
         raise NotImplementedError(
             f"torch.nn.DataParallel copies the model to {args.n_gpu} GPUs in each pass, so blocks cannot be replayed. "
@@ -96,4 +102,28 @@ def check_supported(trainer: Trainer, config: LSAMConfig) -> None:
         raise NotImplementedError(
             "torch_compile=True compiles the whole model, and each set of selected blocks would compile it anew. Use "
             f"ascent_gradient='previous', which compiles once. {way_out}"
+        )
+
+
+def _check_sharding(trainer: Trainer, config: LSAMConfig) -> None:
+    """Of the ways to shard a model, leave only FSDP2 as accelerate sets it up."""
+    if getattr(trainer, "is_distributed_loading_by_transformers", False):
+        raise NotImplementedError(
+            "The model was loaded with a distributed_config, which may split weights and gradients in ways that are "
+            "not perturbed. Load it without, and let accelerate shard it (fsdp_version: 2). Or train plainly with "
+            "LSAMConfig(block_selection='none')."
+        )
+    if trainer.accelerator.distributed_type != DistributedType.FSDP:
+        return
+    if not trainer.accelerator.is_fsdp2:
+        raise NotImplementedError(
+            "FSDP1 (FullyShardedDataParallel) keeps the weights of many modules in one flat tensor, in which there "
+            "are no blocks to perturb. Set fsdp_version: 2 in the FSDP settings, or train plainly with "
+            "LSAMConfig(block_selection='none')."
+        )
+    if config.sharpness_scope == "micro_batch":
+        raise NotImplementedError(
+            "sharpness_scope='micro_batch' climbs the gradient of this process's own micro-batch, but FSDP2 has "
+            "averaged it over the processes by then. Set sharpness_scope='batch', launch without FSDP, or train "
+            "plainly with LSAMConfig(block_selection='none')."
         )

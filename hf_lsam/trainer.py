@@ -91,7 +91,8 @@ class LSAMMixin(_AnyTrainer):
             self._lsam_flops += float(self.floating_point_ops(inputs))
             counters = Counters(self)
             try:
-                with self.accelerator.no_sync(model):
+                # FSDP2 reduces gradients as it shards them; without it there would be none at all.
+                with nullcontext() if self.accelerator.is_fsdp2 else self.accelerator.no_sync(model):
                     return training_step(model, copy.copy(inputs), num_items_in_batch)
             finally:
                 counters.restore()
@@ -128,8 +129,8 @@ class LSAMMixin(_AnyTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self._lsam is not None and self.args.should_save:
-            save_state(self._lsam, output_dir)
+        if self._lsam is not None:
+            save_state(self._lsam, output_dir, self.args.should_save)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
