@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from test_split import Ragged
 from tiny import MODELS, Examples, arguments, weights
@@ -176,7 +177,7 @@ def _trained(case: dict, folder: Path, checkpoint: str | None = None) -> dict:
     trainer.model_accepts_loss_kwargs = False
     if dist.is_initialized():
         state = trainer.accelerator.state
-        state.distributed_type = DistributedType.FSDP
+        state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
         state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
@@ -184,6 +185,7 @@ def _trained(case: dict, folder: Path, checkpoint: str | None = None) -> dict:
         )
         trainer.is_fsdp_enabled = True
     trainer.train(resume_from_checkpoint=checkpoint)
+    assert trainer.accelerator.is_fsdp2 == dist.is_initialized()
     parameters = [p for candidate in trainer._lsam.candidates for p in candidate.parameters]
     assert all(isinstance(p, DTensor) == dist.is_initialized() for p in parameters)
     return {name: _whole(tensor) for name, tensor in weights(trainer.model).items()}
