@@ -11,6 +11,7 @@ from transformers.training_args import OptimizerNames
 
 from .config import LSAMConfig
 from .deepspeed import check_deepspeed
+from .shards import is_sharded
 
 # Optimizers that update the weights inside the backward pass: pass 1 would already train.
 _UPDATE_IN_BACKWARD = {
@@ -23,7 +24,14 @@ _UPDATE_IN_BACKWARD = {
 }
 # One process, or DistributedDataParallel: every process holds the whole model and, after pass 1, the same gradients.
 # DeepSpeed, as far as `check_deepspeed` lets it through, gives them on request.
-_SUPPORTED = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.DEEPSPEED}
+# Or FSDP2: every process holds its part of each weight and, after pass 1, that of the same gradient.
+_SUPPORTED = {
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.FSDP,
+    DistributedType.DEEPSPEED,
+}
 
 
 def is_distributed() -> bool:
@@ -37,11 +45,14 @@ def average_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
     The mean of each tensor over all processes, by one all-reduce for each dtype and device.
 
     In one process the tensors themselves. Every process must give tensors of the same shapes in the same order.
+    Sharded ones are left alone: as gradients, FSDP2 has reduced them over the processes already.
     """
     if not is_distributed() or not tensors:
         return list(tensors)
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for place, tensor in enumerate(tensors):
+        if is_sharded([tensor]):
+            continue
         groups.setdefault((tensor.device, tensor.dtype), []).append(place)
     averages = list(tensors)
     for places in groups.values():
@@ -84,14 +95,16 @@ def check_supported(trainer: Trainer, config: LSAMConfig) -> None:
             "(--use_cpu), or launch one process."
         )
     distributed_type = trainer.accelerator.distributed_type
-    if distributed_type not in _SUPPORTED or getattr(trainer.accelerator, "parallelism_config", None) is not None:
+    split = getattr(trainer.accelerator, "parallelism_config", None) is not None
+    if distributed_type not in _SUPPORTED or split:
         raise NotImplementedError(
-            "LSAMTrainer runs in one process, or in several under DistributedDataParallel or DeepSpeed, and this run "
-            f"is {distributed_type.value}: weights and gradients that are sharded are not perturbed. Launch it "
-            f"without FSDP or a parallelism_config. {way_out}"
+            "LSAMTrainer runs in one process, or in several under DistributedDataParallel, FSDP2 or DeepSpeed, and "
+            f"this run is {distributed_type.value}{' with a parallelism_config' * split}: weights that are split in "
+            f"another way are not perturbed. Launch it as one of those. {way_out}"
         )
     if distributed_type == DistributedType.DEEPSPEED:
         check_deepspeed(trainer, config, way_out)
+    _check_sharding(trainer, config)
     uneven = is_distributed() and not trainer.accelerator.even_batches and not args.dataloader_drop_last
     if uneven and config.sharpness_scope == "micro_batch" and args.gradient_accumulation_steps > 1:
         raise NotImplementedError(
@@ -113,4 +126,28 @@ def check_supported(trainer: Trainer, config: LSAMConfig) -> None:
         raise NotImplementedError(
             "torch_compile=True compiles the whole model, and each set of selected blocks would compile it anew. Use "
             f"ascent_gradient='previous', which compiles once. {way_out}"
+        )
+
+
+def _check_sharding(trainer: Trainer, config: LSAMConfig) -> None:
+    """Of the ways to shard a model, leave only FSDP2 as accelerate sets it up."""
+    if getattr(trainer, "is_distributed_loading_by_transformers", False):
+        raise NotImplementedError(
+            "The model was loaded with a distributed_config, which may split weights and gradients in ways that are "
+            "not perturbed. Load it without, and let accelerate shard it (fsdp_version: 2). Or train plainly with "
+            "LSAMConfig(block_selection='none')."
+        )
+    if trainer.accelerator.distributed_type != DistributedType.FSDP:
+        return
+    if not trainer.accelerator.is_fsdp2:
+        raise NotImplementedError(
+            "FSDP1 (FullyShardedDataParallel) keeps the weights of many modules in one flat tensor, in which there "
+            "are no blocks to perturb. Set fsdp_version: 2 in the FSDP settings, or train plainly with "
+            "LSAMConfig(block_selection='none')."
+        )
+    if config.sharpness_scope == "micro_batch":
+        raise NotImplementedError(
+            "sharpness_scope='micro_batch' climbs the gradient of this process's own micro-batch, but FSDP2 has "
+            "averaged it over the processes by then. Set sharpness_scope='batch', launch without FSDP, or train "
+            "plainly with LSAMConfig(block_selection='none')."
         )

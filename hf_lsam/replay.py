@@ -41,8 +41,9 @@ class Replay:
     Records passes over `blocks` and replays them.
 
     The model's own forward runs in either pass and only the blocks' `forward` is replaced, so masks, position
-    embeddings, cross-attention and output capture need no special case, and module hooks still run. A replayed call
-    sets the random state that the recorded one left, so draws between blocks (T5, DeBERTa-v2) are those of pass 1.
+    embeddings, cross-attention and output capture need no special case, and module hooks still run (those of FSDP2
+    gather the weights of a replayed block in vain). A replayed call sets the random state that the recorded one left,
+    so draws between blocks (T5, DeBERTa-v2) are those of pass 1.
 
     Args:
         blocks: The model's blocks.

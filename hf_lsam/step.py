@@ -19,9 +19,11 @@ from .blocks import everything, find_blocks, find_candidates
 from .config import LSAMConfig
 from .distributed import average_gradients, average_over_ranks
 from .passes import only_gradients_of, running_statistics_paused
-from .perturbation import Perturbation, is_coarse, mix, move_cosine, norms, orthogonal_part, where
+from .perturbation import Perturbation, add_along, mix, move_cosine, norms, orthogonal_part, where
 from .replay import Recording, Replay, ReplayError
+from .rounding import is_coarse
 from .selection import CostModel, check_selection
+from .shards import compute_device, reshard
 from .step_log import Perturbed, StepLog
 
 logger = logging.get_logger(__name__)
@@ -69,6 +71,7 @@ class LSAMStep:
         self.config = config
         self.max_steps = max_steps
         self.scaler = scaler
+        reshard(model)
         blocks = find_blocks(model)
         self.block_modules = list(blocks.values())
         if config.block_selection == "all":
@@ -77,7 +80,7 @@ class LSAMStep:
             self.candidates = find_candidates(model, blocks, config.block_pattern)
         self.costs = CostModel.of(model, blocks)
         check_selection(config, self.candidates, self.costs)
-        self.replay = Replay(self.block_modules, next(model.parameters()).device)
+        self.replay = Replay(self.block_modules, compute_device(next(model.parameters())))
         self.replay_works = any(candidate.first_block > 0 for candidate in self.candidates)
         self.replay_checked = False
         self.rounding_checked = False
@@ -210,6 +213,7 @@ class LSAMStep:
     @contextmanager
     def _moved(self, ascent: Ascent) -> Iterator[None]:
         """Inside, the selected weights are at w + eps."""
+        reshard(self.model)
         with self.perturbation.moved(ascent.weights, ascent.direction, self.config.rho / ascent.norm) as before:
             coarse = next((weight.dtype for weight in ascent.weights if is_coarse(weight)), None)
             if coarse is not None and not self.rounding_checked:
@@ -303,9 +307,7 @@ class LSAMStep:
         if self.correction is None:
             return
         kept = [(w.grad, part) for w, part in zip(*self.correction, strict=True) if w.grad is not None]
-        gradients, parts = [g for g, _ in kept], [part for _, part in kept]
-        length = norms(gradients).square().sum().sqrt()
-        torch._foreach_add_(gradients, torch._foreach_mul(parts, self.config.reuse_correction * length))
+        add_along([g for g, _ in kept], [part for _, part in kept], self.config.reuse_correction)
 
     def _count(self, ascent: Ascent, overhead: float, applied: Tensor) -> None:
         length: float | Tensor = self.config.rho

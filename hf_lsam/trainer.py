@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 from transformers.trainer_utils import HPSearchBackend
 
@@ -145,7 +146,10 @@ class LSAMMixin(_AnyTrainer):
             try:
                 # Past DistributedDataParallel, which would send buffers on the way: a pass that fails on one process
                 # and is run again there would send them once more than the others.
-                return training_step(step.model, copy.copy(inputs), num_items_in_batch)
+                inner = model.module if isinstance(model, DistributedDataParallel) else model
+                # FSDP2 reduces gradients as it shards them; without it there would be none at all.
+                with nullcontext() if self.accelerator.is_fsdp2 else self.accelerator.no_sync(model):
+                    return training_step(inner, copy.copy(inputs), num_items_in_batch)
             finally:
                 counters.restore()
 
@@ -193,8 +197,7 @@ class LSAMMixin(_AnyTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.lsam_config.enabled:
             step = self._lsam_of_run(self.model_wrapped)
-            if self.args.should_save:
-                save_state(step, output_dir, self.state.global_step)
+            save_state(step, output_dir, self.state.global_step, self.args.should_save)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

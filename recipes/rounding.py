@@ -31,7 +31,8 @@ from transformers import (
 
 from hf_lsam import LSAMConfig
 from hf_lsam.ascent import find_ascent
-from hf_lsam.perturbation import move_cosine, norms, round_stochastically
+from hf_lsam.perturbation import move_cosine, norms
+from hf_lsam.rounding import round_stochastically
 from hf_lsam.step import LSAMStep
 
 DTYPES = (torch.bfloat16, torch.float16)

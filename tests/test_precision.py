@@ -12,7 +12,8 @@ from transformers import Trainer, TrainerCallback
 
 from hf_lsam import LSAMConfig, LSAMTrainer, reference
 from hf_lsam.blocks import find_blocks
-from hf_lsam.perturbation import Perturbation, adaptive_scores, norms, orthogonal_part, round_stochastically
+from hf_lsam.perturbation import Perturbation, adaptive_scores, norms, orthogonal_part
+from hf_lsam.rounding import round_stochastically
 
 METHODS = {
     "top 2": dict(rho=0.2, alpha=0.6),
