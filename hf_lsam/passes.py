@@ -1,6 +1,6 @@
 """What surrounds a second pass: only some weights take a gradient, and nothing is counted twice."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -8,26 +8,25 @@ from torch.nn.modules.batchnorm import _NormBase
 
 
 @contextmanager
-def only_gradients_of(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[None]:
+def only_gradients_of(model: nn.Module, weights: Iterable[Tensor]) -> Iterator[None]:
     """
     Inside, backward gives gradients to `weights` only, starting from none; afterwards every `.grad` is what it was.
 
     Gradients are switched off on the parameters. `backward(inputs=...)` would give none, and no error, under reentrant
     activation checkpointing, and wrong ones under FSDP2.
     """
-    wanted = set(weights)
-    others = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in wanted]
-    gradients = [weight.grad for weight in weights]
+    gradients = {weight: weight.grad for weight in weights}
+    others = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in gradients]
     try:
         for parameter in others:
             parameter.requires_grad_(False)
-        for weight in weights:
+        for weight in gradients:
             weight.grad = None
         yield
     finally:
         for parameter in others:
             parameter.requires_grad_(True)
-        for weight, gradient in zip(weights, gradients, strict=True):
+        for weight, gradient in gradients.items():
             weight.grad = gradient
 
 

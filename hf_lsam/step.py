@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from transformers.utils import logging
 
 from .ascent import Ascent, find_ascent
 from .blocks import everything, find_blocks, find_candidates
+from .compiled import CompiledRegions
 from .config import LSAMConfig
 from .distributed import average_gradients, average_over_ranks
 from .passes import only_gradients_of, running_statistics_paused
@@ -50,26 +52,38 @@ class LSAMStep:
         max_steps: Optimizer steps of the training, of which `perturb_start` and `perturb_end` are shares.
         has_scaler: Whether a gradient scaler looks at the gradients afterwards: a pass 2 that overflowed is then left
             for it to see, so that it skips the step and lowers the scale.
+        called: What the passes call, where that is not the model itself: a wrapper of it, or its compiled copy.
 
     Raises:
         ValueError: if the model has no blocks to choose from, or the settings do not fit it.
     """
 
-    def __init__(self, model: nn.Module, config: LSAMConfig, max_steps: int, has_scaler: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        config: LSAMConfig,
+        max_steps: int,
+        has_scaler: bool = False,
+        called: nn.Module | None = None,
+    ):
         self.model = model
         self.config = config
         self.max_steps = max_steps
         self.has_scaler = has_scaler
         blocks = find_blocks(model)
-        self.block_modules = list(blocks.values())
+        self.regions = CompiledRegions(model if called is None else called)
+        self.block_modules = [self.regions.caller(block) for block in blocks.values()]
+        can_replay = not self.regions.hide(blocks.values())
         if config.block_selection == "all":
             self.candidates = everything(model, blocks)
         else:
             self.candidates = find_candidates(model, blocks, config.block_pattern)
-        self.costs = CostModel.of(model, blocks)
+        self.candidates = self.regions.sized(self.candidates, model)
+        # The one-pass rule runs no second pass: there the costs only say which blocks are late ones.
+        self.costs = CostModel.of(model, blocks, one_graph=not can_replay and config.ascent_gradient == "current")
         check_selection(config, self.candidates, self.costs)
         self.replay = Replay(self.block_modules, next(model.parameters()).device)
-        self.replay_works = any(candidate.first_block > 0 for candidate in self.candidates)
+        self.replay_works = can_replay and any(candidate.first_block > 0 for candidate in self.candidates)
         self.replay_checked = False
         self.rounding_checked = False
         self.perturbation = Perturbation()
@@ -155,7 +169,8 @@ class LSAMStep:
             self._skip()
             return
         self._check_replay(window[-1])
-        with only_gradients_of(self.model, ascent.weights), running_statistics_paused(self.model):
+        taken = self.regions.taken_with(ascent.weights)
+        with only_gradients_of(self.model, taken), running_statistics_paused(self.model):
             with self._moved(ascent):
                 self._rerun(window, ascent)
             perturbed = [
@@ -222,14 +237,14 @@ class LSAMStep:
                 break
         try:
             with (
-                only_gradients_of(self.model, weights),
+                only_gradients_of(self.model, self.regions.taken_with(weights)),
                 running_statistics_paused(self.model),
                 self.replay.replaying(micro_batch.recording, {block}),
             ):
                 loss = micro_batch.rerun()
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error):
+                raise
             self._give_up_replay(f"{type(error).__name__}: {error}")
         else:
             if not torch.equal(loss, micro_batch.loss):

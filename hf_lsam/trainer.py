@@ -65,7 +65,7 @@ class LSAMMixin(_AnyTrainer):
         self._lsam, self._lsam_run, self._lsam_checkpoint = None, None, None
         if self.lsam_config.enabled:
             check_supported(self, self.lsam_config)
-            LSAMStep(self.model, self.lsam_config, max_steps=1)
+            self._new_step(self.model, max_steps=1)
         return super().train(*args, **kwargs)
 
     def training_step(
@@ -113,11 +113,14 @@ class LSAMMixin(_AnyTrainer):
             step.reset_log()
         super().log(logs, *args, **kwargs)
 
+    def _new_step(self, model: nn.Module, max_steps: int) -> LSAMStep:
+        """The step for `model`, which may be wrapped, compiled, or both."""
+        unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        return LSAMStep(unwrapped, self.lsam_config, max_steps, self.accelerator.scaler is not None, called=model)
+
     def _begin_lsam(self, model: nn.Module) -> None:
         """Find the blocks for this run, and go on from the checkpoint that it resumes."""
-        has_scaler = self.accelerator.scaler is not None
-        unwrapped = self.accelerator.unwrap_model(model)
-        self._lsam = LSAMStep(unwrapped, self.lsam_config, self.state.max_steps, has_scaler)
+        self._lsam = self._new_step(model, self.state.max_steps)
         self._lsam_run = self.state
         self._lsam_watch = StuckWatch()
         self._lsam_flops = 0.0

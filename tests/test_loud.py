@@ -64,7 +64,7 @@ UNSUPPORTED = {
     "DEEPSPEED": (lambda t: setattr(t.accelerator.state, "distributed_type", DistributedType.DEEPSPEED), {}),
     "DataParallel": (lambda t: setattr(t.args, "_n_gpu", 2), {}),
     "optim=": (lambda t: None, {"optim": "lomo"}),
-    "torch_compile": (lambda t: setattr(t.args, "torch_compile", True), {}),
+    "torch_compile_mode": (lambda t: None, {"torch_compile_mode": "reduce-overhead"}),
 }
 
 
