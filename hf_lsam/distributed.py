@@ -99,8 +99,8 @@ def check_supported(trainer: Trainer, config: LSAMConfig) -> None:
     if plugin.backend != DynamoBackend.NO and config.ascent_gradient == "current":
         if plugin.mode in _CUDA_GRAPHS:
             raise NotImplementedError(
-                f"torch_compile_mode={plugin.mode!r} records CUDA graphs, whose outputs the next run writes over: pass "
-                "2 would run over what is kept of pass 1. Use torch_compile_mode='default' or "
+                f"torch_compile_mode={plugin.mode!r} records CUDA graphs, whose outputs the next run writes over: "
+                "pass 2 would run over what is kept of pass 1. Use torch_compile_mode='default' or "
                 f"'max-autotune-no-cudagraphs', or ascent_gradient='previous'. {way_out}"
             )
         if not plugin.use_regional_compilation:

@@ -52,38 +52,31 @@ class LSAMStep:
         max_steps: Optimizer steps of the training, of which `perturb_start` and `perturb_end` are shares.
         has_scaler: Whether a gradient scaler looks at the gradients afterwards: a pass 2 that overflowed is then left
             for it to see, so that it skips the step and lowers the scale.
-        called: What the passes call, where that is not the model itself: a wrapper of it, or its compiled copy.
+        called (`nn.Module`): What the passes call, where that is not the model itself: a wrapper of it, or its compiled copy.
 
     Raises:
         ValueError: if the model has no blocks to choose from, or the settings do not fit it.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        config: LSAMConfig,
-        max_steps: int,
-        has_scaler: bool = False,
-        called: nn.Module | None = None,
-    ):
+    def __init__(self, model: nn.Module, config: LSAMConfig, max_steps: int, has_scaler: bool = False, called=None):
         self.model = model
         self.config = config
         self.max_steps = max_steps
         self.has_scaler = has_scaler
         blocks = find_blocks(model)
         self.regions = CompiledRegions(model if called is None else called)
-        self.block_modules = [self.regions.caller(block) for block in blocks.values()]
-        can_replay = not self.regions.hide(blocks.values())
+        hidden = self.regions.hide(blocks.values())
+        self.block_modules = [] if hidden else [self.regions.caller(block) for block in blocks.values()]
         if config.block_selection == "all":
             self.candidates = everything(model, blocks)
         else:
             self.candidates = find_candidates(model, blocks, config.block_pattern)
         self.candidates = self.regions.sized(self.candidates, model)
         # The one-pass rule runs no second pass: there the costs only say which blocks are late ones.
-        self.costs = CostModel.of(model, blocks, one_graph=not can_replay and config.ascent_gradient == "current")
+        self.costs = CostModel.of(model, blocks, one_graph=hidden and config.ascent_gradient == "current")
         check_selection(config, self.candidates, self.costs)
         self.replay = Replay(self.block_modules, next(model.parameters()).device)
-        self.replay_works = can_replay and any(candidate.first_block > 0 for candidate in self.candidates)
+        self.replay_works = not hidden and any(candidate.first_block > 0 for candidate in self.candidates)
         self.replay_checked = False
         self.rounding_checked = False
         self.perturbation = Perturbation()

