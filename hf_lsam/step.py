@@ -52,7 +52,7 @@ class LSAMStep:
         max_steps: Optimizer steps of the training, of which `perturb_start` and `perturb_end` are shares.
         has_scaler: Whether a gradient scaler looks at the gradients afterwards: a pass 2 that overflowed is then left
             for it to see, so that it skips the step and lowers the scale.
-        called (`nn.Module`): What the passes call, where that is not the model itself: a wrapper of it, or its compiled copy.
+        called (`nn.Module`): What the passes call, where that is not `model`: a wrapper of it, or its compiled copy.
 
     Raises:
         ValueError: if the model has no blocks to choose from, or the settings do not fit it.
