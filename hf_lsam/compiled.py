@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from accelerate.utils import is_compiled_module
-from torch import nn
+from torch import Tensor, nn
 
 from .blocks import Candidate, multiplied_parameters
 
@@ -25,7 +25,7 @@ class CompiledRegions:
         compiled: dict[nn.Module, nn.Module] = {}
         for module in called.modules():
             if is_compiled_module(module):
-                compiled[module._orig_mod] = module
+                compiled[module._orig_mod] = module  # type: ignore[index]
             elif module._compiled_call_impl is not None:
                 compiled.setdefault(module, module)
         self._inside = {inner for module in compiled for inner in module.modules() if inner is not module}
@@ -40,7 +40,7 @@ class CompiledRegions:
         """What is called in the place of `module`."""
         return self._callers.get(module, module)
 
-    def taken_with(self, weights: Iterable[nn.Parameter]) -> set[nn.Parameter]:
+    def taken_with(self, weights: Iterable[Tensor]) -> set[Tensor]:
         """`weights`, and every weight that takes a gradient together with one of them."""
         taken = set(weights)
         return taken.union(*(region for region in self._regions if not region.isdisjoint(taken)))
