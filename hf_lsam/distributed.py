@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, DynamoBackend
 from torch import Tensor
 from transformers import Trainer
 from transformers.training_args import OptimizerNames
@@ -22,6 +22,8 @@ _UPDATE_IN_BACKWARD = {
     OptimizerNames.GALORE_ADAFACTOR_LAYERWISE,
     OptimizerNames.APOLLO_ADAMW_LAYERWISE,
 }
+# Modes of torch.compile that record CUDA graphs.
+_CUDA_GRAPHS = {"reduce-overhead", "max-autotune"}
 # One process, or DistributedDataParallel: every process holds the whole model and, after pass 1, the same gradients.
 # DeepSpeed, as far as `check_deepspeed` lets it through, gives them on request.
 # Or FSDP2: every process holds its part of each weight and, after pass 1, that of the same gradient.
@@ -85,6 +87,7 @@ def check_supported(trainer: Trainer, config: LSAMConfig) -> None:
 
     Raises:
         NotImplementedError: names the setting, the reason and the way out.
+        ValueError: if `max_overhead` cannot hold.
     """
     args = trainer.args
     way_out = "Set it otherwise, or train plainly with LSAMConfig(block_selection='none')."
@@ -122,10 +125,35 @@ def check_supported(trainer: Trainer, config: LSAMConfig) -> None:
             f"optim={args.optim} updates the weights inside the backward pass, so there is no gradient left to "
             f"perturb by. {way_out}"
         )
-    if args.torch_compile and config.ascent_gradient == "current":
+    plugin = trainer.accelerator.state.dynamo_plugin
+    if plugin.backend != DynamoBackend.NO and config.ascent_gradient == "current":
+        if plugin.mode in _CUDA_GRAPHS:
+            raise NotImplementedError(
+                f"torch_compile_mode={plugin.mode!r} records CUDA graphs, whose outputs the next run writes over: "
+                "pass 2 would run over what is kept of pass 1. Use torch_compile_mode='default' or "
+                f"'max-autotune-no-cudagraphs', or ascent_gradient='previous'. {way_out}"
+            )
+        if not plugin.use_regional_compilation:
+            _check_one_graph(trainer, config)
+
+
+def _check_one_graph(trainer: Trainer, config: LSAMConfig) -> None:
+    """Refuse what two passes over a model that is compiled as a whole cannot do."""
+    way_out = (
+        "Compile the blocks one by one (environment variable ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION=true, or "
+        "dynamo_use_regional_compilation in the configuration of accelerate)"
+    )
+    if config.block_selection == "budget" and config.max_overhead < 1:
+        raise ValueError(
+            "torch_compile=True compiles the whole model into one graph, so pass 2 costs as much as a plain step "
+            f"whichever blocks are perturbed, and max_overhead={config.max_overhead} cannot hold. {way_out}, raise "
+            "max_overhead to 1, or use ascent_gradient='previous'."
+        )
+    if config.sharpness_scope == "micro_batch" and trainer.args.world_size > 1:
         raise NotImplementedError(
-            "torch_compile=True compiles the whole model, and each set of selected blocks would compile it anew. Use "
-            f"ascent_gradient='previous', which compiles once. {way_out}"
+            "torch_compile=True hides DistributedDataParallel from what keeps the gradients of a micro-batch to the "
+            f"process that took them, which sharpness_scope='micro_batch' needs. {way_out}, or use "
+            "sharpness_scope='batch'."
         )
 
 

@@ -68,7 +68,7 @@ class Run:
         if case.get("evaluated"):
             self.evaluate()
         self.step = LSAMStep(self.model, LSAMConfig(**case["config"]), case["steps"])
-        self.step.replay_works &= case.get("replay", True)
+        self.step.second_pass.replays &= case.get("replay", True)
         self.optimizer = OPTIMIZERS[case["optimizer"]](self.model.parameters())
         rows = 4 * case["accumulation"] * case["steps"]
         self.examples = Ragged(rows, language_model=True) if case["model"] == "llama" else Examples(rows)
@@ -137,7 +137,7 @@ class Run:
             "collectives": self.collectives,
             "runs": self.runs,
             "losses": self.losses,
-            "replayed": self.step.replay_works,
+            "replayed": self.step.second_pass.replays,
         }
 
 

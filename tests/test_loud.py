@@ -61,7 +61,7 @@ def test_misfits_with_model_init_raise_before_training(tmp_path):
 UNSUPPORTED = {
     "DataParallel": (lambda t: setattr(t.args, "_n_gpu", 2), {}),
     "optim=": (lambda t: None, {"optim": "lomo"}),
-    "torch_compile": (lambda t: setattr(t.args, "torch_compile", True), {}),
+    "torch_compile_mode": (lambda t: None, {"torch_compile_mode": "reduce-overhead"}),
 }
 
 
