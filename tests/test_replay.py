@@ -293,8 +293,8 @@ def test_a_replay_that_fails_in_the_middle_is_run_in_full(caplog):
         return run()
 
     window = []
-    record = step._record
-    step._record = lambda *args: window.append(record(*args)) or window[-1]
+    record = step.second_pass.record
+    step.second_pass.record = lambda *args: window.append(record(*args)) or window[-1]
     step(run, changed_records, step=0, is_last=True)
     assert "changed in place" in caplog.text and not step.second_pass.replays
     assert_same_gradients(take_gradients(), full)
