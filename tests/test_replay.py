@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as tf
 from test_blocks import ARCHITECTURES
-from tiny import bert
+from tiny import bert, checkpoint
 from torch import nn
 
 from hf_lsam import LSAMConfig
@@ -80,7 +80,7 @@ CHECKPOINTING = {"plain": None, "non-reentrant": {"use_reentrant": False}, "reen
 def test_replay_equals_a_full_pass(name, checkpointing):
     model = model_of(name)
     if CHECKPOINTING[checkpointing] is not None:
-        model.activation_checkpointing_enable(CHECKPOINTING[checkpointing])
+        checkpoint(model, **CHECKPOINTING[checkpointing])
     blocks = list(find_blocks(model).values())
     run, take_gradients = passes(model, batch_for(name))
     replay = Replay(blocks, CPU)
