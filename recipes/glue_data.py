@@ -10,6 +10,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 from datasets import Dataset, load_dataset
+from glue_sampling import split_training_data, with_label_noise
 from glue_tasks import GLUE_TASKS, HUB_NAME, STSB_RANGE, DataArguments
 
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet")
@@ -25,7 +26,7 @@ class TextData:
         labels (`tuple[str, ...]` or `None`): The labels in the order of their ids; `None` for a regression.
         splits (`dict[str, Dataset]`):
             `train`, `validation`, `test`, and the last two also with `_mismatched`: the columns `text`, `text_pair`
-            if there are two texts, and `label` (a class id or a number), but not in `test`.
+            if there are two texts, and `label` (a class id or a number), which `test` may lack.
     """
 
     labels: tuple[str, ...] | None
@@ -44,12 +45,13 @@ def load_text_data(args: DataArguments, splits: Sequence[str], model_labels: Map
     Raises:
         ValueError: naming the file, the row and the setting, for data that cannot be trained or evaluated on.
     """
-    tables = _hub_tables(args, splits) if args.task_name and not args.data_dir else _file_tables(args, splits)
+    tables = _tables(args, splits)
     task = GLUE_TASKS[args.task_name] if args.task_name else None
     columns = args.text_columns
     label_column = args.label_column or "label"
+    labelled = {split for split, (_, table) in tables.items() if _is_labelled(args, split, table)}
     for split, (source, table) in tables.items():
-        _check_columns(source, table, columns if split.startswith("test") else (*columns, label_column), args)
+        _check_columns(source, table, (*columns, label_column) if split in labelled else columns, args)
 
     labels: tuple[str, ...] | None = None
     ids: dict[str, int] = {}
@@ -65,20 +67,49 @@ def load_text_data(args: DataArguments, splits: Sequence[str], model_labels: Map
         if task or all(name == f"LABEL_{number}" for name, number in ids.items()):
             ids |= {str(number): number for number in range(len(labels))}
 
-    datasets = {}
+    parts: dict[str, dict[str, list]] = {}
     for split, (source, table) in tables.items():
         texts = [_texts(source, name, table[name]) for name in columns]
-        values: dict[str, list] = dict(zip(("text", "text_pair"), texts, strict=False))
-        if not split.startswith("test"):
+        parts[split] = dict(zip(("text", "text_pair"), texts, strict=False))
+        if split in labelled:
             raw = table[label_column].to_pylist()
             bounds = STSB_RANGE if args.task_name == "stsb" else (-math.inf, math.inf)
-            numbers = _numbers(source, raw, bounds) if labels is None else _class_ids(source, raw, ids)
-            limit = args.max_train_samples if split == "train" else args.max_eval_samples
-            values = {name: column[:limit] for name, column in values.items()} | {"label": numbers[:limit]}
-            if split == "train" or labels is None or args.task_name == "cola":
-                _check_differ(source, split, values["label"])
-        datasets[split] = Dataset.from_dict(values)
+            parts[split]["label"] = _numbers(source, raw, bounds) if labels is None else _class_ids(source, raw, ids)
+    if "train" in parts:
+        train, held_out = split_training_data(parts.pop("train"), args)
+        if labels is not None and args.label_noise:
+            train["label"] = with_label_noise(train["label"], len(labels), args)
+        parts |= {"train": train} if "train" in splits else {}
+        parts |= {"validation": held_out} if args.validation_fraction and "validation" in splits else {}
+    for split in parts:
+        if split.startswith("validation"):
+            parts[split] = {name: column[: args.max_eval_samples] for name, column in parts[split].items()}
+        needs_two = labels is None or args.task_name == "cola"
+        if split == "train" or (needs_two and not split.startswith("test")):
+            _check_differ(tables[split if split in tables else "train"][0], split, parts[split]["label"])
+    datasets = {split: Dataset.from_dict(columns) for split, columns in parts.items()}
     return TextData(labels, datasets)
+
+
+def _tables(args: DataArguments, splits: Sequence[str]) -> dict[str, tuple[str, pa.Table]]:
+    """Where each split comes from, and its rows; `train` has those of `validation` where a share is held out."""
+    read = _hub_tables if args.task_name and not args.data_dir else _file_tables
+    if not args.validation_fraction:
+        return read(args, splits)
+    sources = {"train": "train", "validation": "train", "test": "validation" if args.task_name else "test"}
+    tables = read(args, list(dict.fromkeys(sources[split] for split in splits)))
+    if args.task_name:
+        return {split.replace("validation", "test"): table for split, table in tables.items()}
+    return tables
+
+
+def _is_labelled(args: DataArguments, split: str, table: pa.Table) -> bool:
+    """The labels of GLUE's own test data are hidden; test data of one's own has them if it has the column."""
+    if not split.startswith("test"):
+        return True
+    if args.task_name:
+        return args.validation_fraction > 0
+    return (args.label_column or "label") in table.column_names
 
 
 def _hub_tables(args: DataArguments, splits: Sequence[str]) -> dict[str, tuple[str, pa.Table]]:

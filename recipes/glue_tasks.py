@@ -42,6 +42,8 @@ GLUE_TASKS = {
     "wnli": GlueTask(PAIR, ("not_entailment", "entailment"), ("WNLI.tsv",)),
 }
 STSB_RANGE = (0.0, 5.0)
+# Files of predictions that are not to be submitted.
+PREDICTIONS = ("predictions.tsv", "predictions_mismatched.tsv")
 
 
 @dataclass
@@ -79,6 +81,16 @@ class DataArguments:
             Longer inputs are truncated to this many tokens. Default: GLUE's usual one.
         max_train_samples, max_eval_samples (`int`, *optional*):
             Use the first so many examples only.
+        validation_fraction (`float`, *optional*, defaults to `0.0`):
+            Hold out this share of the training data, drawn at random, as the validation data. A GLUE task's own
+            validation data then takes the place of its test data, whose labels are hidden: settings can be chosen
+            on the one part and compared on the other.
+        train_fraction (`float`, *optional*, defaults to `1.0`):
+            Train on this share, drawn at random, of the training data that is not held out.
+        label_noise (`float`, *optional*, defaults to `0.0`):
+            Share of the training labels to replace by another class at random; those of all other data stay.
+        split_seed (`int`, *optional*, defaults to `0`):
+            Seed of these three. It does not depend on `seed`, so that runs that differ in it have the same data.
     """
 
     task_name: str | None = field(default=None, metadata={"help": f"GLUE task: {', '.join(GLUE_TASKS)}."})
@@ -87,7 +99,7 @@ class DataArguments:
     )
     train_file: str | None = field(default=None, metadata={"help": "Training data: tsv, csv, jsonl or parquet."})
     validation_file: str | None = field(default=None, metadata={"help": "Validation data, of the same columns."})
-    test_file: str | None = field(default=None, metadata={"help": "Data to predict; needs no label column."})
+    test_file: str | None = field(default=None, metadata={"help": "Data to predict; has metrics if it has labels."})
     text_column: str | None = field(default=None, metadata={"help": "Column of the text; 'text' unless set."})
     text_pair_column: str | None = field(default=None, metadata={"help": "Column of the second text, if any."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the label; 'label' unless set."})
@@ -95,6 +107,12 @@ class DataArguments:
     max_seq_length: int = field(default=128, metadata={"help": "Tokens after which an input is truncated."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many examples."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many examples."})
+    validation_fraction: float = field(
+        default=0.0, metadata={"help": "Share of the training data to validate with; GLUE's own is then for the test."}
+    )
+    train_fraction: float = field(default=1.0, metadata={"help": "Share of the rest to train on."})
+    label_noise: float = field(default=0.0, metadata={"help": "Share of the training labels to make wrong."})
+    split_seed: int = field(default=0, metadata={"help": "Seed of the three above."})
 
     def __post_init__(self):
         own = [name for name in ("train_file", "validation_file", "test_file") if getattr(self, name)]
@@ -119,6 +137,17 @@ class DataArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, but is {value}.")
+        for name in ("validation_fraction", "label_noise"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and less than 1, but is {getattr(self, name)}.")
+        if not 0 < self.train_fraction <= 1:
+            raise ValueError(f"train_fraction must be more than 0 and at most 1, but is {self.train_fraction}.")
+        if self.split_seed < 0:
+            raise ValueError(f"split_seed cannot be negative, but is {self.split_seed}.")
+        if self.validation_fraction and self.validation_file:
+            raise ValueError("validation_file and validation_fraction both say what to validate with: leave one out.")
+        if self.label_noise and self.is_regression:
+            raise ValueError("label_noise replaces classes, and this is a regression: set it to 0.")
 
     @property
     def text_columns(self) -> tuple[str, ...]:

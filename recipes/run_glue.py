@@ -19,7 +19,7 @@ from adapters import AdapterArguments, add_adapter, find_base, load_adapter, loa
 from common import StepTimer, check_output_dir, parse_arguments
 from datasets import Dataset
 from glue_data import TextData, load_text_data
-from glue_tasks import GLUE_TASKS, STSB_RANGE, DataArguments
+from glue_tasks import GLUE_TASKS, PREDICTIONS, STSB_RANGE, DataArguments
 from model_card import write_model_card
 from transformers import (
     AutoModelForSequenceClassification,
@@ -169,12 +169,18 @@ def execute(run: Run) -> dict[str, float]:
 
     # Predict
     if run.args.do_predict:
-        for split, name in zip(("test", "test_mismatched"), prediction_names(run.data_args), strict=False):
+        predict_metrics: dict[str, float] = {}
+        parts = (("test", "predict"), ("test_mismatched", "predict_mm"))
+        for (split, prefix), name in zip(parts, prediction_names(run.data_args), strict=False):
             if split in run.datasets:
-                output = trainer.predict(run.datasets[split], metric_key_prefix="predict")
+                output = trainer.predict(run.datasets[split], metric_key_prefix=prefix)
+                predict_metrics |= output.metrics if "label" in run.datasets[split].column_names else {}
                 if trainer.is_world_process_zero():
                     path = Path(run.args.output_dir) / name
                     write_predictions(path, read_logits(output.predictions), run.data_args, run.labels)
+        if predict_metrics:
+            trainer.save_metrics("predict", predict_metrics)
+            metrics |= predict_metrics
 
     # Describe
     if run.args.do_train and trainer.is_world_process_zero():
@@ -263,8 +269,9 @@ def make_compute_metrics(data_args: DataArguments):
 
 
 def prediction_names(data_args: DataArguments) -> tuple[str, ...]:
-    """Names of the files of predictions: GLUE's own, or `predictions.tsv`."""
-    return GLUE_TASKS[data_args.task_name].submissions if data_args.task_name else ("predictions.tsv",)
+    """Names of the files of predictions: GLUE's own for its test data, `predictions.tsv` for any other."""
+    submitted = data_args.task_name and not data_args.validation_fraction
+    return GLUE_TASKS[data_args.task_name].submissions if submitted else PREDICTIONS
 
 
 def write_predictions(path: Path, logits: np.ndarray, data_args: DataArguments, labels: tuple[str, ...] | None):

@@ -1,6 +1,7 @@
-"""What figures were made with: every file of results carries it."""
+"""What figures were made with: every file of results carries it. As a script, it prints it."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -28,3 +29,7 @@ def stamp(seeds: Sequence[int]) -> dict[str, Any]:
         | {name: importlib.metadata.version(name) for name in LIBRARIES},
         "machine": f"{platform.system()} {platform.machine()}, {device}",
     }
+
+
+if __name__ == "__main__":
+    print(json.dumps(stamp(())))

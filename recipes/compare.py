@@ -1,0 +1,120 @@
+"""
+Compare methods: each on every task with every seed, and settings chosen with equal effort before.
+
+    python recipes/compare.py recipes/compare/glue_small.yaml --set data_dir=path/to/glue
+
+Each run is a process of its own, several at a time. Runs of one seed have the same data in the same order and the same
+initial head. Finished runs are kept, so the same command goes on where it was stopped.
+"""
+
+import argparse
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from compare_config import RECIPES, read_comparison
+from compare_plan import CompareError, Comparison, Run
+from compare_runs import run_all
+from tqdm import tqdm
+
+# Options that each have results of their own, in a folder of their own.
+DATA_CHANGES = ("label_noise", "train_fraction")
+
+
+def compare(comparison: Comparison) -> list[str]:
+    """Run what has no result yet: first what settings are chosen by. Returns what went wrong."""
+    problems: list[str] = []
+    stamp: dict[str, Any] = {}
+    # A result of other settings is found here, before hours of work.
+    for run in comparison.final_runs():
+        run.result()
+    for stage, plan in (("Choosing settings", comparison.tuning_runs), ("Comparing", comparison.final_runs)):
+        runs = plan()
+        missing = [run for run in runs if run.result() is None]
+        if missing:
+            stamp = stamp or make_stamp()
+            problems += run_stage(stage, missing, len(runs), comparison, stamp)
+    return problems
+
+
+def run_stage(
+    stage: str, missing: Sequence[Run], count: int, comparison: Comparison, stamp: dict[str, Any]
+) -> list[str]:
+    """Run those that are missing, with a bar that estimates the time that is left; returns what went wrong."""
+    problems: list[str] = []
+    there = count - len(missing)
+    with tqdm(total=count, initial=there, desc=stage, unit="run", smoothing=0) as bar:
+
+        def on_end(run: Run, problem: str | None):
+            if problem is not None:
+                problems.append(problem)
+                bar.write(problem, file=sys.stderr)
+            bar.update()
+
+        run_all(missing, comparison, stamp, on_end)
+    return problems
+
+
+def make_stamp() -> dict[str, Any]:
+    """
+    Commit, versions and machine.
+
+    By a process of its own: with torch in this one, its memory would count into the peak of those that it starts.
+    """
+    command = [sys.executable, str(RECIPES / "stamp.py")]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line `argv`; returns 1 if a run is missing in the end, else 0."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").strip().partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("config", type=Path, help="YAML of tasks, methods and seeds")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the recipe, for all")
+    parser.add_argument("--label_noise", metavar="P", help="make this share of the training labels wrong")
+    parser.add_argument("--train_fraction", metavar="P", help="train on this share of the training data")
+    parser.add_argument("--output_dir", help="folder of the runs and the report")
+    parser.add_argument("--seeds", nargs="+", help="seeds of the compared runs")
+    parser.add_argument("--processes", help="how many runs go on at once")
+    parser.add_argument("--threads", help="how many threads each run gets")
+    parser.add_argument("--report_only", action="store_true", help="run nothing, report what is there")
+    args = parser.parse_args(argv)
+    # Stopping this process must stop those that it waits for.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    try:
+        comparison = read_comparison(args.config, *read_overrides(args))
+        if apart := [f"{name}-{getattr(args, name)}" for name in DATA_CHANGES if getattr(args, name) is not None]:
+            comparison = dataclasses.replace(comparison, output_dir=comparison.output_dir / "_".join(apart))
+        problems = [] if args.report_only else compare(comparison)
+        # Only here: memory of this process counts into the peak of those that it starts.
+        from compare_report import write_report
+
+        missing = write_report(comparison)
+    except CompareError as error:
+        sys.exit(f"compare.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nStopped. Finished runs are kept; the same command goes on from there.")
+    return 1 if missing or problems else 0
+
+
+def read_overrides(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
+    """What replaces top-level names of the YAML, and settings of the recipe."""
+    settings: dict[str, str] = {}
+    for item in args.set:
+        name, sign, value = item.partition("=")
+        if not sign:
+            raise CompareError(f"--set takes NAME=VALUE, but got {item!r}.")
+        settings[name] = value
+    names = ("output_dir", "seeds", "processes", "threads")
+    overrides = {name: value for name in names if (value := getattr(args, name)) is not None}
+    settings |= {name: value for name in DATA_CHANGES if (value := getattr(args, name)) is not None}
+    return overrides, settings
+
+
+if __name__ == "__main__":
+    sys.exit(main())

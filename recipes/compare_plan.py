@@ -1,0 +1,185 @@
+"""The plan of `compare.py`: tasks, methods and seeds, every run that they take, and where its result lies."""
+
+import hashlib
+import itertools
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Settings = dict[str, Any]
+
+
+class CompareError(Exception):
+    """Something in the way of the comparison; the message says what, and the way out."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    What is learned, and how it is judged.
+
+    Args:
+        name (`str`): Its name in the report.
+        metric (`str`): Name of the compared figure in the recipe's `all_results.json`.
+        tuning_metric (`str` or `None`): Name of the one that settings are chosen by.
+        greater_is_better (`bool`): Whether more is better, of both.
+        settings (`dict`): Settings of the recipe.
+    """
+
+    name: str
+    metric: str
+    tuning_metric: str | None
+    greater_is_better: bool
+    settings: Settings
+
+
+@dataclass(frozen=True)
+class Method:
+    """Settings of the recipe, and for some of them the values to choose from."""
+
+    name: str
+    settings: Settings
+    grid: dict[str, list]
+
+    @property
+    def candidates(self) -> list[Settings]:
+        """The settings to choose from: every combination of the grid, or nothing but the empty one."""
+        return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    One training: a process of its own, in a folder of its own.
+
+    Args:
+        chosen (`dict`): The values from the method's grid.
+        tuning (`bool`): Whether it is there to choose them by.
+        settings (`dict`): All settings of the recipe but the output directory.
+    """
+
+    task: str
+    method: str
+    seed: int
+    chosen: Settings
+    tuning: bool
+    settings: Settings
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        chosen = "".join(f", {name}={value}" for name, value in self.chosen.items()) if self.tuning else ""
+        return f"{self.task}, {self.method}{chosen}, {'tuning ' * self.tuning}seed {self.seed}"
+
+    @property
+    def digest(self) -> str:
+        """What its result is known by: a digest of everything that is set."""
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
+
+    def result(self) -> dict[str, Any] | None:
+        """The result of the finished run; raises `CompareError` if it was made with other settings."""
+        path = self.folder / "result.json"
+        if not path.exists():
+            return None
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if result["digest"] != self.digest:
+            there, now = result["settings"], self.settings
+            changed = [
+                f"{name} was {there.get(name, 'not set')}, and is {now.get(name, 'not set')}"
+                for name in sorted(there | now)
+                if there.get(name) != now.get(name)
+            ]
+            raise CompareError(
+                f"{self.name} is there from before, with other settings: {'; '.join(changed)}. Results of both are "
+                f"not to be mixed: set another output_dir, or remove {self.folder} to run it again."
+            )
+        return result
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """
+    Methods x tasks x seeds.
+
+    Args:
+        recipe (`Path`): The script of each run: takes a YAML of settings, and writes `all_results.json`.
+        output_dir (`Path`): Gets the runs, `<task>/<method>/seed-<n>`, and the report.
+        settings (`dict`): Settings of the recipe for all runs.
+        tasks, methods (`list`): What is compared.
+        baseline (`str`): The method that the others are compared with.
+        seeds, tuning_seeds (`list[int]`): Those of the compared runs, and of the runs that settings are chosen by.
+        processes (`int`): How many runs go on at once.
+        threads (`int`): How many threads each gets.
+        keep_models (`bool`): Whether weights stay in the folders of the runs.
+    """
+
+    recipe: Path
+    output_dir: Path
+    settings: Settings
+    tasks: list[Task]
+    methods: list[Method]
+    baseline: str
+    seeds: list[int]
+    tuning_seeds: list[int] = field(default_factory=list)
+    processes: int = 1
+    threads: int = 1
+    keep_models: bool = False
+
+    def tuning_runs(self) -> list[Run]:
+        """Those that settings are chosen by: of each method that has several to choose from."""
+        return [
+            self._run(task, method, seed, chosen, tuning=True)
+            for seed in self.tuning_seeds
+            for task in self.tasks
+            for method in self.methods
+            for chosen in method.candidates
+            if len(method.candidates) > 1
+        ]
+
+    def final_runs(self) -> list[Run]:
+        """Those that are compared, seed by seed, of each method whose settings are known by now."""
+        return [
+            self._run(task, method, seed, chosen, tuning=False)
+            for seed in self.seeds
+            for task in self.tasks
+            for method in self.methods
+            if (chosen := self.choose(task, method)) is not None
+        ]
+
+    def choose(self, task: Task, method: Method) -> Settings | None:
+        """
+        The candidate with the best mean of the tuning metric, the first of equals; `None` while a run is missing.
+
+        A mean that is no number is worse than any other.
+        """
+        if len(method.candidates) == 1:
+            return method.candidates[0]
+        best, best_mean = None, -float("inf")
+        for chosen in method.candidates:
+            runs = [self._run(task, method, seed, chosen, tuning=True) for seed in self.tuning_seeds]
+            results = [run.result() for run in runs]
+            values = [result["metrics"][task.tuning_metric] for result in results if result is not None]
+            if len(values) < len(runs):
+                return None
+            mean = sum(values) / len(values) * (1 if task.greater_is_better else -1)
+            if best is None or mean > best_mean:
+                best, best_mean = chosen, mean if mean == mean else -float("inf")
+        return best
+
+    def _run(self, task: Task, method: Method, seed: int, chosen: Settings, tuning: bool) -> Run:
+        settings = self.settings | task.settings | method.settings | chosen
+        folder = self.output_dir / slug(task.name) / slug(method.name)
+        if tuning:
+            # What is compared in the end is not looked at to choose by.
+            settings |= {"do_predict": "false"}
+            folder = folder / "tuning" / slug("-".join(f"{name}-{value}" for name, value in chosen.items()))
+        settings = {"recipe": self.recipe.name, **settings, "seed": seed}
+        return Run(task.name, method.name, seed, chosen, tuning, settings, folder / f"seed-{seed}")
+
+
+def slug(name: str) -> str:
+    """`name` as that of a folder."""
+    return re.sub(r"[^a-z0-9._]+", "-", name.lower()).strip("-.")
