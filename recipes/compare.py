@@ -83,9 +83,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", help="how many threads each run gets")
     parser.add_argument("--report_only", action="store_true", help="run nothing, report what is there")
     args = parser.parse_args(argv)
-    # Stopping this process must stop those that it waits for.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         comparison = read_comparison(args.config, *read_overrides(args))
         if apart := [f"{name}-{getattr(args, name)}" for name in DATA_CHANGES if getattr(args, name) is not None]:
@@ -117,4 +114,7 @@ def read_overrides(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, 
 
 
 if __name__ == "__main__":
+    # Stopping this process must stop those that it waits for.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     sys.exit(main())

@@ -103,7 +103,8 @@ def warnings(comparison: Comparison, results: Sequence[dict[str, Any]], missing:
     """What a reader of the tables has to know."""
     found = []
     if missing:
-        found.append(f"{len(missing)} runs are missing: {'; '.join(missing)}.")
+        count = len(comparison.tasks) * len(comparison.methods) * len(comparison.seeds)
+        found.append(f"Runs that are missing, of {count}: {'; '.join(missing)}.")
     tried = {method.name: len(method.candidates) for method in comparison.methods}
     if len(set(tried.values())) > 1:
         counts = ", ".join(f"{name} {count}" for name, count in tried.items())
