@@ -147,7 +147,8 @@ def finish(running: Running, comparison: Comparison, stamp: dict[str, Any]) -> s
             f"{run.name}: its all_results.json has no {metric}, but {', '.join(metrics) or 'nothing'}. Set the metric "
             "of the task to one of them, or the do_eval or do_predict that it takes."
         )
-    history = (read_json(model / "trainer_state.json") or {}).get("log_history", [])
+    state = read_json(model / "trainer_state.json") or {}
+    history = state.get("log_history", [])
     evaluation = sum(line.get("eval_runtime", 0.0) for line in history)
     blocks = model / "lsam_blocks.jsonl"
     rows = blocks.read_text(encoding="utf-8").splitlines() if blocks.exists() else []
@@ -168,7 +169,7 @@ def finish(running: Running, comparison: Comparison, stamp: dict[str, Any]) -> s
         "training_seconds": None if running.resumed else _less(metrics.get("train_runtime"), evaluation),
         "wall_seconds": None if running.resumed else seconds,
         "step_seconds": metrics.get("train_step_seconds"),
-        "flops": metrics.get("total_flos"),
+        "flops": state.get("total_flos"),
         "peak_memory_mib": metrics.get("train_peak_memory_mib"),
         "curve": history,
         "blocks": [json.loads(row) for row in rows],
