@@ -43,7 +43,7 @@ def read_comparison(path: Path, overrides: Mapping[str, Any], settings: Mapping[
     seeds, tuning_seeds = (_integers(content, name) for name in ("seeds", "tuning_seeds"))
     _check(common, tasks, methods, baseline, tuning_seeds, settings)
     threads = _integer("threads", content.get("threads") or 1)
-    processes = content.get("processes") or max(1, len(os.sched_getaffinity(0)) // threads)
+    processes = content.get("processes") or max(1, (os.cpu_count() or 1) // threads)
     recipe = RECIPES / content["recipe"]
     if not recipe.is_file():
         raise CompareError(f"recipe={content['recipe']} is no file, nor one in {RECIPES}.")

@@ -65,8 +65,8 @@ def _differences(axes: Axes, comparison: Comparison, task: Task, rows: Sequence[
         axes.plot(list(row.differences.values()), [index] * len(row.differences), "o", c=colour, ms=4, alpha=0.5)
         if difference is not None:
             axes.plot(difference.mean, index, "D", c=colour)
-            if difference.low is not None:
-                axes.plot([difference.low, difference.high], [index, index], c=colour, lw=1.8)
+            if difference.ends is not None:
+                axes.plot(difference.ends, [index, index], c=colour, lw=1.8)
     axes.axvline(0, color="black", linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(rows)), [row.method for row in rows], parse_math=False)
     axes.set_ylim(len(rows) - 0.5, -0.5)

@@ -161,7 +161,7 @@ class Comparison:
         for chosen in method.candidates:
             runs = [self._run(task, method, seed, chosen, tuning=True) for seed in self.tuning_seeds]
             results = [run.result() for run in runs]
-            values = [result["metrics"][task.tuning_metric] for result in results if result is not None]
+            values = [metric_of(result, task.tuning_metric) for result in results if result is not None]
             if len(values) < len(runs):
                 return None
             mean = sum(values) / len(values) * (1 if task.greater_is_better else -1)
@@ -178,6 +178,17 @@ class Comparison:
             folder = folder / "tuning" / slug("-".join(f"{name}-{value}" for name, value in chosen.items()))
         settings = {"recipe": self.recipe.name, **settings, "seed": seed}
         return Run(task.name, method.name, seed, chosen, tuning, settings, folder / f"seed-{seed}")
+
+
+def metric_of(result: dict[str, Any], name: str | None) -> float:
+    """A figure of a finished run; raises `CompareError` if it has none of that name."""
+    metrics = result["metrics"]
+    if name not in metrics:
+        raise CompareError(
+            f"{result['task']}, {result['method']}, seed {result['seed']} is there from before and has no {name}, but "
+            f"{', '.join(metrics)}. Set the metric of the task to one of them, or set another output_dir."
+        )
+    return metrics[name]
 
 
 def slug(name: str) -> str:

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from compare_html import page, picture
-from compare_plan import CompareError, Comparison, Run, Task
+from compare_plan import CompareError, Comparison, Run, Task, metric_of
 from compare_runs import write_json
 from compare_statistics import COSTS, Row, missing_runs, table, warnings
 
@@ -75,8 +75,8 @@ def cells(row: Row) -> dict[str, str]:
     values, difference = list(row.values.values()), row.difference
     mean = f"{fmean(values):.4f} ({min(values):.4f} to {max(values):.4f})" if values else "missing"
     against = "" if difference is None else f"{difference.mean:+.4f}"
-    if difference is not None and difference.low is not None:
-        against += f" [{difference.low:+.4f}, {difference.high:+.4f}]"
+    if difference is not None and difference.ends is not None:
+        against += " [{:+.4f}, {:+.4f}]".format(*difference.ends)
     return {
         "method": row.method,
         "chosen": ", ".join(f"{name}={value}" for name, value in row.chosen.items()),
@@ -108,7 +108,7 @@ def write_csv(path: Path, comparison: Comparison, results: Sequence[dict[str, An
                     "tuning" if result["tuning"] else "compared",
                     result["seed"],
                     metric,
-                    result["metrics"][metric],
+                    metric_of(result, metric),
                     *(result[name] for name in FIGURES + stamped),
                     " ".join(f"{name}={number}" for name, number in result["versions"].items()),
                 ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from compare_plan import Comparison, Run, Task
+from compare_plan import Comparison, Run, Task, metric_of
 from scipy import stats
 
 # What is reported as a ratio to the baseline with the same seed, by its name in the result of a run.
@@ -20,11 +20,10 @@ COSTS = {
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95 % interval, which a single value does not have."""
+    """A mean and the ends of its 95 % interval, which a single value does not have."""
 
     mean: float
-    low: float | None
-    high: float | None
+    ends: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -57,9 +56,9 @@ def mean_interval(values: Sequence[float]) -> Interval:
     """The mean with the interval of Student's t."""
     mean, count = fmean(values), len(values)
     if count < 2:
-        return Interval(mean, None, None)
+        return Interval(mean, None)
     half = float(stats.t.ppf(0.975, count - 1)) * stdev(values) / math.sqrt(count)
-    return Interval(mean, mean - half, mean + half)
+    return Interval(mean, (mean - half, mean + half))
 
 
 def table(comparison: Comparison, task: Task, results: Sequence[dict[str, Any]]) -> list[Row]:
@@ -79,9 +78,9 @@ def table(comparison: Comparison, task: Task, results: Sequence[dict[str, Any]])
     rows = []
     for method in comparison.methods:
         own = runs[method.name]
-        values = {seed: result["metrics"][task.metric] for seed, result in own.items()}
+        values = {seed: metric_of(result, task.metric) for seed, result in own.items()}
         shared = [seed for seed in own if seed in baseline] if method.name != comparison.baseline else []
-        differences = {seed: values[seed] - baseline[seed]["metrics"][task.metric] for seed in shared}
+        differences = {seed: values[seed] - metric_of(baseline[seed], task.metric) for seed in shared}
         gains = [difference if task.greater_is_better else -difference for difference in differences.values()]
         rows.append(
             Row(

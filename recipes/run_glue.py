@@ -270,8 +270,8 @@ def make_compute_metrics(data_args: DataArguments):
 
 def prediction_names(data_args: DataArguments) -> tuple[str, ...]:
     """Names of the files of predictions: GLUE's own for its test data, `predictions.tsv` for any other."""
-    submitted = data_args.task_name and not data_args.validation_fraction
-    return GLUE_TASKS[data_args.task_name].submissions if submitted else PREDICTIONS
+    task = data_args.task_name
+    return PREDICTIONS if task is None or data_args.validation_fraction else GLUE_TASKS[task].submissions
 
 
 def write_predictions(path: Path, logits: np.ndarray, data_args: DataArguments, labels: tuple[str, ...] | None):

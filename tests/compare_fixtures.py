@@ -1,0 +1,30 @@
+"""What the tests of comparisons share; a test file asks for it with `pytest_plugins`."""
+
+from pathlib import Path
+
+import compare
+import pytest
+import yaml
+from tiny_compare import RECIPE, STAMP
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """Writes the YAML of a comparison by that recipe, two methods on one task, and returns its path."""
+    (tmp_path / "recipe.py").write_text(RECIPE)
+    monkeypatch.setattr(compare, "make_stamp", lambda: STAMP)
+
+    def write(**changes) -> Path:
+        content = {
+            "recipe": str(tmp_path / "recipe.py"),
+            "output_dir": str(tmp_path / "out"),
+            "tasks": {"T": {"metric": "predict_accuracy", "tuning_metric": "eval_accuracy"}},
+            "methods": {"A": {"value": 1}, "B": {"value": 3}},
+            "seeds": [0, 1],
+            "processes": 2,
+        }
+        path = tmp_path / "compare.yaml"
+        path.write_text(yaml.safe_dump(content | changes, sort_keys=False))
+        return path
+
+    return write

@@ -1,0 +1,89 @@
+"""What a comparison takes for its settings, and what its report says."""
+
+import re
+from html.parser import HTMLParser
+
+import compare
+import pytest
+from compare_config import read_comparison
+from compare_plan import CompareError
+from compare_statistics import Interval, mean_interval
+
+pytest_plugins = ["compare_fixtures"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": {}}, "unknown names: method. There are recipe, "),
+        ({"seeds": []}, "sets no seeds"),
+        ({"seeds": ["x"]}, "seeds must be an integer of at least 0, but is 'x'"),
+        ({"baseline": "C"}, "baseline=C is none of the methods: A, B"),
+        ({"recipe": "run_nothing.py"}, "recipe=run_nothing.py is no file"),
+        ({"tasks": {"T": {}}}, "Task T sets no metric"),
+        ({"methods": {"A b": {}, "a-B": {}}}, "must differ in letters or digits: A b, a-B"),
+        ({"settings": {"seed": 1}}, "seed is set for each run by compare.py"),
+        ({"methods": {"A": {"grid": {"value": [1, 2]}}}}, "A has a grid: set tuning_seeds"),
+        ({"methods": {"A": {"grid": {"value": 1}}}}, "The grid of A must hold"),
+        (
+            {"methods": {"A": {"grid": {"rho": [1, 2]}}}, "tuning_seeds": [1], "tasks": {"T": {"metric": "a"}}},
+            "set a tuning_metric for task T that is not the metric that is compared",
+        ),
+        ({"keep_models": "maybe"}, "keep_models must be true or false"),
+        ({"processes": 0}, "processes must be an integer of at least 1"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_by_name(config, changes, message):
+    with pytest.raises(CompareError, match=message):
+        read_comparison(config(**changes), {}, {})
+
+
+def test_settings_of_the_command_line_are_for_all_runs(config):
+    path = config(settings={"a": 1, "b": 1}, tasks={"T": {"metric": "eval_loss", "b": 2}})
+    for run in read_comparison(path, {"seeds": ["4"]}, {"a": "7", "b": "8"}).final_runs():
+        assert (run.settings["a"], run.settings["b"], run.seed) == ("7", "8", 4)
+    with pytest.raises(CompareError, match="value is a setting of A, and cannot be set for all runs"):
+        read_comparison(path, {}, {"value": "2"})
+    assert not read_comparison(path, {}, {}).tasks[0].greater_is_better
+
+
+def test_interval_of_a_mean_by_hand():
+    """1, 2, 3, 6: mean 3, standard deviation sqrt(14/3), and 3.182446305 is Student's t for 3 degrees of freedom."""
+    interval = mean_interval([1.0, 2.0, 3.0, 6.0])
+    half = 3.182446305284263 * (14 / 3) ** 0.5 / 2
+    assert interval.mean == 3.0
+    low, high = interval.ends
+    assert abs(low - (3 - half)) < 1e-12 and abs(high - (3 + half)) < 1e-12
+    assert mean_interval([0.5]) == Interval(0.5, None)
+
+
+class Page(HTMLParser):
+    """Every tag and what it refers to."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.references, self.text = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.references += [value for name, value in attrs if name in ("href", "xlink:href", "src")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_stands_alone_and_takes_names_for_text(config, tmp_path):
+    name = "<script>alert(1)</script> $x^ | & _y_"
+    assert compare.main([str(config(methods={"A": {"value": 1}, name: {"value": 2}}))]) == 0
+    text = (tmp_path / "out" / "report.html").read_text()
+    page = Page(text)
+    assert page.tags.count("svg") == 1 and page.tags.count("table") == 1
+    assert not {"script", "link", "img", "iframe", "image"} & set(page.tags)
+    assert all(reference.startswith("#") for reference in page.references)
+    assert not re.search(r"url\((?!#)|@import|<!ENTITY", text)
+    assert name in page.text
+    row = next(line for line in (tmp_path / "out" / "report.md").read_text().splitlines() if "script" in line)
+    assert (
+        row.startswith(r"| \<script>alert(1)\</script> $x^ \| & \_y\_ |") and len(re.findall(r"(?<!\\)\|", row)) == 12
+    )
