@@ -82,6 +82,7 @@ def test_the_page_stands_alone_and_takes_names_for_text(config, tmp_path):
     assert not {"script", "link", "img", "iframe", "image"} & set(page.tags)
     assert all(reference.startswith("#") for reference in page.references)
     assert not re.search(r"url\((?!#)|@import|<!ENTITY", text)
+    assert text.lower().count("<!doctype") == 1 and "<?xml" not in text
     assert name in page.text
     row = next(line for line in (tmp_path / "out" / "report.md").read_text().splitlines() if "script" in line)
     assert (
