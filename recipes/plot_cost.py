@@ -41,7 +41,11 @@ def _draw_run(axes: Axes, run: dict[str, Any]) -> None:
         row = figures[name]
         x = row["first_block"] if name in placed else column
         error = [[row["ratio"] - row["lowest"]], [row["highest"] - row["ratio"]]]
-        style = {"color": COLOURS[index % 7], "marker": MARKERS[(index // 7 + index) % 7], "markersize": 6}
+        style: dict[str, Any] = {
+            "color": COLOURS[index % 7],
+            "marker": MARKERS[(index // 7 + index) % 7],
+            "markersize": 6,
+        }
         axes.errorbar(
             x, row["ratio"], error, lw=0, elinewidth=1, label=f"{name} {row['ratio']:.2f}", zorder=2, **style
         )
