@@ -25,13 +25,13 @@ test: .venv/.installed-test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	.venv/bin/pytest -n 2
+	.venv/bin/pytest -n 2 --dist loadfile
 
 test-oldest:
 	'$(PYTHON)' -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints-oldest.txt \
 		--editable '.[test]'
-	.venv-oldest/bin/pytest -n 2
+	.venv-oldest/bin/pytest -n 2 --dist loadfile
 
 format: .venv/.installed-test
 	.venv/bin/ruff check --fix .

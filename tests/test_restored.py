@@ -183,10 +183,11 @@ def test_move_and_restore_are_exact(dtype):
     for _ in range(2):
         with pytest.raises(Stop), perturbation.moved(weights_, directions, 0.5) as copies:
             assert all(torch.equal(copy, old) for copy, old in zip(copies, before, strict=True))
-            assert all(
-                torch.equal(weight, old + 0.5 * direction)
-                for weight, old, direction in zip(weights_, before, directions, strict=True)
-            )
+            for weight, old, direction in zip(weights_, before, directions, strict=True):
+                exact = old.float() + 0.5 * direction.float()
+                # Those of 16 bits go to either neighbour.
+                slack = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps * exact.abs()
+                assert bool(((weight.float() - exact).abs() <= slack).all()) and not torch.equal(weight, old)
             weights_[0].fill_(math.nan)
             raise Stop
         assert all(torch.equal(weight, old) for weight, old in zip(weights_, before, strict=True))
