@@ -10,6 +10,7 @@ from transformers import Trainer
 from transformers.training_args import OptimizerNames
 
 from .config import LSAMConfig
+from .deepspeed import check_deepspeed
 
 # Optimizers that update the weights inside the backward pass: pass 1 would already train.
 _UPDATE_IN_BACKWARD = {
@@ -21,7 +22,8 @@ _UPDATE_IN_BACKWARD = {
     OptimizerNames.APOLLO_ADAMW_LAYERWISE,
 }
 # One process, or DistributedDataParallel: every process holds the whole model and, after pass 1, the same gradients.
-_SUPPORTED = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
+# DeepSpeed, as far as `check_deepspeed` lets it through, gives them on request.
+_SUPPORTED = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.DEEPSPEED}
 
 
 def is_distributed() -> bool:
@@ -84,10 +86,12 @@ def check_supported(trainer: Trainer, config: LSAMConfig) -> None:
     distributed_type = trainer.accelerator.distributed_type
     if distributed_type not in _SUPPORTED or getattr(trainer.accelerator, "parallelism_config", None) is not None:
         raise NotImplementedError(
-            "LSAMTrainer runs in one process, or in several under DistributedDataParallel, and this run is "
-            f"{distributed_type.value}: weights and gradients that are sharded, or that an engine holds, are not "
-            f"perturbed. Launch it without FSDP, DeepSpeed or a parallelism_config. {way_out}"
+            "LSAMTrainer runs in one process, or in several under DistributedDataParallel or DeepSpeed, and this run "
+            f"is {distributed_type.value}: weights and gradients that are sharded are not perturbed. Launch it "
+            f"without FSDP or a parallelism_config. {way_out}"
         )
+    if distributed_type == DistributedType.DEEPSPEED:
+        check_deepspeed(trainer, config, way_out)
     uneven = is_distributed() and not trainer.accelerator.even_batches and not args.dataloader_drop_last
     if uneven and config.sharpness_scope == "micro_batch" and args.gradient_accumulation_steps > 1:
         raise NotImplementedError(

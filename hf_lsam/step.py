@@ -105,6 +105,12 @@ class LSAMStep:
             return self.current[1]
         return Kept(self.previous, self.correction, self.log.copy())
 
+    def read_after(self, step: int) -> list[Tensor]:
+        """The parameters whose gradients of optimizer step `step` are climbed in the next one (one pass)."""
+        if not self.perturbs(step + 1):
+            return []
+        return [parameter for candidate in self.candidates for parameter in candidate.parameters]
+
     def __call__(self, pass_1: Pass, pass_2: Pass, step: int, is_last: bool) -> Tensor:
         """
         Run a micro-batch; at the last one of an optimizer step, `.grad` holds what the optimizer should get.

@@ -1,16 +1,18 @@
 """`LSAMTrainer`: the Trainer whose training step perturbs a few blocks."""
 
 import copy
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import HPSearchBackend
 
 from .composition import check_order, check_repeatable
 from .config import LSAMConfig
+from .deepspeed import update_held_back
 from .distributed import check_supported
 from .passes import Counters
 from .state import load_state, save_state
@@ -147,7 +149,11 @@ class LSAMMixin(_AnyTrainer):
             finally:
                 counters.restore()
 
-        loss = step(pass_1, pass_2, self.state.global_step, self.accelerator.sync_gradients)
+        held_back: AbstractContextManager[None] = nullcontext()
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            held_back = update_held_back(model, step.read_after(self.state.global_step))
+        with held_back:
+            loss = step(pass_1, pass_2, self.state.global_step, self.accelerator.sync_gradients)
         # The Trainer counts pass 1. What pass 2 ran over is counted by the share that it computed.
         self.current_flos += step.overhead * self._lsam_flops
         self._lsam_flops = 0.0

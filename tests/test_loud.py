@@ -61,7 +61,6 @@ def test_misfits_with_model_init_raise_before_training(tmp_path):
 
 UNSUPPORTED = {
     "FSDP": (lambda t: setattr(t.accelerator.state, "distributed_type", DistributedType.FSDP), {}),
-    "DEEPSPEED": (lambda t: setattr(t.accelerator.state, "distributed_type", DistributedType.DEEPSPEED), {}),
     "DataParallel": (lambda t: setattr(t.args, "_n_gpu", 2), {}),
     "optim=": (lambda t: None, {"optim": "lomo"}),
     "torch_compile": (lambda t: setattr(t.args, "torch_compile", True), {}),
