@@ -134,7 +134,6 @@ class CifarResNet(_ImageClassifier):
     """ResNet-(6n+2) for small images: n blocks each of 16, 32 and 64 channels; 0.27 M weights for ResNet-20."""
 
     config_class = CifarResNetConfig
-    _no_split_modules = ["ResidualBlock"]
 
     def __init__(self, config: CifarResNetConfig):
         blocks = [ResidualBlock(*size) for size in _block_sizes(1, _blocks_in_stage(config.depth, 2))]
@@ -151,7 +150,6 @@ class WideResNet(_ImageClassifier):
     """WRN-(6n+4)-k: n blocks each of 16k, 32k and 64k channels; 36.5 M weights for WRN-28-10."""
 
     config_class = WideResNetConfig
-    _no_split_modules = ["WideResidualBlock"]
 
     def __init__(self, config: WideResNetConfig):
         sizes = _block_sizes(config.widen_factor, _blocks_in_stage(config.depth, 4))

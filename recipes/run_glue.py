@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from adapters import AdapterArguments, add_adapter, find_base, load_adapter, load_config, save_model_config
-from common import StepTimer, check_output_dir, parse_arguments
+from common import StepTimer, check_output_dir, make_compute_loss, parse_arguments, read_logits, run_script
 from datasets import Dataset
 from glue_data import TextData, load_text_data
-from glue_tasks import GLUE_TASKS, STSB_RANGE, DataArguments
-from model_card import write_model_card
+from glue_tasks import GLUE_TASKS, HUB_NAME, STSB_RANGE, DataArguments
+from model_card import OWN_FILES, Subject, write_model_card
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -134,7 +134,7 @@ def prepare(argv: list[str]) -> Run:
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=make_compute_metrics(data_args),
-        compute_loss_func=make_compute_loss(data_args, args.label_smoothing_factor),
+        compute_loss_func=make_compute_loss(args.label_smoothing_factor, data_args.is_regression),
         callbacks=[timer],
     )
     return Run(model_args, adapter_args, data_args, args, data.labels, datasets, trainer, timer, resume)
@@ -179,8 +179,20 @@ def execute(run: Run) -> dict[str, float]:
     # Describe
     if run.args.do_train and trainer.is_world_process_zero():
         adapter = dataclasses.asdict(run.adapter_args) if run.adapter_args.enabled else None
-        write_model_card(trainer, run.model_args.model_name_or_path, run.data_args, metrics, adapter)
+        write_model_card(trainer, run.model_args.model_name_or_path, describe(run.data_args), metrics, adapter)
     return metrics
+
+
+def describe(data_args: DataArguments) -> Subject:
+    """What the model card says about the task and its data."""
+    task, from_hub = data_args.task_name, data_args.task_name is not None and data_args.data_dir is None
+    return Subject(
+        recipe="run_glue.py",
+        kind="text regression" if data_args.is_regression else "text classification",
+        pipeline_tag="text-classification",
+        data=f"GLUE {task} ({'Hub' if from_hub else 'local files'})" if task else OWN_FILES,
+        dataset=HUB_NAME if from_hub else None,
+    )
 
 
 def check_labels(data_args: DataArguments, data: TextData, config, training: bool) -> dict:
@@ -225,30 +237,6 @@ def tokenize(data: TextData, tokenizer: PreTrainedTokenizerBase, max_seq_length:
     }
 
 
-def read_logits(predictions: np.ndarray | tuple) -> np.ndarray:
-    """The logits, which some models return with hidden states behind them."""
-    return predictions[0] if isinstance(predictions, tuple) else predictions
-
-
-def make_compute_loss(data_args: DataArguments, label_smoothing: float):
-    """
-    The `compute_loss_func` of the Trainer: the mean over all rows of an optimizer step.
-
-    BERT and its like take the mean over a micro-batch, whatever number of rows the Trainer tells them: with gradient
-    accumulation, or in several processes, their own loss would be as many times too large.
-    """
-
-    def compute_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None):
-        logits = outputs["logits"]
-        if data_args.is_regression:
-            total = torch.nn.functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype), reduction="sum")
-        else:
-            total = torch.nn.functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
-        return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
-
-    return compute_loss
-
-
 def make_compute_metrics(data_args: DataArguments):
     """The `compute_metrics` of the Trainer."""
     own = "regression" if data_args.is_regression else "classification"
@@ -281,12 +269,4 @@ def write_predictions(path: Path, logits: np.ndarray, data_args: DataArguments, 
 
 
 if __name__ == "__main__":
-    prepared = None
-    try:
-        prepared = prepare(sys.argv[1:])
-        execute(prepared)
-    except (ValueError, NotImplementedError, OSError) as problem:
-        # Before training, what is wrong are the settings, and the message says it all.
-        if prepared is not None and (prepared.timer.started or not prepared.args.do_train):
-            raise
-        sys.exit(f"run_glue.py: error: {problem}")
+    run_script(prepare, execute)
