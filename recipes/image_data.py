@@ -119,8 +119,8 @@ def load_image_data(args: DataArguments, splits: Sequence[str], model_labels: Ma
         ValueError: naming the place and the setting, for data that cannot be trained or evaluated on.
     """
     # Held-out images are read with `train`, whether or not the run trains or evaluates on them.
-    held_out = args.validation_fraction is not None
-    needed = dict.fromkeys("train" if split == "validation" and held_out else split for split in splits)
+    fraction = args.validation_fraction
+    needed = dict.fromkeys("train" if split == "validation" and fraction else split for split in splits)
     read = {split: _read_hub(args, split) if args.dataset_name else _read_own(args, split) for split in needed}
     if model_labels is None:
         labels = _classes(*read["train"])
@@ -128,8 +128,8 @@ def load_image_data(args: DataArguments, splits: Sequence[str], model_labels: Ma
         labels = tuple(sorted(model_labels, key=lambda name: model_labels[name]))
     known = {name: number for number, name in enumerate(labels)}
     datasets = {split: _with_ids(source, dataset, known, split) for split, (source, dataset) in read.items()}
-    if held_out and "train" in datasets:
-        datasets["train"], datasets["validation"] = _hold_out(datasets["train"], args.validation_fraction)
+    if fraction is not None and "train" in datasets:
+        datasets["train"], datasets["validation"] = _hold_out(datasets["train"], fraction)
     datasets = {split: dataset for split, dataset in datasets.items() if split in splits}
     for split, dataset in datasets.items():
         limit = {"train": args.max_train_samples, "validation": args.max_eval_samples}.get(split)
@@ -191,6 +191,7 @@ def _read_own(args: DataArguments, split: str) -> tuple[str, Dataset]:
         raise ValueError(f"No {split} data: set {setting}{hold_out}, or leave out {NEEDED_BY[split]}.")
     path = Path(getattr(args, setting)).expanduser()
     source = f"{setting}={path}"
+    images: dict[str, dict[str, str | bytes | None]]
     if path.is_dir():
         files = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if not file.is_dir()}
         images = {name: {"path": str(file), "bytes": None} for name, file in files.items() if _is_visible(name)}

@@ -6,6 +6,8 @@ The residual networks of the CIFAR benchmarks, as models of transformers.
 makes them known to `AutoConfig` and `AutoModelForImageClassification`.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
@@ -109,7 +111,7 @@ class _ImageClassifier(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
 
-    def __init__(self, config, blocks: list[nn.Module], norm_channels: int, channels: int):
+    def __init__(self, config, blocks: Sequence[nn.Module], norm_channels: int, channels: int):
         super().__init__(config)
         self.stem = _conv3x3(3, 16)
         self.blocks = nn.ModuleList(blocks)

@@ -129,8 +129,6 @@ def prepare(argv: list[str]) -> Run:
         raise ValueError("Nothing to do: set do_train, do_eval or do_predict.")
     if model_args.from_scratch and not args.do_train:
         raise ValueError("A model from scratch knows nothing yet: set do_train, or model_name_or_path to a model.")
-    if args.do_train and not args.do_eval and args.eval_strategy != "no":
-        raise ValueError(f"eval_strategy={args.eval_strategy} evaluates during training: set do_eval as well.")
     resume = check_output_dir(args, (PREDICTIONS, "test_results.json"))
 
     config, processor = find_model(model_args)
