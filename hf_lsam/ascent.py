@@ -78,8 +78,7 @@ def find_ascent(candidates: Sequence[Candidate], costs: CostModel, config: LSAMC
     places = [place for index in chosen for place in range(starts[index], starts[index + 1])]
     weights, gradients = [weights[i] for i in places], [gradients[i] for i in places]
     if config.adaptive:
-        selected_scores = [scores[i] for i in places]
-        direction = list(torch._foreach_mul(torch._foreach_abs(weights), selected_scores))
+        direction = adaptive_scores(weights, [scores[i] for i in places])
     else:
         direction = gradients
     return Ascent(chosen, agreed, norm, weights, gradients, direction)

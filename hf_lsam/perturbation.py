@@ -1,11 +1,13 @@
 """Move the selected weights, and put them back exactly."""
 
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from .rounding import add_, wide
+from .shards import from_parts, is_sharded, local_parts, sum_over_parts
 
 
 class Perturbation:
@@ -13,7 +15,8 @@ class Perturbation:
     Moves weights along a direction for the length of a `with` block, and restores them by copy.
 
     Restoring by subtraction would change 0.3 to 6 % of the float32 weights (w + e - e is not w) and keep a NaN. The
-    copies live in a buffer that is kept from step to step, of the size of the largest set that was ever moved.
+    copies live in a buffer that is kept from step to step, of the size of the largest set that was ever moved. Of a
+    sharded weight each process moves, keeps and restores its part.
 
     Attributes:
         seed: Of stochastic rounding, which draws nothing from the generators of the training. With the number of the
@@ -37,18 +40,19 @@ class Perturbation:
             scale: Factor, for instance `rho / norm`.
 
         Yields:
-            The copies of the weights as they were.
+            The copies of the weights' local parts as they were.
         """
-        copies = self._copies(weights)
+        parts = local_parts(weights)
+        copies = self._copies(parts)
         try:
             with torch.no_grad():
-                _add_(weights, direction, scale, self.seed)
+                add_(parts, local_parts(direction), scale, self.seed)
             # Under autocast, casts of the weights may be cached from before.
             torch.clear_autocast_cache()
             yield copies
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(list(weights), copies)
+                torch._foreach_copy_(parts, copies)
             torch.clear_autocast_cache()
 
     @torch.no_grad()
@@ -71,50 +75,16 @@ class Perturbation:
         return copies
 
 
-def _add_(weights: Sequence[Tensor], direction: Sequence[Tensor], scale: float, seed: int) -> None:
-    """`weights += scale * direction`."""
-    coarse = [is_coarse(weight) for weight in weights]
-    exact = [place for place, is_one in enumerate(coarse) if not is_one]
-    if exact:
-        torch._foreach_add_([weights[i] for i in exact], [direction[i] for i in exact], alpha=scale)
-    if any(coarse):
-        generator = torch.Generator(weights[0].device).manual_seed(seed)
-        for weight, slope in itertools.compress(zip(weights, direction, strict=True), coarse):
-            weight.copy_(round_stochastically(weight.float().add_(slope, alpha=scale), weight.dtype, generator))
-
-
-def is_coarse(tensor: Tensor) -> bool:
-    """Whether its numbers have 16 bits or fewer."""
-    return torch.finfo(tensor.dtype).bits < 32
-
-
-@torch.no_grad()
-def round_stochastically(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Float32 `values` rounded to one of their two neighbours in a 16-bit `dtype`, such that the mean is `values`."""
-    near = values.to(dtype)
-    rest = values - near
-    # The numbers of one sign are in the order of their bits; next to zero is the smallest one of either sign.
-    bits = near.view(torch.int16)
-    beyond_zero = torch.where(rest > 0, 1, torch.iinfo(torch.int16).min + 1)
-    outwards = torch.where((rest > 0) == (near > 0), bits + 1, bits - 1)
-    other = torch.where(near == 0, beyond_zero, outwards).to(torch.int16).view(dtype)
-    chance = rest / (other.float() - near)
-    draws = torch.rand(values.shape, device=values.device, generator=generator)
-    return torch.where(draws < chance, other, near)
-
-
-def wide(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """`tensors` in float32 or wider: products of 16-bit gradients underflow or overflow."""
-    return [tensor.float() if is_coarse(tensor) else tensor for tensor in tensors]
-
-
 @torch.no_grad()
 def norms(tensors: Sequence[Tensor]) -> Tensor:
-    """The Euclidean norm of each tensor, in float32 or wider, stacked on their device: shape `(len(tensors),)`."""
+    """The Euclidean norm of each whole tensor, in float32 or wider, stacked: shape `(len(tensors),)`."""
     dtype = max((t.dtype for t in tensors), key=lambda dtype: torch.finfo(dtype).bits)
     if torch.finfo(dtype).bits < 32:
         dtype = torch.float32
-    return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=dtype))
+    parts = torch.stack(torch._foreach_norm(local_parts(tensors), 2, dtype=dtype))
+    if not is_sharded(tensors):
+        return parts
+    return sum_over_parts(parts.double().square(), tensors).sqrt().to(dtype)
 
 
 @torch.no_grad()
@@ -122,7 +92,7 @@ def mix(plain: Sequence[Tensor], perturbed: Sequence[Tensor], alpha: float) -> S
     """`(1 - alpha) * plain + alpha * perturbed`; may change `plain` in place."""
     if alpha == 1:
         return perturbed
-    torch._foreach_lerp_(list(plain), list(perturbed), alpha)
+    torch._foreach_lerp_(local_parts(plain), local_parts(perturbed), alpha)
     return plain
 
 
@@ -131,31 +101,43 @@ def where(condition: Tensor, tensors: Sequence[Tensor], others: Sequence[Tensor]
     """`tensors` if `condition`, one boolean, else `others`; on an accelerator without waiting for it."""
     if condition.device.type == "cpu":
         return list(tensors if condition else others)
-    return [torch.where(condition, one, other) for one, other in zip(tensors, others, strict=True)]
+    pairs = zip(local_parts(tensors), local_parts(others), strict=True)
+    return from_parts([torch.where(condition, one, other) for one, other in pairs], tensors)
 
 
 @torch.no_grad()
 def adaptive_scores(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
     """ASAM's `|w| g`, whose norm takes the place of the gradient's, in float32 or wider."""
-    return list(torch._foreach_mul(torch._foreach_abs(wide(weights)), wide(gradients)))
+    parts = torch._foreach_mul(torch._foreach_abs(wide(local_parts(weights))), wide(local_parts(gradients)))
+    return from_parts(parts, gradients)
 
 
 @torch.no_grad()
 def orthogonal_part(perturbed: Sequence[Tensor], plain: Sequence[Tensor]) -> list[Tensor]:
     """The part of the `perturbed` gradient orthogonal to the `plain` one, of unit length (zero if there is none)."""
-    perturbed, plain = wide(perturbed), wide(plain)
-    products = torch._foreach_mul(perturbed, plain)
-    along = torch.stack([product.sum() for product in products]).sum() / norms(plain).square().sum()
-    parts = list(torch._foreach_sub(perturbed, torch._foreach_mul(plain, along)))
-    length = norms(parts).square().sum().sqrt()
+    plain_parts, parts = wide(local_parts(plain)), wide(local_parts(perturbed))
+    products = torch._foreach_mul(parts, plain_parts)
+    along = sum_over_parts(torch.stack([product.sum() for product in products]), plain).sum()
+    along = along / norms(plain).square().sum()
+    parts = list(torch._foreach_sub(parts, torch._foreach_mul(plain_parts, along)))
+    orthogonal = from_parts(parts, plain)
+    length = norms(orthogonal).square().sum().sqrt()
     torch._foreach_div_(parts, length.clamp_min(torch.finfo(length.dtype).tiny))
-    return parts
+    return orthogonal
+
+
+@torch.no_grad()
+def add_along(gradients: Sequence[Tensor], directions: Sequence[Tensor], scale: float) -> None:
+    """Add to `gradients`, in place, `scale` times their joint norm along each of `directions`."""
+    length = norms(gradients).square().sum().sqrt()
+    torch._foreach_add_(local_parts(gradients), torch._foreach_mul(local_parts(directions), scale * length))
 
 
 @torch.no_grad()
 def move_cosine(weights: Sequence[Tensor], before: Sequence[Tensor], direction: Sequence[Tensor]) -> float:
     """Cosine between the move of `weights` from `before` and `direction`; below 1 where rounding swallows it."""
-    moves = [weight.double() - old.double() for weight, old in zip(weights, before, strict=True)]
-    along = sum(float((move * d.double()).sum()) for move, d in zip(moves, direction, strict=True))
-    length = float(norms(moves).square().sum().sqrt() * norms(direction).square().sum().sqrt())
+    moves = [weight.double() - old.double() for weight, old in zip(local_parts(weights), before, strict=True)]
+    products = [(move * d.double()).sum() for move, d in zip(moves, local_parts(direction), strict=True)]
+    along = float(sum_over_parts(torch.stack(products), weights).sum())
+    length = float(norms(from_parts(moves, weights)).square().sum().sqrt() * norms(direction).square().sum().sqrt())
     return along / length if length > 0 else 0.0

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 from transformers.trainer_utils import HPSearchBackend
 
@@ -97,7 +98,7 @@ class LSAMMixin(_AnyTrainer):
         if self.lsam_config.enabled:
             check_repeatable(type(self), LSAMMixin)
             check_supported(self, self.lsam_config)
-            LSAMStep(self.model, self.lsam_config, max_steps=1)
+            self._new_step(self.model, max_steps=1)
 
     def _set_up_trial(self, trial: Any) -> None:
         """Set the fields of [`LSAMConfig`] here, and let the Trainer set the others on its arguments."""
@@ -145,7 +146,10 @@ class LSAMMixin(_AnyTrainer):
             try:
                 # Past DistributedDataParallel, which would send buffers on the way: a pass that fails on one process
                 # and is run again there would send them once more than the others.
-                return training_step(step.model, copy.copy(inputs), num_items_in_batch)
+                inner = model.module if isinstance(model, DistributedDataParallel) else model
+                # FSDP2 reduces gradients as it shards them; without it there would be none at all.
+                with nullcontext() if self.accelerator.is_fsdp2 else self.accelerator.no_sync(model):
+                    return training_step(inner, copy.copy(inputs), num_items_in_batch)
             finally:
                 counters.restore()
 
@@ -170,14 +174,20 @@ class LSAMMixin(_AnyTrainer):
             step.reset_log()
         super().log(logs, *args, **kwargs)
 
+    def _new_step(self, model: nn.Module, max_steps: int) -> LSAMStep:
+        """The steps on `model`, which may be wrapped, compiled, or both."""
+        unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        # A loss may have parameters of its own (sentence-transformers), which only the optimizer knows.
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        trained = [parameter for group in groups for parameter in group["params"]]
+        scaler = self.accelerator.scaler
+        return LSAMStep(unwrapped, self.lsam_config, max_steps, scaler, called=model, beside=trained)
+
     def _lsam_of_run(self, model: nn.Module) -> LSAMStep:
         """The steps of this run; at first the blocks are found, and the checkpoint that it resumes is gone on from."""
         if self._lsam is not None and self._lsam_run is self.state:
             return self._lsam
-        unwrapped = self.accelerator.unwrap_model(model)
-        # A loss may have parameters of its own (sentence-transformers), which only the optimizer knows.
-        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        self._lsam = LSAMStep(unwrapped, self.lsam_config, self.state.max_steps, self.accelerator.scaler, trained)
+        self._lsam = self._new_step(model, self.state.max_steps)
         self._lsam_run = self.state
         self._lsam_watch = StuckWatch()
         self._lsam_flops = 0.0
@@ -193,8 +203,7 @@ class LSAMMixin(_AnyTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.lsam_config.enabled:
             step = self._lsam_of_run(self.model_wrapped)
-            if self.args.should_save:
-                save_state(step, output_dir, self.state.global_step)
+            save_state(step, output_dir, self.state.global_step, self.args.should_save)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

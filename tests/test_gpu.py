@@ -79,7 +79,7 @@ def test_replay_is_exact_with_dropout(precision, tmp_path):
         trainer = make(LSAMTrainer, tmp_path, settings, max_steps=5, **precision)
         trainer.add_callback(Replays(trainer, replays))
         trainer.train()
-        assert trainer._lsam.replay_works == replays
+        assert trainer._lsam.second_pass.replays == replays
         results.append(weights(trainer.model))
     assert_equal(*results)
 

@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
 from tiny import Examples, arguments, assert_equal, bert, weights
 from transformers import AlbertConfig, AlbertForSequenceClassification
 
@@ -60,10 +59,9 @@ def test_misfits_with_model_init_raise_before_training(tmp_path):
 
 
 UNSUPPORTED = {
-    "FSDP": (lambda t: setattr(t.accelerator.state, "distributed_type", DistributedType.FSDP), {}),
     "DataParallel": (lambda t: setattr(t.args, "_n_gpu", 2), {}),
     "optim=": (lambda t: None, {"optim": "lomo"}),
-    "torch_compile": (lambda t: setattr(t.args, "torch_compile", True), {}),
+    "torch_compile_mode": (lambda t: None, {"torch_compile_mode": "reduce-overhead"}),
 }
 
 

@@ -12,7 +12,8 @@ from transformers import Trainer, TrainerCallback
 
 from hf_lsam import LSAMConfig, LSAMTrainer, reference
 from hf_lsam.blocks import find_blocks
-from hf_lsam.perturbation import Perturbation, adaptive_scores, norms, orthogonal_part, round_stochastically
+from hf_lsam.perturbation import Perturbation, adaptive_scores, norms, orthogonal_part
+from hf_lsam.rounding import round_stochastically
 
 METHODS = {
     "top 2": dict(rho=0.2, alpha=0.6),
@@ -219,7 +220,7 @@ def test_replay_is_exact_under_bf16_autocast(name, scope, tmp_path):
         )
         trainer.add_callback(Replays(trainer, replays))
         trainer.train()
-        assert trainer._lsam.replay_works == replays
+        assert trainer._lsam.second_pass.replays == replays
         results.append(weights(trainer.model))
     assert_equal(*results)
 
@@ -231,7 +232,7 @@ class Replays(TrainerCallback):
         self.trainer, self.wanted = trainer, wanted
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.trainer._lsam.replay_works &= self.wanted
+        self.trainer._lsam.second_pass.replays &= self.wanted
 
 
 @pytest.mark.parametrize("options", [dict(bf16=True), dict(dtype=torch.bfloat16), dict(dtype=torch.float16)])

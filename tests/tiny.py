@@ -24,7 +24,7 @@ VOCABULARY = 64
 def bert(blocks: int = 4, dropout: float = 0.0, seed: int = 0, **options) -> PreTrainedModel:
     """A BERT classifier with three labels."""
     set_seed(seed)
-    config = BertConfig(
+    defaults = dict(
         vocab_size=VOCABULARY,
         hidden_size=16,
         num_hidden_layers=blocks,
@@ -35,9 +35,8 @@ def bert(blocks: int = 4, dropout: float = 0.0, seed: int = 0, **options) -> Pre
         attention_probs_dropout_prob=dropout,
         num_labels=3,
         initializer_range=0.3,
-        **options,
     )
-    return BertForSequenceClassification(config)
+    return BertForSequenceClassification(BertConfig(**{**defaults, **options}))
 
 
 def llama(blocks: int = 4, dropout: float = 0.0, seed: int = 0, **options) -> PreTrainedModel:
@@ -164,6 +163,28 @@ def arguments(folder, **options) -> TrainingArguments:
         seed=1,
     )
     return TrainingArguments(**{**defaults, **options})
+
+
+# Called gradient checkpointing before transformers 5.23.
+_CHECKPOINTING = min(
+    {"activation_checkpointing", "gradient_checkpointing"} & TrainingArguments.__dataclass_fields__.keys()
+)
+
+
+def checkpointed(use_reentrant: bool) -> dict:
+    """Training arguments that switch activation checkpointing on."""
+    return {_CHECKPOINTING: True, f"{_CHECKPOINTING}_kwargs": {"use_reentrant": use_reentrant}}
+
+
+def checkpoint(model: PreTrainedModel, use_reentrant: bool) -> None:
+    """Switch activation checkpointing on in a model."""
+    getattr(model, f"{_CHECKPOINTING}_enable")({"use_reentrant": use_reentrant})
+
+
+def without_replay(step):
+    """`step`, whose pass 2 runs every block from now on."""
+    step.second_pass.replays = False
+    return step
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
