@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from resnets import CifarResNet, CifarResNetConfig, ResidualBlock, WideResidualBlock, WideResNet, WideResNetConfig
+from test_replay import assert_same_gradients, passes
 from tiny import arguments, assert_equal, largest_difference, weights
 from torch import nn
 from torch.nn import functional as F
@@ -12,6 +13,8 @@ from transformers import AutoModelForImageClassification, set_seed
 
 from hf_lsam import LSAMConfig, LSAMTrainer, reference
 from hf_lsam.blocks import find_blocks, find_candidates
+from hf_lsam.passes import only_gradients_of, running_statistics_paused
+from hf_lsam.replay import Replay
 
 CONVOLUTIONS = r"stem|blocks\.\d+\.(conv\d|shortcut)"
 STEPS, BATCH = 6, 4
@@ -126,13 +129,11 @@ def test_a_depth_that_no_network_has_is_refused(kind, depth):
         kind(depth=depth)
 
 
-def train(model, config, folder):
+def train(model, config, folder) -> None:
     args = arguments(
         folder, max_steps=STEPS, max_grad_norm=0.0, optim="sgd", optim_args="momentum=0.9", learning_rate=0.05
     )
-    trainer = LSAMTrainer(model=model, args=args, train_dataset=Pictures(), lsam_config=LSAMConfig(**config))
-    trainer.train()
-    return trainer
+    LSAMTrainer(model=model, args=args, train_dataset=Pictures(), lsam_config=LSAMConfig(**config)).train()
 
 
 @pytest.mark.usefixtures("float64")
@@ -171,19 +172,36 @@ def double(getitem):
     return get
 
 
+@pytest.mark.parametrize("first", [1, 2])
 @pytest.mark.parametrize("name", ["resnet", "wide with dropout"])
-def test_replay_gives_bitwise_what_a_full_pass_gives(name, tmp_path, monkeypatch):
-    trained = []
-    for replayed in (True, False):
-        if not replayed:
-            monkeypatch.setattr("hf_lsam.step.LSAMStep._check_replay", give_up)
-        set_seed(0)
-        model = SMALL[name]()
-        trainer = train(model, dict(rho=0.1, block_selection="last", num_perturbed_blocks=1), tmp_path)
-        assert trainer._lsam.replay_works is replayed
-        trained.append(weights(model))
-    assert_equal(*trained)
+def test_replay_gives_bitwise_what_a_full_pass_gives(name, first):
+    set_seed(0)
+    model = SMALL[name]().train()
+    batch = torch.utils.data.default_collate([Pictures()[index] for index in range(BATCH)])
+    run, take_gradients = passes(model, batch)
+    replay = Replay(list(model.blocks), torch.device("cpu"))
+    with replay.recording() as recording:
+        run()
+    take_gradients()
+    weight = model.blocks[first].conv2.weight
+    weight.data.add_(0.05)
+    results = []
+    with running_statistics_paused(model), only_gradients_of(model, [weight]):
+        for perturbed in (None, {first}):
+            with replay.replaying(recording, perturbed):
+                results.append((run(), take_gradients()))
+    (full_loss, full), (replayed_loss, replayed) = results
+    assert torch.equal(full_loss, replayed_loss)
+    assert list(full) == [f"blocks.{first}.conv2.weight"]
+    assert_same_gradients(full, replayed)
 
 
-def give_up(step, micro_batch):
-    step.replay_works = False
+def test_the_second_pass_begins_at_the_first_perturbed_block(tmp_path):
+    set_seed(0)
+    model = SMALL["wide with dropout"]()
+    calls: list[int] = []
+    for index, block in enumerate(model.blocks):
+        block.conv1.register_forward_hook(lambda *_, index=index: calls.append(index))
+    train(model, dict(rho=0.1, block_selection="last", num_perturbed_blocks=1), tmp_path)
+    assert (calls.count(0), calls.count(1)) == (STEPS, STEPS)
+    assert calls.count(2) >= 2 * STEPS
