@@ -12,6 +12,7 @@ from image_examples import check_images
 NEEDED_BY = {"train": "do_train", "validation": "do_eval", "test": "do_predict"}
 # Of what is drawn once and for all: the images that are held out, and those that are left out.
 _DRAW = 0
+_WHERE = "The folders at the top, or the values of label_column, are the classes."
 
 
 @dataclass
@@ -123,7 +124,7 @@ def load_image_data(args: DataArguments, splits: Sequence[str], model_labels: Ma
     needed = dict.fromkeys("train" if split == "validation" and fraction else split for split in splits)
     read = {split: _read_hub(args, split) if args.dataset_name else _read_own(args, split) for split in needed}
     if model_labels is None:
-        labels = _classes(*read["train"])
+        labels = tuple(read["train"][1].features["label"].names)
     else:
         labels = tuple(sorted(model_labels, key=lambda name: model_labels[name]))
     known = {name: number for number, name in enumerate(labels)}
@@ -138,7 +139,7 @@ def load_image_data(args: DataArguments, splits: Sequence[str], model_labels: Ma
     if "train" in datasets and len(set(datasets["train"]["label"])) < 2:
         raise ValueError(
             f"{read['train'][0]}: all training images are of one class ({labels[datasets['train'][0]['label']]}), "
-            "which leaves nothing to learn. The folders at the top are the classes; or raise max_train_samples."
+            f"which leaves nothing to learn. {_WHERE} If max_train_samples is set, raise it."
         )
     sources = {split: (read.get(split) or read["train"])[0] for split in datasets}
     moments = {split: check_images(sources[split], dataset) for split, dataset in datasets.items()}
@@ -221,16 +222,6 @@ def _is_visible(name: str) -> bool:
     return not any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
 
 
-def _classes(source: str, dataset: Dataset) -> tuple[str, ...]:
-    names = dataset.features["label"].names
-    if len(names) < 2:
-        raise ValueError(
-            f"{source}: all training images are of one class ({', '.join(names)}), which leaves nothing to learn. The "
-            "folders at its top, or the values of label_column, are the classes."
-        )
-    return tuple(names)
-
-
 def _with_ids(source: str, dataset: Dataset, known: Mapping[str, int], split: str) -> Dataset:
     """`dataset` with its labels as ids of the classes in `known`."""
     if len(dataset) == 0:
@@ -241,7 +232,7 @@ def _with_ids(source: str, dataset: Dataset, known: Mapping[str, int], split: st
     if unknown := [names[number] for number in used if names[number] not in known]:
         raise ValueError(
             f"{source} has the class {unknown[0]!r}, which is not one that the model is trained for: "
-            f"{', '.join(list(known)[:10])}{', ...' if len(known) > 10 else ''}."
+            f"{', '.join(list(known)[:10])}{', ...' if len(known) > 10 else ''}. {_WHERE}"
         )
     if len(used) < len(set(labels)):
         row = next(row for row, number in enumerate(labels) if number in (None, -1))

@@ -169,6 +169,13 @@ def test_images_that_cannot_be_trained_on(tmp_path, what, message, packed):
     assert "\n" not in str(error.value)
 
 
+def test_too_few_images_to_learn_from(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"all training images are of one class .* max_train_samples is set, raise it"
+    ):
+        load(train_images=write_folder(tmp_path / "train"), max_train_samples=1)
+
+
 def test_places_and_splits_that_are_not_there(tmp_path):
     folder = write_folder(tmp_path / "train", count=1)
     with pytest.raises(ValueError, match="nowhere is neither a folder nor a file"):
