@@ -161,6 +161,10 @@ def _read_hub(args: DataArguments, split: str) -> tuple[str, Dataset]:
             f"No {split} data: {args.dataset_name} has {', '.join(splits)}. Leave out {NEEDED_BY[split]}{hold_out}, "
             "or choose another dataset_name."
         )
+    if args.validation_fraction is not None and "validation" in splits:
+        raise ValueError(
+            f"{args.dataset_name} has images to evaluate on, so none are held out: set validation_fraction to null."
+        )
     source, dataset = f"{args.dataset_name} ({split})", splits[split]
     for setting in ("image_column", "label_column"):
         if getattr(args, setting) not in dataset.features:

@@ -170,9 +170,7 @@ def test_images_that_cannot_be_trained_on(tmp_path, what, message, packed):
 
 
 def test_too_few_images_to_learn_from(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"all training images are of one class .* max_train_samples is set, raise it"
-    ):
+    with pytest.raises(ValueError, match=r"all training images are of one class .* max_train_samples"):
         load(train_images=write_folder(tmp_path / "train"), max_train_samples=1)
 
 
@@ -189,6 +187,12 @@ def test_places_and_splits_that_are_not_there(tmp_path):
         load(("train", "validation"), train_images=folder)
     with pytest.raises(ValueError, match="validation_fraction=0.1 holds out no image"):
         load(train_images=folder, validation_fraction=0.1)
+
+
+def test_nothing_is_held_out_of_a_data_set_with_images_to_evaluate_on(tmp_path):
+    name = write_hub(tmp_path / "hub", "image", "label", ("train", "validation"))
+    with pytest.raises(ValueError, match=r"has images to evaluate on, .* set validation_fraction to null"):
+        load(("train", "validation"), dataset_name=name, validation_fraction=0.5)
 
 
 def test_a_class_of_the_test_that_is_not_trained(tmp_path):
