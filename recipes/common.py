@@ -6,7 +6,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,22 @@ def check_output_dir(args: TrainingArguments, predictions: Sequence[str] = ()) -
             f"{'set' if resume else 'Set'} output_dir to a new folder, or remove the old one."
         )
     return checkpoint
+
+
+def run_script(prepare: Callable[[list[str]], Any], execute: Callable[[Any], Any]) -> None:
+    """
+    A recipe as a script: `prepare` with the command line's arguments, and `execute` with what it returns.
+
+    Before training, what is wrong are the settings, and the message says it all: the script ends with it.
+    """
+    prepared = None
+    try:
+        prepared = prepare(sys.argv[1:])
+        execute(prepared)
+    except (ValueError, NotImplementedError, OSError) as problem:
+        if prepared is not None and (prepared.timer.started or not prepared.args.do_train):
+            raise
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {problem}")
 
 
 class StepTimer(TrainerCallback):

@@ -4,13 +4,13 @@ import dataclasses
 import json
 import math
 import platform
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from glue_tasks import HUB_NAME, DataArguments
 from huggingface_hub import ModelCard, ModelCardData
 
 from hf_lsam import LSAMTrainer
@@ -32,10 +32,12 @@ TRAINING_FIELDS = (
     "fp16",
 )
 
-TEMPLATE = """
-# A text {kind}, fine-tuned {method}
+OWN_FILES = "files of the user's own"
 
-Made by the recipe `run_glue.py` of `hf_lsam`.
+TEMPLATE = """
+# A {kind}, fine-tuned {method}
+
+Made by the recipe `{recipe}` of `hf_lsam`.
 
 ## Training
 
@@ -67,10 +69,30 @@ Layer-wise SAM perturbs only the layers whose gradients are largest before it ta
 """
 
 
+@dataclass(frozen=True)
+class Subject:
+    """
+    What a model was made for, and of.
+
+    Args:
+        recipe (`str`): Name of the script.
+        kind (`str`): What stands before "model" or "adapter" in the title.
+        pipeline_tag (`str`): The task, as the Hub names it.
+        data (`str`): The data that it was trained on.
+        dataset (`str` or `None`): Its name on the Hub, if it is from there.
+    """
+
+    recipe: str
+    kind: str
+    pipeline_tag: str
+    data: str
+    dataset: str | None
+
+
 def write_model_card(
     trainer: LSAMTrainer,
     model_name: str,
-    data_args: DataArguments,
+    subject: Subject,
     metrics: dict[str, float],
     adapter: dict[str, Any] | None = None,
 ):
@@ -80,23 +102,22 @@ def write_model_card(
     Args:
         trainer (`LSAMTrainer`): The trainer that trained the model.
         model_name (`str`): Name or folder of the model that was fine-tuned.
-        data_args (`DataArguments`): The data that it was trained on.
+        subject (`Subject`): What the model was made for, and of.
         metrics (`dict[str, float]`): The metrics of training and evaluation.
         adapter (`dict[str, Any]`, *optional*): The settings of the LoRA adapter, if one was trained.
     """
     args, lsam_config = trainer.args, trainer.lsam_config
     on_hub = not Path(model_name).is_dir()
-    task, from_hub = data_args.task_name, data_args.task_name is not None and data_args.data_dir is None
     data = ModelCardData(
         library_name="peft" if adapter else "transformers",
-        pipeline_tag="text-classification",
+        pipeline_tag=subject.pipeline_tag,
         tags=["hf_lsam", "layer-wise-sam", "sharpness-aware-minimization"],
-        datasets=HUB_NAME if from_hub else None,
+        datasets=subject.dataset,
         base_model=model_name if on_hub else None,
     )
     training = {
         "model": model_name if on_hub else Path(model_name).name,
-        "data": f"GLUE {task} ({'Hub' if from_hub else 'local files'})" if task else "files of the user's own",
+        "data": subject.data,
         **({"adapter": adapter} if adapter else {}),
         **{name: getattr(args, name) for name in TRAINING_FIELDS},
         "versions": {
@@ -107,7 +128,8 @@ def write_model_card(
         },
     }
     content = TEMPLATE.format(
-        kind=("regression" if data_args.is_regression else "classification") + (" adapter" if adapter else " model"),
+        kind=subject.kind + (" adapter" if adapter else " model"),
+        recipe=subject.recipe,
         method="with layer-wise SAM" if lsam_config.enabled else "without perturbation (layer-wise SAM is off)",
         training=_json_block(training),
         lsam=_json_block(dataclasses.asdict(lsam_config)),
