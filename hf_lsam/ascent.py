@@ -13,6 +13,7 @@ from .config import LSAMConfig
 from .distributed import average_over_ranks, is_distributed
 from .perturbation import adaptive_scores, norms
 from .selection import CostModel, select
+from .step_log import StepLog
 
 
 @dataclass
@@ -35,6 +36,15 @@ class Ascent:
     weights: list[Tensor]
     gradients: list[Tensor]
     direction: list[Tensor]
+
+
+@dataclass
+class Kept:
+    """What goes from step to step: the gradient to climb (one pass), the direction to reuse (LookSAM), the log."""
+
+    previous: Ascent | None
+    correction: tuple[list[Tensor], list[Tensor]] | None
+    log: StepLog
 
 
 @torch.no_grad()
@@ -68,8 +78,7 @@ def find_ascent(candidates: Sequence[Candidate], costs: CostModel, config: LSAMC
     places = [place for index in chosen for place in range(starts[index], starts[index + 1])]
     weights, gradients = [weights[i] for i in places], [gradients[i] for i in places]
     if config.adaptive:
-        selected_scores = [scores[i] for i in places]
-        direction = list(torch._foreach_mul(torch._foreach_abs(weights), selected_scores))
+        direction = adaptive_scores(weights, [scores[i] for i in places])
     else:
         direction = gradients
     return Ascent(chosen, agreed, norm, weights, gradients, direction)

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, DynamoBackend
 from torch import Tensor
 from transformers import Trainer
 from transformers.training_args import OptimizerNames
 
 from .config import LSAMConfig
+from .deepspeed import check_deepspeed
+from .shards import is_sharded
 
 # Optimizers that update the weights inside the backward pass: pass 1 would already train.
 _UPDATE_IN_BACKWARD = {
@@ -20,8 +22,18 @@ _UPDATE_IN_BACKWARD = {
     OptimizerNames.GALORE_ADAFACTOR_LAYERWISE,
     OptimizerNames.APOLLO_ADAMW_LAYERWISE,
 }
+# Modes of torch.compile that record CUDA graphs.
+_CUDA_GRAPHS = {"reduce-overhead", "max-autotune"}
 # One process, or DistributedDataParallel: every process holds the whole model and, after pass 1, the same gradients.
-_SUPPORTED = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
+# DeepSpeed, as far as `check_deepspeed` lets it through, gives them on request.
+# Or FSDP2: every process holds its part of each weight and, after pass 1, that of the same gradient.
+_SUPPORTED = {
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.FSDP,
+    DistributedType.DEEPSPEED,
+}
 
 
 def is_distributed() -> bool:
@@ -35,11 +47,14 @@ def average_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
     The mean of each tensor over all processes, by one all-reduce for each dtype and device.
 
     In one process the tensors themselves. Every process must give tensors of the same shapes in the same order.
+    Sharded ones are left alone: as gradients, FSDP2 has reduced them over the processes already.
     """
     if not is_distributed() or not tensors:
         return list(tensors)
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for place, tensor in enumerate(tensors):
+        if is_sharded([tensor]):
+            continue
         groups.setdefault((tensor.device, tensor.dtype), []).append(place)
     averages = list(tensors)
     for places in groups.values():
@@ -72,15 +87,33 @@ def check_supported(trainer: Trainer, config: LSAMConfig) -> None:
 
     Raises:
         NotImplementedError: names the setting, the reason and the way out.
+        ValueError: if `max_overhead` cannot hold.
     """
     args = trainer.args
     way_out = "Set it otherwise, or train plainly with LSAMConfig(block_selection='none')."
-    distributed_type = trainer.accelerator.distributed_type
-    if distributed_type not in _SUPPORTED or getattr(trainer.accelerator, "parallelism_config", None) is not None:
+    if is_distributed() and args.world_size != dist.get_world_size():
         raise NotImplementedError(
-            "LSAMTrainer runs in one process, or in several under DistributedDataParallel, and this run is "
-            f"{distributed_type.value}: weights and gradients that are sharded, or that an engine holds, are not "
-            f"perturbed. Launch it without FSDP, DeepSpeed or a parallelism_config. {way_out}"
+            f"{dist.get_world_size()} processes were launched, but each trains alone: its Trainer counts "
+            f"{args.world_size} of them. Accelerate does this on CPUs unless it is told of them: set use_cpu=True "
+            "(--use_cpu), or launch one process."
+        )
+    distributed_type = trainer.accelerator.distributed_type
+    split = getattr(trainer.accelerator, "parallelism_config", None) is not None
+    if distributed_type not in _SUPPORTED or split:
+        raise NotImplementedError(
+            "LSAMTrainer runs in one process, or in several under DistributedDataParallel, FSDP2 or DeepSpeed, and "
+            f"this run is {distributed_type.value}{' with a parallelism_config' * split}: weights that are split in "
+            f"another way are not perturbed. Launch it as one of those. {way_out}"
+        )
+    if distributed_type == DistributedType.DEEPSPEED:
+        check_deepspeed(trainer, config, way_out)
+    _check_sharding(trainer, config)
+    uneven = is_distributed() and not trainer.accelerator.even_batches and not args.dataloader_drop_last
+    if uneven and config.sharpness_scope == "micro_batch" and args.gradient_accumulation_steps > 1:
+        raise NotImplementedError(
+            "With even_batches=False a process may have fewer micro-batches in the last step than another, which "
+            "would wait for it: sharpness_scope='micro_batch' selects blocks together at each of them. Set "
+            "even_batches=True, dataloader_drop_last=True, or sharpness_scope='batch'."
         )
     if args.n_gpu > 1:
         raise NotImplementedError(
@@ -92,8 +125,57 @@ def check_supported(trainer: Trainer, config: LSAMConfig) -> None:
             f"optim={args.optim} updates the weights inside the backward pass, so there is no gradient left to "
             f"perturb by. {way_out}"
         )
-    if args.torch_compile and config.ascent_gradient == "current":
+    plugin = trainer.accelerator.state.dynamo_plugin
+    if plugin.backend != DynamoBackend.NO and config.ascent_gradient == "current":
+        if plugin.mode in _CUDA_GRAPHS:
+            raise NotImplementedError(
+                f"torch_compile_mode={plugin.mode!r} records CUDA graphs, whose outputs the next run writes over: "
+                "pass 2 would run over what is kept of pass 1. Use torch_compile_mode='default' or "
+                f"'max-autotune-no-cudagraphs', or ascent_gradient='previous'. {way_out}"
+            )
+        if not plugin.use_regional_compilation:
+            _check_one_graph(trainer, config)
+
+
+def _check_one_graph(trainer: Trainer, config: LSAMConfig) -> None:
+    """Refuse what two passes over a model that is compiled as a whole cannot do."""
+    way_out = (
+        "Compile the blocks one by one (environment variable ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION=true, or "
+        "dynamo_use_regional_compilation in the configuration of accelerate)"
+    )
+    if config.block_selection == "budget" and config.max_overhead < 1:
+        raise ValueError(
+            "torch_compile=True compiles the whole model into one graph, so pass 2 costs as much as a plain step "
+            f"whichever blocks are perturbed, and max_overhead={config.max_overhead} cannot hold. {way_out}, raise "
+            "max_overhead to 1, or use ascent_gradient='previous'."
+        )
+    if config.sharpness_scope == "micro_batch" and trainer.args.world_size > 1:
         raise NotImplementedError(
-            "torch_compile=True compiles the whole model, and each set of selected blocks would compile it anew. Use "
-            f"ascent_gradient='previous', which compiles once. {way_out}"
+            "torch_compile=True hides DistributedDataParallel from what keeps the gradients of a micro-batch to the "
+            f"process that took them, which sharpness_scope='micro_batch' needs. {way_out}, or use "
+            "sharpness_scope='batch'."
+        )
+
+
+def _check_sharding(trainer: Trainer, config: LSAMConfig) -> None:
+    """Of the ways to shard a model, leave only FSDP2 as accelerate sets it up."""
+    if getattr(trainer, "is_distributed_loading_by_transformers", False):
+        raise NotImplementedError(
+            "The model was loaded with a distributed_config, which may split weights and gradients in ways that are "
+            "not perturbed. Load it without, and let accelerate shard it (fsdp_version: 2). Or train plainly with "
+            "LSAMConfig(block_selection='none')."
+        )
+    if trainer.accelerator.distributed_type != DistributedType.FSDP:
+        return
+    if not trainer.accelerator.is_fsdp2:
+        raise NotImplementedError(
+            "FSDP1 (FullyShardedDataParallel) keeps the weights of many modules in one flat tensor, in which there "
+            "are no blocks to perturb. Set fsdp_version: 2 in the FSDP settings, or train plainly with "
+            "LSAMConfig(block_selection='none')."
+        )
+    if config.sharpness_scope == "micro_batch":
+        raise NotImplementedError(
+            "sharpness_scope='micro_batch' climbs the gradient of this process's own micro-batch, but FSDP2 has "
+            "averaged it over the processes by then. Set sharpness_scope='batch', launch without FSDP, or train "
+            "plainly with LSAMConfig(block_selection='none')."
         )

@@ -1,6 +1,6 @@
 """What surrounds a second pass: only some weights take a gradient, and nothing is counted twice."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 
 @contextmanager
-def only_gradients_of(model: nn.Module, weights: Sequence[Tensor], beside: Sequence[Tensor] = ()) -> Iterator[None]:
+def only_gradients_of(model: nn.Module, weights: Iterable[Tensor], beside: Sequence[Tensor] = ()) -> Iterator[None]:
     """
     Inside, backward gives gradients to `weights` only, starting from none; afterwards every `.grad` is what it was.
 

@@ -6,16 +6,25 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .rounding import add_, wide
+from .shards import from_parts, is_sharded, local_parts, sum_over_parts
+
 
 class Perturbation:
     """
     Moves weights along a direction for the length of a `with` block, and restores them by copy.
 
     Restoring by subtraction would change 0.3 to 6 % of the float32 weights (w + e - e is not w) and keep a NaN. The
-    copies live in a buffer that is kept from step to step, of the size of the largest set that was ever moved.
+    copies live in a buffer that is kept from step to step, of the size of the largest set that was ever moved. Of a
+    sharded weight each process moves, keeps and restores its part.
+
+    Attributes:
+        seed: Of stochastic rounding, which draws nothing from the generators of the training. With the number of the
+            step, processes and runs that resume round alike.
     """
 
     def __init__(self) -> None:
+        self.seed = 0
         self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     @contextmanager
@@ -23,24 +32,27 @@ class Perturbation:
         """
         Inside, `weights` are at `weights + scale * direction`; afterwards they are bitwise what they were before.
 
+        Weights of 16 bits are rounded stochastically; rounding to the nearest would swallow most of a short move.
+
         Args:
             weights: Parameters, changed in place.
             direction: One tensor for each weight, of its shape.
             scale: Factor, for instance `rho / norm`.
 
         Yields:
-            The copies of the weights as they were.
+            The copies of the weights' local parts as they were.
         """
-        copies = self._copies(weights)
+        parts = local_parts(weights)
+        copies = self._copies(parts)
         try:
             with torch.no_grad():
-                torch._foreach_add_(list(weights), list(direction), alpha=scale)
+                add_(parts, local_parts(direction), scale, self.seed)
             # Under autocast, casts of the weights may be cached from before.
             torch.clear_autocast_cache()
             yield copies
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(list(weights), copies)
+                torch._foreach_copy_(parts, copies)
             torch.clear_autocast_cache()
 
     @torch.no_grad()
@@ -65,11 +77,14 @@ class Perturbation:
 
 @torch.no_grad()
 def norms(tensors: Sequence[Tensor]) -> Tensor:
-    """The Euclidean norm of each tensor, in float32 or wider, stacked on their device: shape `(len(tensors),)`."""
+    """The Euclidean norm of each whole tensor, in float32 or wider, stacked: shape `(len(tensors),)`."""
     dtype = max((t.dtype for t in tensors), key=lambda dtype: torch.finfo(dtype).bits)
     if torch.finfo(dtype).bits < 32:
         dtype = torch.float32
-    return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=dtype))
+    parts = torch.stack(torch._foreach_norm(local_parts(tensors), 2, dtype=dtype))
+    if not is_sharded(tensors):
+        return parts
+    return sum_over_parts(parts.double().square(), tensors).sqrt().to(dtype)
 
 
 @torch.no_grad()
@@ -77,7 +92,7 @@ def mix(plain: Sequence[Tensor], perturbed: Sequence[Tensor], alpha: float) -> S
     """`(1 - alpha) * plain + alpha * perturbed`; may change `plain` in place."""
     if alpha == 1:
         return perturbed
-    torch._foreach_lerp_(list(plain), list(perturbed), alpha)
+    torch._foreach_lerp_(local_parts(plain), local_parts(perturbed), alpha)
     return plain
 
 
@@ -86,31 +101,43 @@ def where(condition: Tensor, tensors: Sequence[Tensor], others: Sequence[Tensor]
     """`tensors` if `condition`, one boolean, else `others`; on an accelerator without waiting for it."""
     if condition.device.type == "cpu":
         return list(tensors if condition else others)
-    return [torch.where(condition, one, other) for one, other in zip(tensors, others, strict=True)]
+    pairs = zip(local_parts(tensors), local_parts(others), strict=True)
+    return from_parts([torch.where(condition, one, other) for one, other in pairs], tensors)
 
 
 @torch.no_grad()
 def adaptive_scores(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
-    """ASAM's `|w| g`, whose norm takes the place of the gradient's."""
-    return list(torch._foreach_mul(torch._foreach_abs(list(weights)), list(gradients)))
+    """ASAM's `|w| g`, whose norm takes the place of the gradient's, in float32 or wider."""
+    parts = torch._foreach_mul(torch._foreach_abs(wide(local_parts(weights))), wide(local_parts(gradients)))
+    return from_parts(parts, gradients)
 
 
 @torch.no_grad()
 def orthogonal_part(perturbed: Sequence[Tensor], plain: Sequence[Tensor]) -> list[Tensor]:
     """The part of the `perturbed` gradient orthogonal to the `plain` one, of unit length (zero if there is none)."""
-    products = torch._foreach_mul(list(perturbed), list(plain))
-    dtype = torch.promote_types(products[0].dtype, torch.float32)
-    along = torch.stack([product.sum(dtype=dtype) for product in products]).sum() / norms(plain).square().sum()
-    parts = list(torch._foreach_sub(list(perturbed), torch._foreach_mul(list(plain), along)))
-    length = norms(parts).square().sum().sqrt()
+    plain_parts, parts = wide(local_parts(plain)), wide(local_parts(perturbed))
+    products = torch._foreach_mul(parts, plain_parts)
+    along = sum_over_parts(torch.stack([product.sum() for product in products]), plain).sum()
+    along = along / norms(plain).square().sum()
+    parts = list(torch._foreach_sub(parts, torch._foreach_mul(plain_parts, along)))
+    orthogonal = from_parts(parts, plain)
+    length = norms(orthogonal).square().sum().sqrt()
     torch._foreach_div_(parts, length.clamp_min(torch.finfo(length.dtype).tiny))
-    return parts
+    return orthogonal
+
+
+@torch.no_grad()
+def add_along(gradients: Sequence[Tensor], directions: Sequence[Tensor], scale: float) -> None:
+    """Add to `gradients`, in place, `scale` times their joint norm along each of `directions`."""
+    length = norms(gradients).square().sum().sqrt()
+    torch._foreach_add_(local_parts(gradients), torch._foreach_mul(local_parts(directions), scale * length))
 
 
 @torch.no_grad()
 def move_cosine(weights: Sequence[Tensor], before: Sequence[Tensor], direction: Sequence[Tensor]) -> float:
     """Cosine between the move of `weights` from `before` and `direction`; below 1 where rounding swallows it."""
-    moves = [weight.double() - old.double() for weight, old in zip(weights, before, strict=True)]
-    along = sum(float((move * d.double()).sum()) for move, d in zip(moves, direction, strict=True))
-    length = float(norms(moves).square().sum().sqrt() * norms(direction).square().sum().sqrt())
+    moves = [weight.double() - old.double() for weight, old in zip(local_parts(weights), before, strict=True)]
+    products = [(move * d.double()).sum() for move, d in zip(moves, local_parts(direction), strict=True)]
+    along = float(sum_over_parts(torch.stack(products), weights).sum())
+    length = float(norms(from_parts(moves, weights)).square().sum().sqrt() * norms(direction).square().sum().sqrt())
     return along / length if length > 0 else 0.0

@@ -41,8 +41,9 @@ class Replay:
     Records passes over `blocks` and replays them.
 
     The model's own forward runs in either pass and only the blocks' `forward` is replaced, so masks, position
-    embeddings, cross-attention and output capture need no special case, and module hooks still run. A replayed call
-    sets the random state that the recorded one left, so draws between blocks (T5, DeBERTa-v2) are those of pass 1.
+    embeddings, cross-attention and output capture need no special case, and module hooks still run (those of FSDP2
+    gather the weights of a replayed block in vain). A replayed call sets the random state that the recorded one left,
+    so draws between blocks (T5, DeBERTa-v2) are those of pass 1.
 
     Args:
         blocks: The model's blocks.
@@ -132,22 +133,24 @@ class Replay:
 
     @contextmanager
     def _forwards(self, wrap: Callable[[int, Callable], Callable] | None) -> Iterator[None]:
-        """Replace the `forward` of each block, on the instance, by `wrap(index, forward)`."""
+        """Replace what each block runs, on the instance, by `wrap(index, forward)`."""
         if wrap is None:
             yield
             return
+        # `forward`, or where `block.compile()` was called what it compiled, so that no wrapper is compiled in.
+        names = ["forward" if block._compiled_call_impl is None else "_compiled_call_impl" for block in self.blocks]
         # An instance may have a forward of its own already (accelerate's device hooks): it comes back as it was.
-        own = [vars(block).get("forward") for block in self.blocks]
+        own = [vars(block).get(name) for block, name in zip(self.blocks, names, strict=True)]
         try:
-            for index, block in enumerate(self.blocks):
-                block.forward = wrap(index, block.forward)
+            for index, (block, name) in enumerate(zip(self.blocks, names, strict=True)):
+                setattr(block, name, wrap(index, getattr(block, name)))
             yield
         finally:
-            for block, forward in zip(self.blocks, own, strict=True):
+            for block, name, forward in zip(self.blocks, names, own, strict=True):
                 if forward is None:
-                    vars(block).pop("forward", None)
+                    vars(block).pop(name, None)
                 else:
-                    block.forward = forward
+                    setattr(block, name, forward)
 
 
 def _versions(output: Any) -> list[int]:

@@ -26,13 +26,15 @@ class CostModel:
         passed: For each model block s, the weights from s to the loss, frozen ones included. Embeddings look up and do
             not multiply, so they are free.
         plain: Cost of a plain step.
+        one_graph: Whether the blocks are compiled into one graph, all of which pass 2 runs, whatever is perturbed.
     """
 
     passed: tuple[int, ...]
     plain: int
+    one_graph: bool = False
 
     @classmethod
-    def of(cls, model: nn.Module, blocks: dict[str, nn.Module]) -> "CostModel":
+    def of(cls, model: nn.Module, blocks: dict[str, nn.Module], one_graph: bool = False) -> "CostModel":
         """Count the weights of `model`, whose blocks are `blocks`."""
         inside = {module for block in blocks.values() for module in block.modules()}
         embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
@@ -46,13 +48,15 @@ class CostModel:
         else:
             first_trained = (i for i, b in enumerate(blocks.values()) if any(p.requires_grad for p in b.parameters()))
             input_gradients = passed[next(first_trained, 0)]
-        return cls(passed, passed[0] + input_gradients + trained)
+        return cls(passed, passed[0] + input_gradients + trained, one_graph)
 
     def overhead(self, candidates: Iterable[Candidate], replayed: bool = True) -> float:
         """Predicted cost of pass 2 when these are perturbed, in plain steps; without replay it runs forward from 0."""
         chosen = list(candidates)
         if not chosen:
             return 0.0
+        if self.one_graph:
+            return 1.0
         first = min(candidate.first_block for candidate in chosen)
         forward = self.passed[first if replayed else 0]
         return (forward + self.passed[first] + sum(candidate.size for candidate in chosen)) / self.plain

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .ascent import Ascent
+from .shards import gathered, is_sharded, reshard, sharded_as
 from .step import LSAMStep
 
 logger = logging.get_logger(__name__)
@@ -18,26 +19,38 @@ logger = logging.get_logger(__name__)
 STATE_FILE = "lsam_state.safetensors"
 
 
-def save_state(step: LSAMStep, checkpoint: str) -> None:
-    """Write to `checkpoint` what `step` keeps: the gradient to climb or the direction to reuse, the log's sums."""
+def save_state(step: LSAMStep, checkpoint: str, global_step: int, should_save: bool = True) -> None:
+    """
+    Write to `checkpoint` what optimizer step `global_step` begins with.
+
+    Every process has to call it, since sharded tensors are gathered from all; those that `should_save` write. The
+    Trainer writes `trainer_state.json` afterwards and cannot resume without it, so a run that is killed in here leaves
+    no checkpoint that resumes without this state.
+    """
+    kept = step.kept(global_step)
+    reshard(step.model)
     names: dict[Tensor, str] = {parameter: name for name, parameter in step.model.named_parameters()}
     tensors: dict[str, Tensor] = {}
-    contents: dict[str, Any] = {"config": asdict(step.config), "log": step.log.state()}
-    if step.previous is not None:
-        weights, direction = step.previous.weights, step.previous.direction
+    contents: dict[str, Any] = {"config": asdict(step.config), "log": kept.log.state()}
+    if kept.previous is not None:
+        weights, direction = kept.previous.weights, kept.previous.direction
         contents["previous"] = {
-            "chosen": step.previous.chosen,
-            "squared_norms": step.previous.squared_norms,
-            "norm": step.previous.norm,
+            "chosen": kept.previous.chosen,
+            "squared_norms": kept.previous.squared_norms,
+            "norm": kept.previous.norm,
         }
-    elif step.correction is not None:
-        weights, direction = step.correction
+    elif kept.correction is not None:
+        weights, direction = kept.correction
     else:
         weights, direction = [], []
     for weight, tensor in zip(weights, direction, strict=True):
-        tensors[names[weight]] = tensor.contiguous()
+        whole = gathered(tensor)
+        if should_save:
+            tensors[names[weight]] = whole.contiguous()
     contents["weights"] = list(tensors)
     contents["candidates"] = [candidate.name for candidate in step.candidates]
+    if not should_save:
+        return
     draft = Path(checkpoint) / f"{STATE_FILE}.draft"
     save_file(tensors, draft, metadata={"lsam": json.dumps(contents)})
     draft.replace(draft.with_suffix(""))
@@ -59,7 +72,9 @@ def load_state(step: LSAMStep, checkpoint: str) -> None:
         )
         return
     try:
-        with safe_open(path, framework="pt", device=str(step.replay.device)) as file:
+        # What is to be sharded need not lie whole on the device.
+        device = "cpu" if is_sharded(step.model.parameters()) else str(step.second_pass.device)
+        with safe_open(path, framework="pt", device=device) as file:
             contents = json.loads(file.metadata()["lsam"])
             tensors = {name: file.get_tensor(name) for name in contents["weights"]}
     except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
@@ -85,8 +100,8 @@ def load_state(step: LSAMStep, checkpoint: str) -> None:
                 "model that it was saved with, or delete the file to go on without the state of layer-wise SAM."
             )
     step.log.load(contents["log"])
-    direction = list(tensors.values())
     weights: list[Tensor] = [parameters[name] for name in tensors]
+    direction = [sharded_as(tensor, weight) for tensor, weight in zip(tensors.values(), weights, strict=True)]
     if "previous" in contents:
         step.previous = Ascent(**contents["previous"], weights=weights, gradients=[], direction=direction)
     elif weights:

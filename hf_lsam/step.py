@@ -5,39 +5,30 @@ Nothing here knows a Trainer. A step is given two callables for each micro-batch
 of which run forward and backward and return the loss.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from transformers.utils import logging
 
-from .ascent import Ascent, find_ascent
+from .ascent import Ascent, Kept, find_ascent
 from .blocks import everything, find_blocks, find_candidates
+from .compiled import CompiledRegions
 from .config import LSAMConfig
 from .distributed import average_gradients, average_over_ranks
-from .passes import only_gradients_of, running_statistics_paused
-from .perturbation import Perturbation, mix, move_cosine, norms, orthogonal_part, where
-from .replay import Recording, Replay, ReplayError
+from .perturbation import Perturbation, add_along, mix, move_cosine, norms, orthogonal_part, where
+from .rounding import is_coarse
+from .second_pass import MicroBatch, Pass, SecondPass
 from .selection import CostModel, check_selection
+from .shards import reshard
 from .step_log import Perturbed, StepLog
 
 logger = logging.get_logger(__name__)
 
-Pass = Callable[[], Tensor]
-
-# Below this cosine between what the weights moved by and what they should have moved by, a user is warned.
+# Below this cosine between what the weights moved by and what they should have, a user is told.
 _ROUNDED = 0.95
-
-
-@dataclass
-class MicroBatch:
-    """A micro-batch between its two passes."""
-
-    rerun: Pass
-    loss: Tensor
-    recording: Recording
 
 
 class LSAMStep:
@@ -48,8 +39,8 @@ class LSAMStep:
         model: The model itself, not a wrapper of it; its blocks and trainable parameters are found here.
         config: The settings.
         max_steps: Optimizer steps of the training, of which `perturb_start` and `perturb_end` are shares.
-        has_scaler: Whether a gradient scaler looks at the gradients afterwards: a pass 2 that overflowed is then left
-            for it to see, so that it skips the step and lowers the scale.
+        scaler: The gradient scaler, if there is one: an overflow is left for it to see, so that it skips the step.
+        called (`nn.Module`): What the passes call, where that is not `model`: a wrapper of it, or its compiled copy.
         beside: Parameters that are trained but not the model's, as those of a loss; they keep their plain gradients.
 
     Raises:
@@ -61,32 +52,36 @@ class LSAMStep:
         model: nn.Module,
         config: LSAMConfig,
         max_steps: int,
-        has_scaler: bool = False,
+        scaler: GradScaler | None = None,
+        called: nn.Module | None = None,
         beside: Sequence[Tensor] = (),
     ):
         self.model = model
-        self.beside = beside
         self.config = config
         self.max_steps = max_steps
-        self.has_scaler = has_scaler
+        self.scaler = scaler
+        reshard(model)
         blocks = find_blocks(model)
-        self.block_modules = list(blocks.values())
+        regions = CompiledRegions(model if called is None else called)
         if config.block_selection == "all":
-            self.candidates = everything(model, blocks)
+            candidates = everything(model, blocks)
         else:
-            self.candidates = find_candidates(model, blocks, config.block_pattern)
-        self.costs = CostModel.of(model, blocks)
+            candidates = find_candidates(model, blocks, config.block_pattern)
+        self.candidates = regions.sized(candidates, model)
+        # The one-pass rule runs no second pass: there the costs only say which blocks are late ones.
+        one_graph = regions.hide(blocks.values()) and config.ascent_gradient == "current"
+        self.costs = CostModel.of(model, blocks, one_graph)
         check_selection(config, self.candidates, self.costs)
-        self.replay = Replay(self.block_modules, next(model.parameters()).device)
-        self.replay_works = any(candidate.first_block > 0 for candidate in self.candidates)
-        self.replay_checked = False
+        pays = any(candidate.first_block > 0 for candidate in self.candidates)
+        self.second_pass = SecondPass(model, list(blocks.values()), regions, beside, replays=pays)
         self.rounding_checked = False
         self.perturbation = Perturbation()
         self.window: list[MicroBatch] = []
-        # What is kept from step to step: the gradient to climb (one pass), the direction to reuse (LookSAM).
         self.previous: Ascent | None = None
         self.correction: tuple[list[Tensor], list[Tensor]] | None = None
         self.reset_log()
+        # The step that runs and what it began with.
+        self.current: tuple[int, Kept] | None = None
         # What each run of pass 2 cost in the last step, in plain passes over the same micro-batch.
         self.overhead = 0.0
 
@@ -97,6 +92,18 @@ class LSAMStep:
     def perturbs(self, step: int) -> bool:
         """Whether optimizer step `step` is to be perturbed."""
         return self.config.is_perturbed(step, self.max_steps)
+
+    def kept(self, step: int) -> Kept:
+        """What optimizer step `step` begins with, for a checkpoint: on SIGTERM one is saved within the step."""
+        if self.current is not None and self.current[0] == step:
+            return self.current[1]
+        return Kept(self.previous, self.correction, self.log.copy())
+
+    def read_after(self, step: int) -> list[Tensor]:
+        """The parameters whose gradients of optimizer step `step` are climbed in the next one (one pass)."""
+        if not self.perturbs(step + 1):
+            return []
+        return [parameter for candidate in self.candidates for parameter in candidate.parameters]
 
     def __call__(self, pass_1: Pass, pass_2: Pass, step: int, is_last: bool) -> Tensor:
         """
@@ -112,7 +119,9 @@ class LSAMStep:
         Returns:
             The loss of pass 1.
         """
+        self.current = (step, self.kept(step))
         is_perturbed = self.perturbs(step)
+        self.perturbation.seed = step
         self.log.steps += is_last
         self.log.chances += is_last or self.config.sharpness_scope == "micro_batch"
         if self.config.ascent_gradient == "previous":
@@ -132,7 +141,7 @@ class LSAMStep:
 
     def _batch_step(self, pass_1: Pass, pass_2: Pass, is_last: bool) -> Tensor:
         """Pass 1 of every micro-batch, then, at the last one, pass 2 of all of them."""
-        self.window.append(self._record(pass_1, pass_2))
+        self.window.append(self.second_pass.record(pass_1, pass_2))
         loss = self.window[-1].loss
         if is_last:
             window, self.window = self.window, []
@@ -144,7 +153,7 @@ class LSAMStep:
         sums = {p: p.grad for p in self.model.parameters() if p.grad is not None}
         for parameter in sums:
             parameter.grad = None
-        micro_batch = self._record(pass_1, pass_2)
+        micro_batch = self.second_pass.record(pass_1, pass_2)
         self._perturb_and_rerun([micro_batch])
         for parameter, total in sums.items():
             parameter.grad = total if parameter.grad is None else total + parameter.grad
@@ -152,105 +161,53 @@ class LSAMStep:
             average_gradients([p for p in self.model.parameters() if p.requires_grad])
         return micro_batch.loss
 
-    def _record(self, pass_1: Pass, pass_2: Pass) -> MicroBatch:
-        with self.replay.recording(keep_calls=self.replay_works) as recording:
-            loss = pass_1()
-        return MicroBatch(pass_2, loss, recording)
-
     def _perturb_and_rerun(self, window: Sequence[MicroBatch]) -> None:
         """Select on the gradient of pass 1, move the selected blocks, take their gradient there, and mix."""
-        ascent = find_ascent(self.candidates, self.costs, self.config)
+        ascent = self._find_ascent()
         if ascent is None:
             self._skip()
             return
-        self._check_replay(window[-1])
-        with only_gradients_of(self.model, ascent.weights, self.beside), running_statistics_paused(self.model):
-            with self._moved(ascent):
-                self._rerun(window, ascent)
-            perturbed = [
-                torch.zeros_like(plain) if weight.grad is None else weight.grad
-                for weight, plain in zip(ascent.weights, ascent.gradients, strict=True)
-            ]
+        chosen = [self.candidates[index] for index in ascent.chosen]
+        self.second_pass.check(window[-1])
+        with self._moved(ascent):
+            blocks = set().union(*(candidate.blocks for candidate in chosen))
+            perturbed = self.second_pass.gradients(window, ascent.weights, blocks)
         if self.config.sharpness_scope == "batch":
             perturbed = average_over_ranks(perturbed)
         finite = norms(perturbed).isfinite().all()
         if self.config.reuse_correction > 0:
             parts = orthogonal_part(perturbed, ascent.gradients)
             self.correction = (ascent.weights, where(finite, parts, [torch.zeros_like(part) for part in parts]))
-        if not self.has_scaler:
+        if self.scaler is None:
             perturbed = where(finite, perturbed, ascent.gradients)
         for weight, mixed in zip(ascent.weights, mix(ascent.gradients, perturbed, self.config.alpha), strict=True):
             weight.grad = mixed
-        chosen = [self.candidates[index] for index in ascent.chosen]
-        self.overhead = self.costs.overhead(chosen, replayed=self.replay_works)
+        self.overhead = self.costs.overhead(chosen, replayed=self.second_pass.replays)
         self._count(ascent, self.overhead, finite)
+
+    def _find_ascent(self) -> Ascent | None:
+        """The ascent along `.grad`. A scaler's scale is in its direction and norm, not in `squared_norms`."""
+        ascent = find_ascent(self.candidates, self.costs, self.config)
+        if ascent is not None and self.scaler is not None:
+            ascent.squared_norms = [square / self.scaler.get_scale() ** 2 for square in ascent.squared_norms]
+        return ascent
 
     @contextmanager
     def _moved(self, ascent: Ascent) -> Iterator[None]:
         """Inside, the selected weights are at w + eps."""
+        reshard(self.model)
         with self.perturbation.moved(ascent.weights, ascent.direction, self.config.rho / ascent.norm) as before:
-            if not self.rounding_checked and torch.finfo(ascent.weights[0].dtype).bits < 32:
+            coarse = next((weight.dtype for weight in ascent.weights if is_coarse(weight)), None)
+            if coarse is not None and not self.rounding_checked:
                 self.rounding_checked = True
                 cosine = move_cosine(ascent.weights, before, ascent.direction)
                 if cosine < _ROUNDED:
                     logger.warning(
-                        f"rho={self.config.rho} moves the {ascent.weights[0].dtype} weights by less than they "
-                        f"resolve: the cosine between the move and its direction is {cosine:.2f}. Raise rho, or keep "
-                        "the weights in float32 and train with bf16=True."
+                        f"rho={self.config.rho} moves the {coarse} weights by less than they resolve: rounded "
+                        f"stochastically, it is right in the mean but noisy (cosine with its direction {cosine:.2f}). "
+                        "Raise rho, or keep the weights in float32 and train with bf16=True."
                     )
             yield
-
-    def _rerun(self, window: Sequence[MicroBatch], ascent: Ascent) -> None:
-        """Pass 2 of every micro-batch on the random state of its pass 1; the state afterwards is that of pass 1."""
-        perturbed_blocks: set[int] | None = None
-        if self.replay_works:
-            perturbed_blocks = set().union(*(self.candidates[index].blocks for index in ascent.chosen))
-        try:
-            for micro_batch in window:
-                with self.replay.replaying(micro_batch.recording, perturbed_blocks):
-                    micro_batch.rerun()
-        except ReplayError as error:
-            self._give_up_replay(str(error))
-            for weight in ascent.weights:
-                weight.grad = None
-            for micro_batch in window:
-                with self.replay.replaying(micro_batch.recording, None):
-                    micro_batch.rerun()
-        finally:
-            window[-1].recording.after.restore()
-
-    def _check_replay(self, micro_batch: MicroBatch) -> None:
-        """Once: replaying all it can at the unperturbed weights must give the loss of pass 1, bitwise."""
-        calls = micro_batch.recording.calls
-        if self.replay_checked or not calls:
-            return
-        self.replay_checked = True
-        for block in (call.block for call in reversed(calls)):
-            weights = [p for p in self.block_modules[block].parameters() if p.requires_grad and p.grad is not None]
-            if weights:
-                break
-        try:
-            with (
-                only_gradients_of(self.model, weights, self.beside),
-                running_statistics_paused(self.model),
-                self.replay.replaying(micro_batch.recording, {block}),
-            ):
-                loss = micro_batch.rerun()
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            self._give_up_replay(f"{type(error).__name__}: {error}")
-        else:
-            if not torch.equal(loss, micro_batch.loss):
-                self._give_up_replay(f"the loss was {loss.item()} instead of {micro_batch.loss.item()}")
-
-    def _give_up_replay(self, reason: str) -> None:
-        self.replay_works = False
-        logger.warning(
-            f"Pass 2 cannot replay the blocks of {type(self.model).__name__} ({reason}), so it runs all of them from "
-            "now on: right, but slower than lsam/overhead predicts. Models whose loss reads what blocks leave behind, "
-            "such as the auxiliary loss of mixtures of experts, are among these."
-        )
 
     def _one_pass(self, pass_1: Pass, step: int, is_perturbed: bool, is_last: bool) -> Tensor:
         """Forward and backward at weights moved along the gradient of the step before."""
@@ -265,7 +222,7 @@ class LSAMStep:
                 self._count(ascent, 0.0, torch.tensor(True))
             self.previous = None
             if self.perturbs(step + 1):
-                self.previous = find_ascent(self.candidates, self.costs, self.config)
+                self.previous = self._find_ascent()
                 if self.previous is None:
                     self._skip()
                 else:
@@ -280,9 +237,7 @@ class LSAMStep:
         if self.correction is None:
             return
         kept = [(w.grad, part) for w, part in zip(*self.correction, strict=True) if w.grad is not None]
-        gradients, parts = [g for g, _ in kept], [part for _, part in kept]
-        length = norms(gradients).square().sum().sqrt()
-        torch._foreach_add_(gradients, torch._foreach_mul(parts, self.config.reuse_correction * length))
+        add_along([g for g, _ in kept], [part for _, part in kept], self.config.reuse_correction)
 
     def _count(self, ascent: Ascent, overhead: float, applied: Tensor) -> None:
         length: float | Tensor = self.config.rho

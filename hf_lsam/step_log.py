@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,11 @@ class StepLog:
             "counts": {name: self.counts.get(name, 0) for name in self.names},
             "norms": {name: value / self.perturbed for name, value in self.norms.items()},
         }
+
+    def copy(self) -> "StepLog":
+        """These sums, to which nothing is added any more."""
+        sums, counts, norms = dict(self.sums), dict(self.counts), dict(self.norms)
+        return replace(self, sums=sums, counts=counts, norms=norms, pending=list(self.pending))
 
     def state(self) -> dict[str, Any]:
         """The sums, for a checkpoint between two log lines."""

@@ -1,14 +1,19 @@
 """`LSAMTrainer`: the Trainer whose training step perturbs a few blocks."""
 
 import copy
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
+from transformers.trainer_utils import HPSearchBackend
 
 from .composition import check_order, check_repeatable
 from .config import LSAMConfig
+from .deepspeed import update_held_back
 from .distributed import check_supported
 from .passes import Counters
 from .state import load_state, save_state
@@ -42,6 +47,9 @@ class LSAMMixin(_AnyTrainer):
     `lsam_blocks.jsonl` in the output directory gets one row a log line: `counts`, how often each block was selected,
     and `norms`, its mean gradient norm.
 
+    The `hp_space` of `hyperparameter_search` may return fields of [`LSAMConfig`] beside training arguments: each trial
+    sets them on a copy of `lsam_config`, which is itself again after the trial.
+
     Args:
         lsam_config ([`LSAMConfig`], *optional*):
             The settings; the defaults of [`LSAMConfig`] where not given. Every other argument is the Trainer's.
@@ -50,6 +58,9 @@ class LSAMMixin(_AnyTrainer):
         ValueError: before training, if the settings do not fit the model.
         NotImplementedError: before training, for what is not supported; the message names the way out.
     """
+
+    # The Trainer sets it when a search begins.
+    hp_space: Any
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -68,11 +79,50 @@ class LSAMMixin(_AnyTrainer):
     def train(self, *args: Any, **kwargs: Any):
         """Check that the settings are supported and fit the model, then train."""
         self._lsam, self._lsam_run, self._lsam_checkpoint = None, None, None
+        own_config = self.lsam_config
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.lsam_config = own_config
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """
+        Give a trial its settings, then check them: `train` calls this with or without a trial.
+
+        The model of `model_init`, the arguments and the accelerator are those of the run only from here on.
+        """
+        if self.hp_search_backend is None or trial is None:
+            super()._hp_search_setup(trial)
+        else:
+            self._set_up_trial(trial)
         if self.lsam_config.enabled:
             check_repeatable(type(self), LSAMMixin)
             check_supported(self, self.lsam_config)
-            LSAMStep(self.model, self.lsam_config, max_steps=1)
-        return super().train(*args, **kwargs)
+            self._new_step(self.model, max_steps=1)
+
+    def _set_up_trial(self, trial: Any) -> None:
+        """Set the fields of [`LSAMConfig`] here, and let the Trainer set the others on its arguments."""
+        hp_space = self.hp_space
+        is_optuna = self.hp_search_backend == HPSearchBackend.OPTUNA
+        values = dict(hp_space(trial) if is_optuna else trial)
+        own = {name: values.pop(name) for name in list(values) if name in vars(self.lsam_config)}
+        shared = [name for name in own if hasattr(self.args, name)]
+        if shared:
+            raise ValueError(
+                f"The search sets {', '.join(shared)}, which is a field of both LSAMConfig and "
+                f"{type(self.args).__name__}. Leave it out of the search and set it on either one."
+            )
+        self.lsam_config = replace(self.lsam_config, **own)
+        # The Trainer reads Optuna's values from `hp_space`, those of the others from the trial itself.
+        if is_optuna:
+            self.hp_space = lambda trial: values
+            try:
+                super()._hp_search_setup(trial)
+            finally:
+                self.hp_space = hp_space
+        else:
+            super()._hp_search_setup(values)
+            self._trial = trial
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
@@ -81,10 +131,7 @@ class LSAMMixin(_AnyTrainer):
         training_step = super().training_step
         if not self.lsam_config.enabled:
             return training_step(model, inputs, num_items_in_batch)
-        if self._lsam is None or self._lsam_run is not self.state:
-            self._begin_lsam(model)
-        step = self._lsam
-        assert step is not None
+        step = self._lsam_of_run(model)
 
         # Passes get copies of the batch, since a `compute_loss` may pop labels from it.
         def pass_1() -> Tensor:
@@ -97,12 +144,20 @@ class LSAMMixin(_AnyTrainer):
             self._lsam_flops += float(self.floating_point_ops(inputs))
             counters = Counters(self)
             try:
-                with self.accelerator.no_sync(model):
-                    return training_step(model, copy.copy(inputs), num_items_in_batch)
+                # Past DistributedDataParallel, which would send buffers on the way: a pass that fails on one process
+                # and is run again there would send them once more than the others.
+                inner = model.module if isinstance(model, DistributedDataParallel) else model
+                # FSDP2 reduces gradients as it shards them; without it there would be none at all.
+                with nullcontext() if self.accelerator.is_fsdp2 else self.accelerator.no_sync(model):
+                    return training_step(inner, copy.copy(inputs), num_items_in_batch)
             finally:
                 counters.restore()
 
-        loss = step(pass_1, pass_2, self.state.global_step, self.accelerator.sync_gradients)
+        held_back: AbstractContextManager[None] = nullcontext()
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            held_back = update_held_back(model, step.read_after(self.state.global_step))
+        with held_back:
+            loss = step(pass_1, pass_2, self.state.global_step, self.accelerator.sync_gradients)
         # The Trainer counts pass 1. What pass 2 ran over is counted by the share that it computed.
         self.current_flos += step.overhead * self._lsam_flops
         self._lsam_flops = 0.0
@@ -114,30 +169,41 @@ class LSAMMixin(_AnyTrainer):
         if "loss" in logs and step is not None and self._lsam_run is self.state:
             logs.update(step.log.line())
             if self.is_world_process_zero():
-                append_row(self.args.output_dir, step.log.row(self.state.global_step, self.state.epoch))
+                append_row(self._get_output_dir(self._trial), step.log.row(self.state.global_step, self.state.epoch))
             self._lsam_watch.see(logs["loss"], step.log.perturbed, self.state.global_step, self.state.max_steps)
             step.reset_log()
         super().log(logs, *args, **kwargs)
 
-    def _begin_lsam(self, model: nn.Module) -> None:
-        """Find the blocks for this run, and go on from the checkpoint that it resumes."""
-        has_scaler = self.accelerator.scaler is not None
-        unwrapped = self.accelerator.unwrap_model(model)
+    def _new_step(self, model: nn.Module, max_steps: int) -> LSAMStep:
+        """The steps on `model`, which may be wrapped, compiled, or both."""
+        unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         # A loss may have parameters of its own (sentence-transformers), which only the optimizer knows.
-        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        self._lsam = LSAMStep(unwrapped, self.lsam_config, self.state.max_steps, has_scaler, trained)
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        trained = [parameter for group in groups for parameter in group["params"]]
+        scaler = self.accelerator.scaler
+        return LSAMStep(unwrapped, self.lsam_config, max_steps, scaler, called=model, beside=trained)
+
+    def _lsam_of_run(self, model: nn.Module) -> LSAMStep:
+        """The steps of this run; at first the blocks are found, and the checkpoint that it resumes is gone on from."""
+        if self._lsam is not None and self._lsam_run is self.state:
+            return self._lsam
+        self._lsam = self._new_step(model, self.state.max_steps)
         self._lsam_run = self.state
         self._lsam_watch = StuckWatch()
         self._lsam_flops = 0.0
         if self._lsam_checkpoint is not None:
             load_state(self._lsam, self._lsam_checkpoint)
         if self.is_world_process_zero():
-            drop_rows_after(self.args.output_dir, self.state.global_step)
+            # Not those up to `global_step`: a checkpoint may have been saved between a step and its log line.
+            logged = [line["step"] for line in self.state.log_history if "loss" in line]
+            drop_rows_after(self._get_output_dir(self._trial), max(logged, default=0))
+        return self._lsam
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self._lsam is not None and self.args.should_save:
-            save_state(self._lsam, output_dir)
+        if self.lsam_config.enabled:
+            step = self._lsam_of_run(self.model_wrapped)
+            save_state(step, output_dir, self.state.global_step, self.args.should_save)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

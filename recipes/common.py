@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import resource
 import statistics
 import sys
@@ -42,6 +43,7 @@ def parse_arguments(kinds: Sequence[type], argv: list[str], description: str) ->
         ValueError: for a YAML that cannot be read, or an unknown setting. (A value of the wrong type ends the program
             with one line, as argparse does.)
     """
+    _train_together_on_cpus()
     parser = HfArgumentParser(
         kinds, usage="%(prog)s [settings.yaml] [--setting value ...]", description=description, allow_abbrev=False
     )
@@ -58,6 +60,16 @@ def parse_arguments(kinds: Sequence[type], argv: list[str], description: str) ->
     if unknown:
         raise ValueError(f"Unknown setting {unknown[0]!r}: --help lists those there are.")
     return tuple(parsed)
+
+
+def _train_together_on_cpus() -> None:
+    """
+    Tell Accelerate to use the CPU if several processes were launched where there is nothing else.
+
+    Its launcher does not tell them, and without being told each of them would train alone.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"
 
 
 def read_yaml(path: Path, known: set[str]) -> tuple[list[str], dict[str, list[str]]]:

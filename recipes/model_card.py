@@ -28,8 +28,7 @@ TRAINING_FIELDS = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "world_size",
-    "bf16",
-    "fp16",
+    "mixed_precision",
 )
 
 OWN_FILES = "files of the user's own"

@@ -1,22 +1,67 @@
-"""Trains tiny models in each of two processes; the test starts it, and compares what rank 0 saves with one process."""
+"""Trains tiny models in each of two processes; the test starts it, and compares what they save with one process."""
 
+import functools
 import json
+import os
 import sys
+from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from test_split import Ragged
-from tiny import MODELS, Examples, arguments, weights
+from tiny import MODELS, Examples, arguments, bert, weights
+from torch.utils.data import DataLoader
 
 from hf_lsam import LSAMConfig, LSAMTrainer
+from hf_lsam.replay import ReplayError
 
 
-def train(case: dict, folder: Path) -> dict[str, torch.Tensor]:
-    """The weights after the training that `case` describes."""
+class RowsTrainer(LSAMTrainer):
+    """Notes the rows of each micro-batch; takes `micro_batches`, one list of rows each, where they are given."""
+
+    def __init__(self, micro_batches: list[list[int]] | None, **options):
+        super().__init__(**options)
+        self.micro_batches = micro_batches
+        self.rows: list[list[int]] = []
+
+    def get_train_dataloader(self):
+        if self.micro_batches is None:
+            return super().get_train_dataloader()
+        return DataLoader(self.train_dataset, batch_sampler=self.micro_batches)
+
+    def training_step(self, model, inputs, *rest):
+        tokens = self.train_dataset.tokens.tolist()
+        self.rows.append([tokens.index(row) for row in inputs["input_ids"].tolist()])
+        return super().training_step(model, inputs, *rest)
+
+
+def add_fault(model: torch.nn.Module, call: int, factor: float | None) -> None:
+    """Multiply the loss of the model's `call`-th forward pass by `factor`, or end that pass in an error."""
+    calls = 0
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def faulty(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        outputs = forward(*args, **kwargs)
+        if calls == call:
+            if factor is None:
+                raise ReplayError("a test's own")
+            outputs["loss"] = outputs["loss"] * factor
+        return outputs
+
+    model.forward = faulty
+
+
+def train(case: dict, folder: Path, rank: int = 0) -> dict:
+    """What the training that `case` describes leaves: the weights, and what was done on the way."""
     model = MODELS[case["model"]]()
     count = case["rows"]
-    trainer = LSAMTrainer(
+    trainer = RowsTrainer(
+        case.get("micro_batches"),
         model=model,
         args=arguments(folder, max_steps=4, optim="sgd", learning_rate=0.05, **case["arguments"]),
         train_dataset=Ragged(count, language_model=True) if case["model"] == "llama" else Examples(count),
@@ -25,8 +70,27 @@ def train(case: dict, folder: Path) -> dict[str, torch.Tensor]:
     # BERT's loss is a mean over its micro-batch, whatever number of items it is told.
     if case["model"] == "bert":
         trainer.model_accepts_loss_kwargs = False
+    if rank in case.get("faulty_ranks", ()):
+        add_fault(model, *case["fault"])
     trainer.train()
-    return weights(model)
+    result = {"weights": weights(model), "rows": trainer.rows, "selected": {}, "skipped": 0}
+    if trainer.lsam_config.enabled:
+        log = trainer._lsam.log
+        log.settle()
+        result |= {"selected": log.counts, "skipped": log.skipped}
+    return result
+
+
+def refusal(folder: Path, config: dict, **options) -> str:
+    """The message with which training is refused."""
+    trainer = LSAMTrainer(
+        model=bert(), args=arguments(folder, **options), train_dataset=Examples(8), lsam_config=LSAMConfig(**config)
+    )
+    try:
+        trainer.train()
+    except NotImplementedError as error:
+        return str(error)
+    return "not refused"
 
 
 def main():
@@ -41,10 +105,20 @@ def main():
         return plain_all_reduce(tensor, *args, **kwargs)
 
     dist.all_reduce = counted
+    rank = int(os.environ["RANK"])
     for name, case in json.loads((folder / "cases.json").read_text()).items():
         calls.clear()
-        result = train(case, folder / "out")
-        torch.save({"weights": result, "all_reduced": list(calls)}, folder / f"{name}.{dist.get_rank()}.pt")
+        with torch.profiler.profile() if case.get("profiled") else nullcontext() as profile:
+            result = train(case, folder / "out", rank)
+        sent = Counter(event.name for event in profile.events() if event.name.startswith("gloo:")) if profile else {}
+        torch.save(result | {"all_reduced": list(calls), "sent": dict(sent)}, folder / f"{name}.{rank}.pt")
+    uneven = dict(accelerator_config={"even_batches": False}, gradient_accumulation_steps=3)
+    refusals = {
+        "uneven": refusal(folder / "out", {"sharpness_scope": "micro_batch"}, **uneven),
+        # The last, since Accelerate forgets the other process by it.
+        "alone": refusal(folder / "out", {}, use_cpu=False),
+    }
+    (folder / f"refusals.{rank}.json").write_text(json.dumps(refusals))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -161,7 +161,7 @@ def test_replay_is_exact_and_used(name, checkpointing, tmp_path):
         if not replayed:
             trainer._begin_lsam = functools.partial(without_replay, trainer)
         trainer.train()
-        assert trainer._lsam.replay_works == replayed
+        assert trainer._lsam.second_pass.replays == replayed
         results.append(weights(model))
         ran.append(len(calls))
         losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
@@ -175,7 +175,7 @@ def test_replay_is_exact_and_used(name, checkpointing, tmp_path):
 
 def without_replay(trainer, model):
     LSAMTrainer._begin_lsam(trainer, model)
-    trainer._lsam.replay_works = False
+    trainer._lsam.second_pass.replays = False
 
 
 def test_cost_is_the_share_of_the_blocks_that_pass_2_runs():
@@ -345,6 +345,6 @@ def test_a_base_of_bitsandbytes(tmp_path):
     trainer = trainer_for(model, tmp_path / "out", dict(rho=0.5, block_selection="last"), logging_steps=1)
     trainer.train()
     assert_equal(frozen(model), base)
-    assert trainer._lsam.replay_works
+    assert trainer._lsam.second_pass.replays
     assert trainer.state.log_history[0]["lsam/active"] == 1
     assert trainer.state.log_history[0]["lsam/first_block"] == 2

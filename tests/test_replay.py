@@ -251,7 +251,7 @@ def step_gradients(model, batch, replays, **settings):
     run, take_gradients = passes(model, batch)
     step = LSAMStep(model, LSAMConfig(rho=0.1, **{"block_selection": "last", **settings}), max_steps=1)
     if not replays:
-        step.replay_works = False
+        step.second_pass.replays = False
     torch.manual_seed(7)
     loss = step(run, run, step=0, is_last=True)
     return step, loss, take_gradients()
@@ -262,7 +262,7 @@ def test_a_step_with_replay_equals_one_without(name):
     model, batch = model_of(name), batch_for(name)
     step, loss, gradients = step_gradients(model, batch, replays=True)
     _, full_loss, full_gradients = step_gradients(model, batch, replays=False)
-    assert step.replay_checked and step.replay_works
+    assert step.second_pass.checked and step.second_pass.replays
     assert torch.equal(loss, full_loss)
     assert_same_gradients(gradients, full_gradients)
 
@@ -273,7 +273,7 @@ def test_mixture_of_experts_falls_back_to_a_full_pass(caplog):
     model, batch = model_class(config).train(), batch_for("mixtral")
     step, loss, gradients = step_gradients(model, batch, replays=True)
     _, full_loss, full_gradients = step_gradients(model, batch, replays=False)
-    assert not step.replay_works
+    assert not step.second_pass.replays
     assert "cannot replay the blocks of MixtralForCausalLM" in caplog.text
     assert torch.equal(loss, full_loss)
     assert_same_gradients(gradients, full_gradients)
@@ -284,7 +284,7 @@ def test_a_replay_that_fails_in_the_middle_is_run_in_full(caplog):
     _, _, full = step_gradients(model, batch, replays=False)
     run, take_gradients = passes(model, batch)
     step = LSAMStep(model, LSAMConfig(rho=0.1, block_selection="last"), max_steps=1)
-    step.replay_checked = True
+    step.second_pass.checked = True
     torch.manual_seed(7)
 
     def changed_records():
@@ -296,7 +296,7 @@ def test_a_replay_that_fails_in_the_middle_is_run_in_full(caplog):
     record = step._record
     step._record = lambda *args: window.append(record(*args)) or window[-1]
     step(run, changed_records, step=0, is_last=True)
-    assert "changed in place" in caplog.text and not step.replay_works
+    assert "changed in place" in caplog.text and not step.second_pass.replays
     assert_same_gradients(take_gradients(), full)
 
 

@@ -33,7 +33,7 @@ class Full(LSAMSentence):
 
     def _begin_lsam(self, model):
         super()._begin_lsam(model)
-        self._lsam.replay_works = False
+        self._lsam.second_pass.replays = False
 
 
 class TwoParts(torch.nn.Module):
@@ -127,7 +127,7 @@ def test_it_composes_and_counts_once(name, tmp_path):
     assert largest_difference(lsam_weights, literal_weights) < 1e-12
     assert largest_difference(lsam_weights, plain_weights) > 1e-6
     assert_equal(faint_weights, plain_weights)
-    assert lsam._lsam.replay_works
+    assert lsam._lsam.second_pass.replays
     for line, plain_line in zip(faint.state.log_history[:-1], plain.state.log_history[:-1], strict=True):
         assert {key: line[key] for key in plain_line} == plain_line
         assert line["lsam/active"] == 1
@@ -138,7 +138,7 @@ def test_replay_equals_a_full_pass_2_with_dropout(name, tmp_path):
     """The cached loss runs each mini-batch twice, the second time in the backward pass, on a copied random state."""
     config = LSAMConfig(rho=0.5, block_selection="last", num_perturbed_blocks=1)
     lsam, lsam_weights = train(LSAMSentence, name, tmp_path, config, dropout=0.1)
-    assert lsam._lsam.replay_works
+    assert lsam._lsam.second_pass.replays
     assert_equal(lsam_weights, train(Full, name, tmp_path, config, dropout=0.1)[1])
 
 

@@ -32,7 +32,7 @@ def test_a_loss_scale_of_two_to_the_sixteen_changes_nothing():
         results = []
         for scale in (1.0, 2.0**16):
             model = bert().train()
-            run_step(LSAMStep(model, config, 1, has_scaler=True), model, [scale] * 3)
+            run_step(LSAMStep(model, config, 1, scaler=torch.amp.GradScaler("cpu")), model, [scale] * 3)
             results.append([gradient / scale for gradient in gradients(model)])
         assert all(torch.equal(left, right) for left, right in zip(*results, strict=True))
 
@@ -40,7 +40,7 @@ def test_a_loss_scale_of_two_to_the_sixteen_changes_nothing():
 def test_a_scaler_sees_an_overflow_of_pass_2_and_nothing_of_it_is_reused():
     config = LSAMConfig(rho=0.3, block_selection="all", perturb_interval=2, reuse_correction=0.7)
     model = bert().train()
-    step = LSAMStep(model, config, 2, has_scaler=True)
+    step = LSAMStep(model, config, 2, scaler=torch.amp.GradScaler("cpu"))
     run_step(step, model, [1.0, math.inf])
     assert not all(bool(gradient.isfinite().all()) for gradient in gradients(model))
     assert step.log.line()["lsam/skipped"] == 1
@@ -50,7 +50,7 @@ def test_a_scaler_sees_an_overflow_of_pass_2_and_nothing_of_it_is_reused():
 
 def test_an_overflow_of_pass_1_runs_no_pass_2():
     model = bert().train()
-    step = LSAMStep(model, LSAMConfig(rho=0.3), 1, has_scaler=True)
+    step = LSAMStep(model, LSAMConfig(rho=0.3), 1, scaler=torch.amp.GradScaler("cpu"))
     run_step(step, model, [math.inf])
     assert not all(bool(gradient.isfinite().all()) for gradient in gradients(model))
     assert step.log.line()["lsam/skipped"] == 1

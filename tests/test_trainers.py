@@ -25,7 +25,7 @@ class Full(LSAMSeq2Seq):
 
     def _begin_lsam(self, model):
         super()._begin_lsam(model)
-        self._lsam.replay_works = False
+        self._lsam.second_pass.replays = False
 
 
 class Calls:
@@ -97,7 +97,7 @@ def test_seq2seq_equals_the_literal_method(name, smoothing, tmp_path):
     trainer = translate(LSAMSeq2Seq, lsam, tmp_path, LSAMConfig(rho=0.1), **options)
     translate(LiteralSeq2Seq, literal, tmp_path, **options)
     translate(Seq2SeqTrainer, plain, tmp_path, **options)
-    assert trainer._lsam.replay_works
+    assert trainer._lsam.second_pass.replays
     assert largest_difference(weights(lsam), weights(literal)) < 1e-12
     assert largest_difference(weights(lsam), weights(plain)) > 1e-6
 
@@ -131,7 +131,7 @@ def test_replay_over_encoder_and_decoder_equals_a_full_pass_2(name, selection, t
         options = dict(full_pass_2=not is_replayed, max_steps=3)
         calls = Calls(model)
         trainer = translate(Full if options.pop("full_pass_2") else LSAMSeq2Seq, model, tmp_path, config, **options)
-        assert trainer._lsam.replay_works == is_replayed
+        assert trainer._lsam.second_pass.replays == is_replayed
         ran.append(calls.count)
         results.append(weights(model))
     assert_equal(*results)
@@ -226,7 +226,7 @@ def test_a_users_trainer_keeps_its_loss_and_counts_once(trainer_class, accumulat
     faint = classify(trainer_class, tmp_path, LSAMConfig(rho=1e-30), **options)
     assert largest_difference(weights(lsam.model), weights(literal.model)) < 1e-12
     assert largest_difference(weights(lsam.model), weights(plain.model)) > 1e-6
-    assert lsam._lsam.replay_works
+    assert lsam._lsam.second_pass.replays
     assert literal.tokens == 2 * plain.tokens
     assert (faint.steps, faint.tokens, faint.line_at) == (plain.steps, plain.tokens, plain.line_at)
     assert torch.equal(faint.seen["train"]["confusion"], plain.seen["train"]["confusion"])

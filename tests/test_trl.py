@@ -155,7 +155,7 @@ def test_a_trainer_with_a_fixed_batch_composes_and_counts_once(name, tokenizer, 
     assert largest_difference(after["lsam"], after["literal"]) < 1e-12
     assert largest_difference(after["lsam"], after["plain"]) > 1e-6
     assert largest_difference(after["faint"], after["plain"]) == largest_difference(after["off"], after["plain"]) == 0
-    assert runs["lsam"]._lsam.replay_works
+    assert runs["lsam"]._lsam.second_pass.replays
     plain_lines = runs["plain"].state.log_history[:-1]
     assert len(plain_lines) == 2
     assert plain_lines[-1]["num_tokens"] > plain_lines[0]["num_tokens"] > 0

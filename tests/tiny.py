@@ -24,7 +24,7 @@ VOCABULARY = 64
 def bert(blocks: int = 4, dropout: float = 0.0, seed: int = 0, **options) -> PreTrainedModel:
     """A BERT classifier with three labels."""
     set_seed(seed)
-    config = BertConfig(
+    defaults = dict(
         vocab_size=VOCABULARY,
         hidden_size=16,
         num_hidden_layers=blocks,
@@ -35,9 +35,8 @@ def bert(blocks: int = 4, dropout: float = 0.0, seed: int = 0, **options) -> Pre
         attention_probs_dropout_prob=dropout,
         num_labels=3,
         initializer_range=0.3,
-        **options,
     )
-    return BertForSequenceClassification(config)
+    return BertForSequenceClassification(BertConfig(**{**defaults, **options}))
 
 
 def llama(blocks: int = 4, dropout: float = 0.0, seed: int = 0, **options) -> PreTrainedModel:

@@ -1,0 +1,56 @@
+"""What `torch.compile` asks of a second pass: nothing that differs from step to step may be seen from inside."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from accelerate.utils import is_compiled_module
+from torch import Tensor, nn
+
+from .blocks import Candidate, multiplied_parameters
+
+
+class CompiledRegions:
+    """
+    The compiled modules of a model: the whole of it, its blocks one by one (regional compilation), or none.
+
+    A region is compiled anew when the set of its weights that take a gradient changes, and it takes the gradients of
+    all of them together. So they are switched on and off together: a block then knows two states, whatever is
+    selected.
+
+    Args:
+        called: What is called in a pass: the model, its compiled copy, or a wrapper of either.
+    """
+
+    def __init__(self, called: nn.Module):
+        compiled: dict[nn.Module, nn.Module] = {}
+        for module in called.modules():
+            if is_compiled_module(module):
+                compiled[module._orig_mod] = module  # type: ignore[index]
+            elif module._compiled_call_impl is not None:
+                compiled.setdefault(module, module)
+        self._inside = {inner for module in compiled for inner in module.modules() if inner is not module}
+        self._callers = {module: caller for module, caller in compiled.items() if module not in self._inside}
+        self._regions = [{p for p in module.parameters() if p.requires_grad} for module in self._callers]
+
+    def hide(self, modules: Iterable[nn.Module]) -> bool:
+        """Whether one of `modules` is called from inside of a region, where its calls cannot be replaced."""
+        return not self._inside.isdisjoint(modules)
+
+    def caller(self, module: nn.Module) -> nn.Module:
+        """What is called in the place of `module`."""
+        return self._callers.get(module, module)
+
+    def taken_with(self, weights: Iterable[Tensor]) -> set[Tensor]:
+        """`weights`, and every weight that takes a gradient together with one of them."""
+        taken = set(weights)
+        return taken.union(*(region for region in self._regions if not region.isdisjoint(taken)))
+
+    def sized(self, candidates: Sequence[Candidate], model: nn.Module) -> list[Candidate]:
+        """`candidates` of `model` with the size of all that takes a gradient together with them."""
+        if not self._regions:
+            return list(candidates)
+        multiplied = multiplied_parameters(model)
+        return [
+            replace(candidate, size=sum(p.numel() for p in self.taken_with(candidate.parameters) & multiplied))
+            for candidate in candidates
+        ]

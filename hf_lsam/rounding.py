@@ -1,0 +1,50 @@
+"""
+Weights of 16 bits: moved by less than they resolve.
+
+Rounded to the nearest, most of a short move is lost. Rounded stochastically, each weight goes to one of its two
+neighbours such that the mean is right; the move is longer and noisy, but the loss rises by what it should.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def add_(weights: Sequence[Tensor], direction: Sequence[Tensor], scale: float, seed: int) -> None:
+    """`weights += scale * direction`, where those of 16 bits are rounded stochastically by draws from `seed`."""
+    coarse = [is_coarse(weight) for weight in weights]
+    exact = [place for place, is_one in enumerate(coarse) if not is_one]
+    if exact:
+        torch._foreach_add_([weights[i] for i in exact], [direction[i] for i in exact], alpha=scale)
+    if any(coarse):
+        generator = torch.Generator(weights[0].device).manual_seed(seed)
+        for weight, slope in itertools.compress(zip(weights, direction, strict=True), coarse):
+            weight.copy_(round_stochastically(weight.float().add_(slope, alpha=scale), weight.dtype, generator))
+
+
+def is_coarse(tensor: Tensor) -> bool:
+    """Whether its numbers have 16 bits or fewer."""
+    return torch.finfo(tensor.dtype).bits < 32
+
+
+@torch.no_grad()
+def round_stochastically(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Float32 `values` rounded to one of their two neighbours in a 16-bit `dtype`, such that the mean is `values`."""
+    near = values.to(dtype)
+    rest = values - near
+    # The numbers of one sign are in the order of their bits; next to zero is the smallest one of either sign.
+    bits = near.view(torch.int16)
+    beyond_zero = torch.where(rest > 0, 1, torch.iinfo(torch.int16).min + 1)
+    outwards = torch.where((rest > 0) == (near > 0), bits + 1, bits - 1)
+    other = torch.where(near == 0, beyond_zero, outwards).to(torch.int16).view(dtype)
+    chance = rest / (other.float() - near)
+    draws = torch.rand(values.shape, device=values.device, generator=generator)
+    return torch.where(draws < chance, other, near)
+
+
+def wide(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """`tensors` in float32 or wider: products of 16-bit gradients underflow or overflow."""
+    return [tensor.float() if is_coarse(tensor) else tensor for tensor in tensors]

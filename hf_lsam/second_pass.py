@@ -1,0 +1,134 @@
+"""Pass 2: the same micro-batches again, from the first perturbed block on and for the gradients of a few weights."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from .compiled import CompiledRegions
+from .passes import only_gradients_of, running_statistics_paused
+from .replay import Recording, Replay, ReplayError
+from .shards import compute_device
+
+logger = logging.get_logger(__name__)
+
+Pass = Callable[[], Tensor]
+
+
+@dataclass
+class MicroBatch:
+    """A micro-batch between its two passes."""
+
+    rerun: Pass
+    loss: Tensor
+    recording: Recording
+
+
+class SecondPass:
+    """
+    Runs micro-batches a second time.
+
+    Args:
+        model: The model itself.
+        blocks: Its blocks.
+        regions: What of it is compiled.
+        beside: Parameters that are trained but not the model's.
+        replays: Whether to replay the blocks before the first perturbed one.
+
+    Attributes:
+        replays: The same, and that it is possible: not inside of a compiled model, nor where a replayed pass was found
+            to be another one.
+        checked: Whether it was looked for.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        regions: CompiledRegions,
+        beside: Sequence[Tensor],
+        replays: bool,
+    ):
+        self.model = model
+        self.regions = regions
+        self.beside = beside
+        hidden = regions.hide(blocks)
+        self.blocks = [] if hidden else [regions.caller(block) for block in blocks]
+        self.device = compute_device(next(model.parameters()))
+        self.replay = Replay(self.blocks, self.device)
+        self.replays = replays and not hidden
+        self.checked = False
+
+    def record(self, pass_1: Pass, pass_2: Pass) -> MicroBatch:
+        """Run pass 1 of a micro-batch, and record what pass 2 needs of it."""
+        with self.replay.recording(keep_calls=self.replays) as recording:
+            loss = pass_1()
+        return MicroBatch(pass_2, loss, recording)
+
+    def check(self, micro_batch: MicroBatch) -> None:
+        """Once: replaying all it can at the unperturbed weights must give the loss of pass 1, bitwise."""
+        calls = micro_batch.recording.calls
+        if self.checked or not calls:
+            return
+        self.checked = True
+        for block in (call.block for call in reversed(calls)):
+            weights = [p for p in self.blocks[block].parameters() if p.requires_grad and p.grad is not None]
+            if weights:
+                break
+        try:
+            with self._only(weights), self.replay.replaying(micro_batch.recording, {block}):
+                loss = micro_batch.rerun()
+        except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error):
+                raise
+            self._give_up_replay(f"{type(error).__name__}: {error}")
+        else:
+            if not torch.equal(loss, micro_batch.loss):
+                self._give_up_replay(f"the loss was {loss.item()} instead of {micro_batch.loss.item()}")
+
+    def gradients(self, window: Sequence[MicroBatch], weights: Sequence[Tensor], perturbed: set[int]) -> list[Tensor]:
+        """
+        The gradients of all of `window` with respect to `weights`, where they are now; `.grad` stays as it is.
+
+        Every micro-batch runs on the random state of its pass 1, and the state afterwards is that of pass 1.
+
+        Args:
+            window: Micro-batches in their order.
+            weights: Parameters.
+            perturbed: Indices of the blocks that hold a weight which is not where it was in pass 1.
+        """
+        with self._only(weights):
+            try:
+                self._rerun(window, perturbed if self.replays else None)
+            except ReplayError as error:
+                self._give_up_replay(str(error))
+                for weight in weights:
+                    weight.grad = None
+                self._rerun(window, None)
+            finally:
+                window[-1].recording.after.restore()
+            return [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
+
+    def _rerun(self, window: Sequence[MicroBatch], perturbed: set[int] | None) -> None:
+        for micro_batch in window:
+            with self.replay.replaying(micro_batch.recording, perturbed):
+                micro_batch.rerun()
+
+    @contextmanager
+    def _only(self, weights: Sequence[Tensor]) -> Iterator[None]:
+        """Inside, only `weights`, and what is compiled together with them, take a gradient, and nothing is counted."""
+        taken = self.regions.taken_with(weights)
+        with only_gradients_of(self.model, taken, self.beside), running_statistics_paused(self.model):
+            yield
+
+    def _give_up_replay(self, reason: str) -> None:
+        self.replays = False
+        logger.warning(
+            f"Pass 2 cannot replay the blocks of {type(self.model).__name__} ({reason}), so it runs all of them from "
+            "now on: right, but slower than lsam/overhead predicts. Models whose loss reads what blocks leave behind, "
+            "such as the auxiliary loss of mixtures of experts, are among these."
+        )

@@ -1,0 +1,154 @@
+"""
+How much of a perturbation is left in 16-bit weights, rounded to the nearest or stochastically.
+
+    python recipes/rounding.py --models path/to/MiniLM-L6,path/to/SmolLM2-135M --text_file path/to/sst2/dev.tsv
+
+The weights start on the grid of the dtype. The gradient and the losses are computed in float32, so that the rounding
+of the moved weights is all that differs from a perturbation in float32.
+"""
+
+import csv
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import parse_arguments
+from stamp import stamp
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    logging,
+    set_seed,
+)
+
+from hf_lsam import LSAMConfig
+from hf_lsam.ascent import find_ascent
+from hf_lsam.perturbation import move_cosine, norms
+from hf_lsam.rounding import round_stochastically
+from hf_lsam.step import LSAMStep
+
+DTYPES = (torch.bfloat16, torch.float16)
+SELECTIONS = {"last 2": dict(block_selection="last"), "top 2": dict(), "all": dict(block_selection="all")}
+RHOS = (0.05, 0.1, 0.5, 1.0)
+
+
+@dataclass
+class RoundingArguments:
+    """What to measure on."""
+
+    models: str = field(metadata={"help": "Folders of models; the last part of a folder is the name in the table."})
+    text_file: str = field(metadata={"help": "A TSV with the columns sentence and label."})
+    rows: int = field(default=8, metadata={"help": "Its first rows are the batch."})
+    output_file: str | None = field(default=None, metadata={"help": "Write the figures here as JSON."})
+
+
+def exact(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Leave `values` as they are."""
+    return values
+
+
+def nearest(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to the nearest number of `dtype`."""
+    return values.to(dtype).float()
+
+
+def stochastic(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to either neighbour in `dtype`, as pass 2 does, from the generator of the run."""
+    return round_stochastically(values, dtype, torch.default_generator).float()
+
+
+def load(folder: str, args: RoundingArguments) -> tuple[torch.nn.Module, dict[str, Tensor]]:
+    """A model in float32 without dropout, and a batch: a language model's own text, or sentences with labels."""
+    set_seed(0)
+    with open(args.text_file, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[: args.rows]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    batch = tokenizer([row["sentence"] for row in rows], padding=True, return_tensors="pt")
+    if AutoConfig.from_pretrained(folder).architectures[0].endswith("ForCausalLM"):
+        model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        batch["labels"] = batch["input_ids"].where(batch["attention_mask"] == 1, -100)
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+        batch["labels"] = torch.tensor([int(row["label"]) for row in rows])
+    return model.eval(), dict(batch)
+
+
+def measure(model: torch.nn.Module, batch: dict[str, Tensor], dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """
+    The figures of each selection, rho and way of rounding, of a model whose weights are on the grid.
+
+    Of the move: its cosine with the gradient and its length over rho. Of pass 2, beside that after an exact move: the
+    rise of the loss as a ratio, and the cosine between what the two moves add to the gradient.
+    """
+    for selection, settings in SELECTIONS.items():
+        config = LSAMConfig(**settings)
+        step = LSAMStep(model, config, max_steps=1)
+        loss = backward(model, batch)
+        ascent = find_ascent(step.candidates, step.costs, config)
+        assert ascent is not None
+        before = [weight.detach().clone() for weight in ascent.weights]
+        for rho in RHOS:
+            row: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "selection": selection, "rho": rho}
+            for rounding in (exact, nearest, stochastic):
+                with torch.no_grad():
+                    for weight, old, slope in zip(ascent.weights, before, ascent.direction, strict=True):
+                        weight.copy_(rounding(old + rho / ascent.norm * slope, dtype))
+                cosine = move_cosine(ascent.weights, before, ascent.direction)
+                moves = [weight.detach() - old for weight, old in zip(ascent.weights, before, strict=True)]
+                rise = backward(model, batch) - loss
+                added = [weight.grad - plain for weight, plain in zip(ascent.weights, ascent.gradients, strict=True)]
+                if rounding is exact:
+                    exact_rise, exact_added = rise, added
+                    continue
+                correction = move_cosine(added, [torch.zeros_like(part) for part in added], exact_added)
+                length = float(norms(moves).square().sum().sqrt()) / rho
+                row[rounding.__name__] = dict(
+                    cosine=cosine, length=length, rise=rise / exact_rise, correction_cosine=correction
+                )
+            yield row
+            with torch.no_grad():
+                torch._foreach_copy_(ascent.weights, before)
+
+
+def backward(model: torch.nn.Module, batch: dict[str, Tensor]) -> float:
+    """The loss, with new gradients in `.grad`."""
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return float(loss)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print a table row by row, and write the file, if one is named, as it grows."""
+    (args,) = parse_arguments((RoundingArguments,), sys.argv[1:] if argv is None else argv, __doc__ or "")
+    logging.set_verbosity_error()
+    rows = []
+    print("| model | dtype | selection | rho | rounded | cosine | length / rho | rise | correction |")
+    print("|---" * 9 + "|")
+    for folder, dtype in itertools.product(args.models.split(","), DTYPES):
+        model, batch = load(folder, args)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.copy_(nearest(weight, dtype))
+        for row in measure(model, batch, dtype):
+            rows.append({"model": Path(folder).name} | row)
+            for name in ("nearest", "stochastic"):
+                head = " | ".join(str(rows[-1][key]) for key in ("model", "dtype", "selection", "rho"))
+                figures = " | ".join(f"{figure:.2f}" for figure in row[name].values())
+                print(f"| {head} | {name} | {figures} |", flush=True)
+            if args.output_file:
+                results = {"stamp": stamp([0]), "rows_of_text": args.rows, "figures": rows}
+                Path(args.output_file).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

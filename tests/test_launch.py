@@ -1,0 +1,155 @@
+"""The GLUE recipe under `accelerate launch`, with each of `accelerate_configs` that a machine without GPUs can run."""
+
+import json
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import run_glue
+import torch
+import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import FullyShardedDataParallelPlugin, patch_environment
+from accelerate.utils.launch import prepare_multi_gpu_env
+from safetensors.torch import load_file
+from tiny import bert, largest_difference, llama
+from tiny_glue import save_bert, write_task
+
+ROOT = Path(run_glue.__file__).parents[1]
+CONFIGS = {path.stem: path for path in sorted((ROOT / "accelerate_configs").glob("*.yaml"))}
+
+# A launch of each config; `multi_node` is launched twice, as on two machines. All of them take the same rows a step.
+WITH_ONE_PROCESS = ["--per_device_train_batch_size", "8"]
+WITH_TWO = ["--per_device_train_batch_size", "4"]
+LAUNCHES = {"cpu": WITH_ONE_PROCESS, "bf16": WITH_ONE_PROCESS, "multi_cpu": WITH_TWO, "multi_node": WITH_TWO}
+WORLD_SIZES = {"cpu": 1, "bf16": 1, "multi_cpu": 2, "multi_node": 2}
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def environment(home: Path) -> dict[str, str]:
+    """The environment of a launch: one thread a process, and no configuration of the user's own."""
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HOME": str(home), "CUDA_VISIBLE_DEVICES": ""}
+
+
+def launch(name: str, *options: str) -> list[str]:
+    """The beginning of a command line that launches with config `name`."""
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS[name]), *options]
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory) -> Path:
+    """What the recipe left under each config: two steps of training, evaluation and prediction. All run at once."""
+    folder = tmp_path_factory.mktemp("launched")
+    model = save_bert(
+        folder / "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.3
+    )
+    recipe = [str(ROOT / "recipes" / "run_glue.py"), str(ROOT / "recipes" / "glue" / "rte.yaml"), "--do_predict"]
+    recipe += ["--model_name_or_path", model, "--data_dir", write_task(folder, "rte"), "--disable_tqdm", "true"]
+    recipe += ["--max_steps", "2", "--logging_steps", "1", "--perturb_start", "0", "--rho", "0.1"]
+    # Adam would blow up the rounding in gradients that are zero.
+    recipe += ["--optim", "sgd", "--learning_rate", "0.5", "--train_sampling_strategy", "sequential"]
+    commands = []
+    port = free_port()
+    for name, options in LAUNCHES.items():
+        two_machines = [["--main_process_ip", "127.0.0.1", "--machine_rank", rank] for rank in "01"]
+        for machine in two_machines if name == "multi_node" else [[]]:
+            own = ["--main_process_port", port if name == "multi_node" else free_port()]
+            output = ["--output_dir", str(folder / name)]
+            commands.append([*launch(name, *own, *machine), *recipe, *output, *options])
+    with (folder / "log").open("w+") as log:
+        processes = [
+            subprocess.Popen(command, stdout=log, stderr=log, env=environment(folder / "home")) for command in commands
+        ]
+        try:
+            codes = [process.wait(timeout=300) for process in processes]
+        finally:
+            for process in processes:
+                process.terminate()
+        log.seek(0)
+        assert codes == [0] * len(commands), log.read()[-5000:]
+    return folder
+
+
+def card(folder: Path) -> dict:
+    """The training settings in a model card."""
+    return json.loads(re.search(r"^```json\n(.*?)\n```$", (folder / "README.md").read_text(), re.M | re.S).group(1))
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_a_launch_leaves_weights_metrics_figures_and_card(name, launched):
+    folder = launched / name
+    assert {"config.json", "model.safetensors", "tokenizer.json", "trainer_state.json"} <= set(os.listdir(folder))
+    results = json.loads((folder / "all_results.json").read_text())
+    assert math.isfinite(results["train_loss"]) and math.isfinite(results["eval_loss"])
+    assert (results["train_samples"], results["eval_samples"]) == (16, 16)
+    lines = [line for line in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(line["lsam/active"] == 1 and line["lsam/perturbation_norm"] > 0 for line in lines)
+    rows = [json.loads(row) for row in (folder / "lsam_blocks.jsonl").read_text().splitlines()]
+    assert [(row["step"], sum(row["counts"].values())) for row in rows] == [(1, 2), (2, 2)]
+    header, *predictions = (folder / "RTE.tsv").read_text().splitlines()
+    assert header == "index\tprediction" and [row.split("\t")[0] for row in predictions] == [*map(str, range(8))]
+    assert card(folder)["world_size"] == WORLD_SIZES[name]
+    assert card(folder)["mixed_precision"] == ("bf16" if name == "bf16" else "no")
+
+
+@pytest.mark.parametrize("name", ["multi_cpu", "multi_node"])
+def test_two_processes_train_as_one_on_batches_twice_as_large(name, launched):
+    one, two = (load_file(launched / run / "model.safetensors") for run in ("cpu", name))
+    before = load_file(launched / "bert" / "model.safetensors")
+    assert largest_difference(one, before) > 1e-2
+    assert largest_difference(one, two) < 1e-6
+    metrics = [json.loads((launched / run / "eval_results.json").read_text()) for run in ("cpu", name)]
+    assert metrics[0]["eval_loss"] == pytest.approx(metrics[1]["eval_loss"], abs=1e-6)
+    assert (launched / name / "RTE.tsv").read_text() == (launched / "cpu" / "RTE.tsv").read_text()
+
+
+def test_bf16_config_rounds(launched):
+    one, rounded = (load_file(launched / run / "model.safetensors") for run in ("cpu", "bf16"))
+    assert all(tensor.dtype == torch.float32 for tensor in rounded.values())
+    assert 1e-6 < largest_difference(one, rounded) < 5e-2
+
+
+def parse(name: str, *options: str):
+    """The arguments that `accelerate launch` makes of a config."""
+    args = launch_command_parser().parse_args(["--config_file", str(CONFIGS[name]), *options, "script.py"])
+    return _validate_launch_command(args)[0]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_launch_knows_every_setting_of_a_config(name):
+    """Launch itself refuses an unknown setting, but not one below the first level."""
+    args = parse(name)
+    content = yaml.safe_load(CONFIGS[name].read_text())
+    assert (args.num_processes, args.mixed_precision) == (content["num_processes"], content["mixed_precision"])
+    known = vars(launch_command_parser().parse_args(["script.py"]))
+    for settings in content.values():
+        for key, value in settings.items() if isinstance(settings, dict) else ():
+            assert key in known and getattr(args, key) == value
+
+
+def test_multi_node_config_needs_two_values_of_the_user():
+    args = parse("multi_node", "--machine_rank", "1", "--main_process_ip", "10.0.0.7")
+    prepare_multi_gpu_env(args)
+    assert (args.nnodes, args.nproc_per_node, args.node_rank, args.rdzv_endpoint) == ("2", "1", 1, "10.0.0.7:29500")
+
+
+@pytest.mark.parametrize("build, block", [(bert, "BertLayer"), (llama, "LlamaDecoderLayer")])
+def test_fsdp2_config_shards_the_blocks_of_any_model_and_saves_whole_checkpoints(build, block):
+    with patch_environment(**prepare_multi_gpu_env(parse("fsdp2"))):
+        plugin = FullyShardedDataParallelPlugin()
+        plugin.set_auto_wrap_policy(build())
+    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+    assert plugin.state_dict_type.name == "FULL_STATE_DICT"
+    assert block in {kind.__name__ for kind in plugin.auto_wrap_policy.keywords["transformer_layer_cls"]}

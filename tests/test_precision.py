@@ -1,0 +1,321 @@
+"""Precision: bf16 autocast, fp16 with a gradient scaler, and weights of 16 bits."""
+
+import collections
+import functools
+from contextlib import contextmanager
+
+import pytest
+import torch
+from accelerate.utils import AutocastKwargs
+from tiny import MODELS, Examples, arguments, assert_equal, bert, largest_difference, weights
+from transformers import Trainer, TrainerCallback
+
+from hf_lsam import LSAMConfig, LSAMTrainer, reference
+from hf_lsam.blocks import find_blocks
+from hf_lsam.perturbation import Perturbation, adaptive_scores, norms, orthogonal_part
+from hf_lsam.rounding import round_stochastically
+
+METHODS = {
+    "top 2": dict(rho=0.2, alpha=0.6),
+    "adaptive": dict(rho=2.0, adaptive=True),
+    "all": dict(rho=0.2, block_selection="all"),
+    "micro-batch": dict(rho=0.2, alpha=0.6, sharpness_scope="micro_batch"),
+    "looksam": dict(rho=0.2, block_selection="all", perturb_interval=2, reuse_correction=0.7),
+    "one pass": dict(rho=0.2, ascent_gradient="previous"),
+}
+
+
+class Overflowing(LSAMTrainer):
+    """Counts the passes of each step, and makes the loss of one of them infinite."""
+
+    overflow = None
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        now = (self.state.global_step, self.watch.count_pass(self.state.global_step))
+        return loss * float("inf") if now == self.overflow else loss
+
+
+class Watch(TrainerCallback):
+    """The weights, and the scale, at the end of each step, and how many passes it had."""
+
+    def __init__(self, trainer):
+        self.trainer, self.weights, self.scales = trainer, [weights(trainer.model)], []
+        self.passes = collections.Counter()
+
+    def count_pass(self, step):
+        self.passes[step] += 1
+        return self.passes[step]
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.weights.append(weights(self.trainer.model))
+        if self.trainer.accelerator.scaler is not None:
+            self.scales.append(self.trainer.accelerator.scaler.get_scale())
+
+
+@contextmanager
+def scaled(trainer, scaler, autocast):
+    """As accelerate sets itself up for fp16 on a GPU, on a CPU; without `autocast` the model stays in float32."""
+    accelerator = trainer.accelerator
+    state = vars(accelerator.state)
+    before = state["_mixed_precision"]
+    accelerator.scaler, accelerator.native_amp, state["_mixed_precision"] = scaler, True, "fp16"
+    accelerator.autocast_handler = AutocastKwargs(enabled=autocast)
+    try:
+        yield
+    finally:
+        state["_mixed_precision"] = before
+
+
+def run(folder, settings, scaler=None, autocast=False, overflow=None, steps=6, dropout=0.1, data=None, **options):
+    """Train a tiny BERT; with a `scaler` as under fp16."""
+    trainer = Overflowing(
+        model=bert(dropout=dropout),
+        args=arguments(folder, max_steps=steps, logging_steps=1, **options),
+        train_dataset=data or Examples(4 * steps),
+        lsam_config=LSAMConfig(**settings),
+    )
+    trainer.overflow = overflow
+    trainer.watch = Watch(trainer)
+    trainer.add_callback(trainer.watch)
+    if scaler is None:
+        trainer.train()
+    else:
+        with scaled(trainer, scaler, autocast):
+            trainer.train()
+    trainer.lines = [line for line in trainer.state.log_history if "loss" in line]
+    return trainer
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_a_scale_that_doubles_at_every_step_changes_nothing(method, tmp_path):
+    """What is kept from a step to the next, one pass's gradient or LookSAM's correction, is free of its scale."""
+    options = dict(gradient_accumulation_steps=2, per_device_train_batch_size=2)
+    plain = run(tmp_path, METHODS[method], **options)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=1)
+    with_scaler = run(tmp_path, METHODS[method], scaler, **options)
+    assert with_scaler.watch.scales == [2.0**n for n in range(17, 23)]
+    for left, right in zip(plain.watch.weights, with_scaler.watch.weights, strict=True):
+        assert_equal(left, right)
+    for left, right in zip(plain.lines, with_scaler.lines, strict=True):
+        assert left == right
+    assert any(line["lsam/active"] for line in plain.lines)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_there_is_one_update_of_the_optimizer_and_of_the_scaler_in_a_step(method, tmp_path):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    trainer = run(tmp_path, METHODS[method], scaler, gradient_accumulation_steps=2, per_device_train_batch_size=2)
+    assert scaler._get_growth_tracker() == 6
+    assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {6}
+
+
+# name: (method, the pass that overflows, the passes of every step)
+OVERFLOWS = {
+    "pass 1": ("top 2", (2, 1), [3, 2, 1, 2, 2, 2]),
+    "pass 2": ("top 2", (2, 2), [3, 2, 2, 2, 2, 2]),
+    "pass 1, looksam": ("looksam", (2, 1), [2, 1, 1, 1, 2, 1]),
+    "pass 2, looksam": ("looksam", (2, 2), [2, 1, 2, 1, 2, 1]),
+    "the only pass": ("one pass", (2, 1), [1] * 6),
+}
+
+
+@pytest.mark.parametrize("overflow", list(OVERFLOWS))
+def test_an_overflow_skips_the_step_and_the_next_one_goes_on(overflow, tmp_path):
+    method, place, passes = OVERFLOWS[overflow]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    trainer = run(tmp_path, METHODS[method], scaler, overflow=place, max_grad_norm=0.0, optim="adamw_torch")
+    assert [trainer.watch.passes[step] for step in range(6)] == passes
+    assert trainer.watch.scales == [2.0**16] * 2 + [2.0**15] * 4
+    states = trainer.watch.weights
+    assert_equal(states[2], states[3])
+    for left, right in ((1, 2), (3, 4), (4, 5), (5, 6)):
+        assert not all(torch.equal(states[left][name], states[right][name]) for name in states[left])
+    assert all(bool(tensor.isfinite().all()) for tensor in states[-1].values())
+    assert trainer.lr_scheduler.last_epoch == 5
+    assert [line["lsam/skipped"] for line in trainer.lines] == [0, 0, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_a_run_with_an_overflow_equals_one_that_never_had_that_batch(which, tmp_path):
+    examples = Examples(24)
+    kept = torch.utils.data.Subset(examples, [*range(8), *range(12, 24)])
+    whole = run(tmp_path, METHODS["top 2"], torch.amp.GradScaler("cpu"), overflow=(2, which), data=examples, dropout=0)
+    shorter = run(tmp_path, METHODS["top 2"], torch.amp.GradScaler("cpu"), data=kept, steps=5, dropout=0)
+    assert_equal(whole.watch.weights[-1], shorter.watch.weights[-1])
+
+
+@pytest.mark.parametrize("which, passes", [(1, 3), (2, 4), (3, 3), (4, 4)])
+def test_an_overflow_in_any_micro_batch_skips_its_step(which, passes, tmp_path):
+    """Passes 1 and 2 are those of the first micro-batch, 3 and 4 those of the second."""
+    scaler = torch.amp.GradScaler("cpu")
+    options = dict(gradient_accumulation_steps=2, per_device_train_batch_size=2)
+    trainer = run(tmp_path, METHODS["micro-batch"], scaler, overflow=(1, which), steps=3, **options)
+    assert [trainer.watch.passes[step] for step in (1, 2)] == [passes, 4]
+    states = trainer.watch.weights
+    assert_equal(states[1], states[2])
+    assert not all(torch.equal(states[2][name], states[3][name]) for name in states[2])
+    assert trainer.watch.scales == [2.0**16, 2.0**15, 2.0**15]
+
+
+def test_the_logged_gradient_norm_is_that_of_the_unscaled_gradient(tmp_path):
+    settings = dict(rho=0.2, block_selection="all")
+    trainer = run(tmp_path, settings, torch.amp.GradScaler("cpu", 2.0**8), autocast=True, dropout=0, steps=1)
+    model = bert().train()
+    slopes = reference.gradient(model, [Examples(4).batch(0, 4)])
+    assert trainer.lines[0]["lsam/grad_norm"] == pytest.approx(reference.norm(list(slopes.values())), rel=0.01)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_fp16_autocast_with_a_scaler_trains_close_to_float32(method, tmp_path):
+    options = dict(dropout=0, gradient_accumulation_steps=2, per_device_train_batch_size=2, optim="sgd")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    half = run(tmp_path, METHODS[method], scaler, autocast=True, **options)
+    single = run(tmp_path, METHODS[method], **options)
+    difference = largest_difference(half.watch.weights[-1], single.watch.weights[-1])
+    assert 0 < difference < 0.05 * largest_difference(single.watch.weights[-1], single.watch.weights[0])
+
+
+LITERAL = {
+    "top 2": lambda m: lambda *a: reference.lsam_step(*a, blocks_of(m), 0.2, 0.6, reference.top_k(2)),
+    "micro-batch": lambda m: (
+        lambda *a: reference.micro_batch_lsam_step(*a, blocks_of(m), 0.2, 0.6, reference.top_k(2))
+    ),
+    "one pass": lambda m: functools.partial(
+        reference.one_pass_lsam_step, blocks=blocks_of(m), rho=0.2, rule=reference.top_k(2), state={}
+    ),
+}
+
+
+def blocks_of(model):
+    return [list(block.parameters()) for block in find_blocks(model).values()]
+
+
+@pytest.mark.parametrize("method", list(LITERAL))
+def test_bf16_autocast_equals_the_reference_under_bf16_autocast(method, tmp_path):
+    fast = run(tmp_path, METHODS[method], dropout=0, steps=4, bf16=True, optim="sgd", max_grad_norm=0.0)
+    slow = bert().train()
+    step, optimizer, examples = LITERAL[method](slow), torch.optim.SGD(slow.parameters(), lr=1e-2), Examples(16)
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16)
+    forward = slow.forward
+    slow.forward = lambda **batch: autocast(forward)(**batch)
+    start = weights(slow)
+    for number in range(4):
+        step(slow, [examples.batch(number * 4, 4)], optimizer)
+    moved = largest_difference(weights(slow), start)
+    assert largest_difference(weights(fast.model), weights(slow)) < 1e-5 * moved
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("scope", ["batch", "micro_batch"])
+def test_replay_is_exact_under_bf16_autocast(name, scope, tmp_path):
+    """Blocks that return what they returned before give bitwise the weights of whole second passes, with dropout."""
+    results = []
+    for replays in (True, False):
+        trainer = LSAMTrainer(
+            model=MODELS[name](dropout=0.1),
+            args=arguments(tmp_path, bf16=True, gradient_accumulation_steps=2, per_device_train_batch_size=2),
+            train_dataset=Examples(16, language_model=name == "llama"),
+            lsam_config=LSAMConfig(rho=0.2, block_selection="last", num_perturbed_blocks=1, sharpness_scope=scope),
+        )
+        trainer.add_callback(Replays(trainer, replays))
+        trainer.train()
+        assert trainer._lsam.second_pass.replays == replays
+        results.append(weights(trainer.model))
+    assert_equal(*results)
+
+
+class Replays(TrainerCallback):
+    """Switches replay off, unless it is wanted."""
+
+    def __init__(self, trainer, wanted):
+        self.trainer, self.wanted = trainer, wanted
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer._lsam.second_pass.replays &= self.wanted
+
+
+@pytest.mark.parametrize("options", [dict(bf16=True), dict(dtype=torch.bfloat16), dict(dtype=torch.float16)])
+def test_off_is_the_plain_trainer_bitwise(options, tmp_path):
+    options = dict(options)
+    dtype = options.pop("dtype", torch.float32)
+    results = []
+    for kind, extra in ((Trainer, {}), (LSAMTrainer, dict(lsam_config=LSAMConfig(rho=0.0)))):
+        trainer = kind(
+            model=bert(dropout=0.1).to(dtype), args=arguments(tmp_path, **options), train_dataset=Examples(16), **extra
+        )
+        trainer.train()
+        results.append(weights(trainer.model))
+    assert_equal(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stochastic_rounding_gives_a_neighbour_and_is_right_in_the_mean(dtype):
+    generator = torch.Generator().manual_seed(0)
+    for value in (1.0, 1.001, -0.3333, 0.9999, -2.0001, 1e-8, -3e-8, 0.0, 100.123):
+        values = torch.full((100_000,), value)
+        rounded = round_stochastically(values, dtype, generator).double()
+        below, above = rounded.min(), rounded.max()
+        assert below <= values[0].double() <= above
+        assert torch.equal(below.to(dtype).double(), below) and len(rounded.unique()) <= 2
+        assert abs(rounded.mean() - values[0].double()) <= 5 * (above - below) / 2 / 100_000**0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_move_that_weights_of_16_bits_would_swallow_is_right_in_the_mean(dtype):
+    """To the nearest, no weight would move at all; the draws are the seed's and not those of the training."""
+    weight = torch.full((200_000,), 1.0).to(dtype)
+    slope = torch.ones_like(weight)
+    perturbation, state = Perturbation(), torch.get_rng_state()
+    length = torch.finfo(dtype).eps / 16
+    moves = []
+    for perturbation.seed in (0, 0, 1):
+        with perturbation.moved([weight], [slope], length):
+            moves.append(weight.double() - 1)
+        assert bool((weight == 1).all())
+    assert moves[0].mean() == pytest.approx(length, rel=0.05)
+    assert torch.equal(moves[0], moves[1]) and not torch.equal(moves[0], moves[2])
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_products_of_fp16_gradients_neither_underflow_nor_overflow():
+    torch.manual_seed(0)
+    for size in (1e-5, 1e3):
+        plain, perturbed = ([(torch.randn(500) * size).half()] for _ in range(2))
+        part = orthogonal_part(perturbed, plain)[0].double()
+        along = (perturbed[0].double() * plain[0].double()).sum() / plain[0].double().square().sum()
+        exact = perturbed[0].double() - along * plain[0].double()
+        assert float((part - exact / exact.norm()).abs().max()) < 1e-6
+        assert float(norms(plain)[0]) == pytest.approx(float(plain[0].double().norm()), rel=1e-6)
+        scores = adaptive_scores([(torch.ones(500) / 1000).half()], plain)
+        assert float(norms(scores)[0]) == pytest.approx(float(plain[0].double().norm()) / 1000, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["top 2", "adaptive", "looksam", "one pass"])
+def test_models_of_16_bits_train(method, dtype, tmp_path):
+    trainer = LSAMTrainer(
+        model=bert().to(dtype),
+        args=arguments(tmp_path, learning_rate=1e-3),
+        train_dataset=Examples(16),
+        lsam_config=LSAMConfig(**METHODS[method]),
+    )
+    trainer.train()
+    assert trainer.model.dtype == dtype
+    assert all(bool(tensor.isfinite().all()) for tensor in weights(trainer.model).values())
+    line = trainer._lsam.log.line()
+    assert line["lsam/active"] > 0 and line["lsam/skipped"] == 0
+
+
+def test_adapters_over_a_bf16_base_are_in_float32_and_are_not_rounded(tmp_path, caplog):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(MODELS["llama"]().to(torch.bfloat16), peft.LoraConfig(target_modules=["q_proj"]))
+    trainer = LSAMTrainer(
+        model=model,
+        args=arguments(tmp_path),
+        train_dataset=Examples(16, language_model=True),
+        lsam_config=LSAMConfig(rho=0.001),
+    )
+    trainer.train()
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
+    assert trainer._lsam.log.chances == 4 and "resolve" not in caplog.text
