@@ -222,6 +222,7 @@ def _check_text(rows: Rows) -> Rows:
 
 def _hold_out(read: Rows, fraction: float) -> dict[str, Rows]:
     """Part rows at random, but always in the same way; a single text in two."""
+    parts: dict[str, list[tuple[str, ...]]]
     if len(read.rows) == 1 and len(read.rows[0]) == 1:
         text = read.rows[0][0]
         place = int(len(text) * (1 - fraction))
