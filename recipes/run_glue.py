@@ -10,20 +10,20 @@ The settings are those of `ModelArguments`, `AdapterArguments`, `DataArguments`,
 
 import dataclasses
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from adapters import AdapterArguments, add_adapter, find_base, load_adapter, load_config, save_model_config
+from adapters import AdapterArguments, save_model_config
 from common import StepTimer, check_output_dir, make_compute_loss, parse_arguments, read_logits, run_script
 from datasets import Dataset
 from glue_data import TextData, load_text_data
 from glue_tasks import GLUE_TASKS, HUB_NAME, STSB_RANGE, DataArguments
+from loading import ModelArguments, find_model, load_model
 from model_card import OWN_FILES, Subject, write_model_card
+from peft import TaskType
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     EvalPrediction,
     PreTrainedTokenizerBase,
@@ -34,23 +34,7 @@ from transformers import (
 from hf_lsam import LSAMConfig, LSAMTrainer
 from hf_lsam.glue_metric import GlueMetric
 
-
-@dataclass
-class ModelArguments:
-    """
-    Which model to fine-tune.
-
-    Args:
-        model_name_or_path (`str`):
-            Any model that `AutoModelForSequenceClassification` loads: its name on the Hub, or its folder. Its weights
-            are loaded as 32-bit numbers, whose steps are fine enough for a small `rho`. Without `do_train` it may be
-            an adapter, whose base is loaded with it.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether to run code that comes with the model.
-    """
-
-    model_name_or_path: str = field(metadata={"help": "Name on the Hub, or folder, of the model."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+SETTINGS = (ModelArguments, AdapterArguments, DataArguments, LSAMConfig, TrainingArguments)
 
 
 @dataclass
@@ -75,9 +59,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 def prepare(argv: list[str]) -> Run:
     """Check settings, output directory and data, then build model and trainer; no file is written."""
-    kinds = (ModelArguments, AdapterArguments, DataArguments, LSAMConfig, TrainingArguments)
     description = (__doc__ or "").strip().splitlines()[0]
-    model_args, adapter_args, data_args, lsam_config, args = parse_arguments(kinds, argv, description)
+    model_args, adapter_args, data_args, lsam_config, args = parse_arguments(SETTINGS, argv, description)
     splits = [
         split
         for split, wanted in (("train", args.do_train), ("validation", args.do_eval), ("test", args.do_predict))
@@ -87,43 +70,23 @@ def prepare(argv: list[str]) -> Run:
         raise ValueError("Nothing to do: set do_train, do_eval or do_predict.")
     resume = check_output_dir(args, prediction_names(data_args))
 
-    name, code = model_args.model_name_or_path, model_args.trust_remote_code
-    try:
-        base = find_base(name)
-        config = load_config(name, base, code)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=code)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model_name_or_path={name} cannot be loaded: {' '.join(str(error).split())}") from error
-    if args.do_train and base is not None:
-        raise ValueError(
-            f"model_name_or_path={name} is an adapter, which can be evaluated and predicts. To train, name the model "
-            f"that it was made for ({base}); to go on with an interrupted run, add resume_from_checkpoint."
-        )
-    data = load_text_data(data_args, splits, config.label2id)
-    label_settings = check_labels(data_args, data, config, args.do_train)
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise ValueError(f"The tokenizer of {name} has neither a pad_token nor an eos_token: give it a pad_token.")
-        tokenizer.pad_token = tokenizer.eos_token
+    source = find_model(model_args, args.do_train)
+    data = load_text_data(data_args, splits, source.config.label2id)
+    label_settings = check_labels(data_args, data, source.config, args.do_train)
 
     set_seed(args.seed)
-    model, loaded = AutoModelForSequenceClassification.from_pretrained(
-        base or name,
-        trust_remote_code=code,
-        dtype=torch.float32,
+    model = load_model(
+        AutoModelForSequenceClassification,
+        source,
+        adapter_args,
+        TaskType.SEQ_CLS,
+        args.do_train,
         # An adapter brings its own head.
-        ignore_mismatched_sizes=args.do_train or base is not None,
-        output_loading_info=True,
+        ignore_mismatched_sizes=args.do_train or source.base is not None,
         **label_settings,
     )
-    # A decoder finds the last token of a text by it.
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    if base is not None:
-        model = load_adapter(model, name)
-    elif args.do_train and adapter_args.enabled:
-        model = add_adapter(model, adapter_args, set(loaded["missing_keys"]))
 
-    datasets = tokenize(data, tokenizer, data_args.max_seq_length)
+    datasets = tokenize(data, source.tokenizer, data_args.max_seq_length)
     timer = StepTimer()
     trainer = LSAMTrainer(
         model=model,
@@ -131,8 +94,8 @@ def prepare(argv: list[str]) -> Run:
         lsam_config=lsam_config,
         train_dataset=datasets.get("train"),
         eval_dataset=datasets.get("validation"),
-        processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=source.tokenizer,
+        data_collator=DataCollatorWithPadding(source.tokenizer),
         compute_metrics=make_compute_metrics(data_args),
         compute_loss_func=make_compute_loss(args.label_smoothing_factor, data_args.is_regression),
         callbacks=[timer],
