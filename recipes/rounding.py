@@ -36,7 +36,11 @@ from hf_lsam.rounding import round_stochastically
 from hf_lsam.step import LSAMStep
 
 DTYPES = (torch.bfloat16, torch.float16)
-SELECTIONS = {"last 2": dict(block_selection="last"), "top 2": dict(), "all": dict(block_selection="all")}
+SELECTIONS: dict[str, dict[str, Any]] = {
+    "last 2": dict(block_selection="last"),
+    "top 2": dict(),
+    "all": dict(block_selection="all"),
+}
 RHOS = (0.05, 0.1, 0.5, 1.0)
 
 
@@ -105,7 +109,8 @@ def measure(model: torch.nn.Module, batch: dict[str, Tensor], dtype: torch.dtype
                 cosine = move_cosine(ascent.weights, before, ascent.direction)
                 moves = [weight.detach() - old for weight, old in zip(ascent.weights, before, strict=True)]
                 rise = backward(model, batch) - loss
-                added = [weight.grad - plain for weight, plain in zip(ascent.weights, ascent.gradients, strict=True)]
+                perturbed = [weight.grad for weight in ascent.weights if weight.grad is not None]
+                added = [one - plain for one, plain in zip(perturbed, ascent.gradients, strict=True)]
                 if rounding is exact:
                     exact_rise, exact_added = rise, added
                     continue

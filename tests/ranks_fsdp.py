@@ -11,7 +11,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from test_split import Ragged
-from tiny import MODELS, Examples, arguments, weights
+from tiny import MODELS, Examples, arguments, checkpoint, weights
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -58,7 +58,7 @@ class Run:
         self.ranks, self.rank = (2, dist.get_rank()) if sharded else (1, 0)
         self.model = MODELS[case["model"]](**case.get("options", {})).train()
         if case.get("checkpointing"):
-            self.model.activation_checkpointing_enable({"use_reentrant": case["checkpointing"] == "reentrant"})
+            checkpoint(self.model, use_reentrant=case["checkpointing"] == "reentrant")
         self.attention_runs = 0
         for block in find_blocks(self.model).values():
             inner = block.attention if case["model"] == "bert" else block.self_attn

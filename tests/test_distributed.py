@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from tiny import largest_difference
+from tiny import checkpointed, largest_difference
 
 from hf_lsam import reference
 
@@ -86,8 +86,7 @@ def cases() -> dict[str, dict]:
     for flag in (True, False):
         made[f"find-unused-{flag}"] = base | dict(arguments=TWO | dict(ddp_find_unused_parameters=flag), single=ONE)
     for reentrant in (True, False):
-        checkpointing = dict(activation_checkpointing_kwargs={"use_reentrant": reentrant})
-        two = TWO | checkpointing | dict(activation_checkpointing=True)
+        two = TWO | checkpointed(use_reentrant=reentrant)
         made["reentrant-checkpointing" if reentrant else "checkpointing"] = base | dict(arguments=two, single=ONE)
     # The union of the micro-batches of a step, each perturbed by its own gradient and on blocks that all agree on.
     one = TWO | dict(gradient_accumulation_steps=2)

@@ -5,7 +5,18 @@ import json
 
 import pytest
 import torch
-from tiny import Examples, arguments, assert_equal, bert, largest_difference, llama, qwen2, weights
+from tiny import (
+    Examples,
+    arguments,
+    assert_equal,
+    bert,
+    checkpointed,
+    largest_difference,
+    llama,
+    qwen2,
+    weights,
+    without_replay,
+)
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, set_seed
 
 from hf_lsam import LSAMConfig, LSAMTrainer, reference
@@ -153,13 +164,14 @@ def test_replay_is_exact_and_used(name, checkpointing, tmp_path):
     results, ran = [], []
     for replayed in (True, False):
         model = adapted(name, config, dropout=0.1)
-        options = dict(activation_checkpointing=bool(checkpointing), activation_checkpointing_kwargs=checkpointing)
+        options = {} if checkpointing is None else checkpointed(**checkpointing)
         trainer = trainer_for(model, tmp_path, dict(rho=0.5, block_selection="last"), logging_steps=1, **options)
         first_layer = next(m for n, m in model.named_modules() if n.endswith(f"{ATTENTION[name][0]}.lora_A.default"))
         calls = []
         first_layer.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         if not replayed:
-            trainer._begin_lsam = functools.partial(without_replay, trainer)
+            new_step = trainer._new_step
+            trainer._new_step = lambda model, max_steps, new=new_step: without_replay(new(model, max_steps))
         trainer.train()
         assert trainer._lsam.second_pass.replays == replayed
         results.append(weights(model))
@@ -171,11 +183,6 @@ def test_replay_is_exact_and_used(name, checkpointing, tmp_path):
     # Replayed, the first block runs in pass 1 only.
     assert ran[0] == STEPS * per_pass
     assert ran[1] > ran[0]
-
-
-def without_replay(trainer, model):
-    LSAMTrainer._begin_lsam(trainer, model)
-    trainer._lsam.second_pass.replays = False
 
 
 def test_cost_is_the_share_of_the_blocks_that_pass_2_runs():

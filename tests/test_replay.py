@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as tf
 from test_blocks import ARCHITECTURES
-from tiny import bert
+from tiny import bert, checkpoint
 from torch import nn
 
 from hf_lsam import LSAMConfig
@@ -80,7 +80,7 @@ CHECKPOINTING = {"plain": None, "non-reentrant": {"use_reentrant": False}, "reen
 def test_replay_equals_a_full_pass(name, checkpointing):
     model = model_of(name)
     if CHECKPOINTING[checkpointing] is not None:
-        model.activation_checkpointing_enable(CHECKPOINTING[checkpointing])
+        checkpoint(model, **CHECKPOINTING[checkpointing])
     blocks = list(find_blocks(model).values())
     run, take_gradients = passes(model, batch_for(name))
     replay = Replay(blocks, CPU)
@@ -293,8 +293,8 @@ def test_a_replay_that_fails_in_the_middle_is_run_in_full(caplog):
         return run()
 
     window = []
-    record = step._record
-    step._record = lambda *args: window.append(record(*args)) or window[-1]
+    record = step.second_pass.record
+    step.second_pass.record = lambda *args: window.append(record(*args)) or window[-1]
     step(run, changed_records, step=0, is_last=True)
     assert "changed in place" in caplog.text and not step.second_pass.replays
     assert_same_gradients(take_gradients(), full)

@@ -6,7 +6,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers.trainer
-from tiny import MODELS, Examples, arguments, assert_equal, bert, largest_difference, weights
+from tiny import (
+    MODELS,
+    Examples,
+    arguments,
+    assert_equal,
+    bert,
+    checkpointed,
+    largest_difference,
+    weights,
+    without_replay,
+)
 from tokenizers import Tokenizer, models
 from torch import nn
 from torch.utils.data import Dataset
@@ -42,9 +52,8 @@ class NotedLSAM(LSAMMixin, Noted):
 class Unreplayed(LSAMTrainer):
     """Pass 2 runs every block."""
 
-    def _begin_lsam(self, model):
-        super()._begin_lsam(model)
-        self._lsam.second_pass.replays = False
+    def _new_step(self, model, max_steps):
+        return without_replay(super()._new_step(model, max_steps))
 
 
 def train(folder, trainer_class=LSAMTrainer, config=TOP_2, model=None, **options):
@@ -74,8 +83,7 @@ def test_activation_checkpointing_changes_nothing(name, reentrant, tmp_path):
     saving = train(
         tmp_path / "saving",
         model=MODELS[name](dropout=0.1),
-        activation_checkpointing=True,
-        activation_checkpointing_kwargs={"use_reentrant": reentrant},
+        **checkpointed(use_reentrant=reentrant),
     )
     assert saving._lsam.second_pass.replays and saving._lsam.second_pass.checked
     assert_equal(weights(plain.model), weights(saving.model))

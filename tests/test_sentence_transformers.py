@@ -14,7 +14,7 @@ from sentence_transformers import (
     SentenceTransformerTrainingArguments,
 )
 from sentence_transformers.sentence_transformer import losses, modules
-from tiny import assert_equal, largest_difference, weights
+from tiny import assert_equal, largest_difference, weights, without_replay
 from tiny_glue import WORDS, save_bert
 
 from hf_lsam import LSAMConfig, LSAMMixin
@@ -31,9 +31,8 @@ class LiteralSentence(LiteralLSAM, SentenceTransformerTrainer):
 class Full(LSAMSentence):
     """Runs all of pass 2."""
 
-    def _begin_lsam(self, model):
-        super()._begin_lsam(model)
-        self._lsam.second_pass.replays = False
+    def _new_step(self, model, max_steps):
+        return without_replay(super()._new_step(model, max_steps))
 
 
 class TwoParts(torch.nn.Module):

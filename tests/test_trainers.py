@@ -3,7 +3,7 @@
 import pytest
 import torch
 from literal import LiteralLSAM
-from tiny import Examples, arguments, assert_equal, bart, bert, largest_difference, t5, weights
+from tiny import Examples, arguments, assert_equal, bart, bert, largest_difference, t5, weights, without_replay
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
 
 from hf_lsam import LSAMConfig, LSAMMixin, LSAMTrainer, reference
@@ -23,9 +23,8 @@ class LiteralSeq2Seq(LiteralLSAM, Seq2SeqTrainer):
 class Full(LSAMSeq2Seq):
     """Runs all of pass 2."""
 
-    def _begin_lsam(self, model):
-        super()._begin_lsam(model)
-        self._lsam.second_pass.replays = False
+    def _new_step(self, model, max_steps):
+        return without_replay(super()._new_step(model, max_steps))
 
 
 class Calls:

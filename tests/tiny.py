@@ -165,6 +165,28 @@ def arguments(folder, **options) -> TrainingArguments:
     return TrainingArguments(**{**defaults, **options})
 
 
+# Called gradient checkpointing before transformers 5.23.
+_CHECKPOINTING = min(
+    {"activation_checkpointing", "gradient_checkpointing"} & TrainingArguments.__dataclass_fields__.keys()
+)
+
+
+def checkpointed(use_reentrant: bool) -> dict:
+    """Training arguments that switch activation checkpointing on."""
+    return {_CHECKPOINTING: True, f"{_CHECKPOINTING}_kwargs": {"use_reentrant": use_reentrant}}
+
+
+def checkpoint(model: PreTrainedModel, use_reentrant: bool) -> None:
+    """Switch activation checkpointing on in a model."""
+    getattr(model, f"{_CHECKPOINTING}_enable")({"use_reentrant": use_reentrant})
+
+
+def without_replay(step):
+    """`step`, whose pass 2 runs every block from now on."""
+    step.second_pass.replays = False
+    return step
+
+
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Copies of all parameters and buffers, by name."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
