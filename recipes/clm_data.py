@@ -32,8 +32,8 @@ class Examples:
 
     Args:
         dataset (`Dataset`): The columns `input_ids` and `labels`.
-        truncated (`int`): Number of rows that lost their end to `block_size`.
-        dropped (`int`): Number of examples left out because they hold nothing to learn.
+        truncated (`int`): Number of rows of the whole split that lost their end to `block_size`.
+        dropped (`int`): Number of examples of the whole split left out because they hold nothing to learn.
     """
 
     dataset: Dataset

@@ -109,7 +109,7 @@ def prepare(argv: list[str]) -> Run:
         questions = find_questions(data_args, generation_args, source, rows["validation"])
     examples = {split: make_examples(data_args, tokenizer, split, rows[split], block_size) for split in splits}
     for split, made in examples.items():
-        if made.truncated or made.dropped:
+        if args.should_log and (made.truncated or made.dropped):
             logger.warning(
                 f"{split}: {made.truncated} rows were cut off at block_size={block_size} tokens, and {made.dropped} "
                 f"{'blocks' if data_args.packing else 'rows'} left out, which hold no token to learn."
