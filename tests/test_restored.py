@@ -193,14 +193,26 @@ def test_move_and_restore_are_exact(dtype):
         assert all(torch.equal(weight, old) for weight, old in zip(weights_, before, strict=True))
 
 
-def test_copies_reuse_their_memory():
+def test_moved_weights_reuse_their_memory():
     perturbation = Perturbation()
     addresses = set()
     for count in (3, 2, 3, 1):
-        tensors = [torch.zeros(4) for _ in range(count)]
-        with perturbation.moved(tensors, tensors, 1.0) as copies:
-            addresses.add(copies[0].data_ptr())
+        tensors = [torch.ones(4) for _ in range(count)]
+        with perturbation.moved(tensors, tensors, 1.0):
+            addresses.add(tensors[0].data_ptr())
     assert len(addresses) == 1
+
+
+def test_weights_go_back_to_their_own_memory_and_keep_their_strides():
+    image = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    weights_ = [image, torch.randn(3, 4).T, torch.randn(6, 4)[::2, ::2], torch.randn(())]
+    before = [(weight.data_ptr(), weight.stride(), weight.clone()) for weight in weights_]
+    with Perturbation().moved(weights_, weights_, 0.5):
+        assert image.is_contiguous(memory_format=torch.channels_last)
+        for weight, (address, _, old) in zip(weights_, before, strict=True):
+            assert weight.data_ptr() != address and torch.equal(weight, old + 0.5 * old)
+    for weight, (address, stride, old) in zip(weights_, before, strict=True):
+        assert weight.data_ptr() == address and weight.stride() == stride and torch.equal(weight, old)
 
 
 def test_batch_norm_statistics_are_updated_once(tmp_path):
