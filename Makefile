@@ -1,6 +1,8 @@
 # make demo   fine-tune a real model on real text with AdamW, SAM and LSAM; a table and a picture in demo/
 #             more seeds: make demo SEEDS='0 1 2'; without downloads: make demo DEMO_MODEL=PATH DEMO_REVIEWS=PATH
 # make test   lint, types and tests, as the continuous integration runs them
+# make test-oldest  the tests with the oldest torch, transformers and accelerate that pyproject.toml allows; a download
+#             of several GB, since older builds of torch for Linux come with CUDA
 # make clean  remove the environment and the caches, but not demo/
 # Environments are made in .venv with PYTHON (python3.11); nothing is installed outside of it.
 SHELL := /bin/bash
@@ -10,7 +12,7 @@ PYTHON ?= python3.11
 SEEDS ?= 0 1
 DEMO_DIR ?= demo
 
-.PHONY: help demo test format clean
+.PHONY: help demo test test-oldest format clean
 
 help:
 	@sed -n '/^[^#]/q; s/^# //p' $(MAKEFILE_LIST)
@@ -23,7 +25,13 @@ test: .venv/.installed-test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	.venv/bin/pytest -n 2
+	.venv/bin/pytest -n 2 --dist loadfile
+
+test-oldest:
+	'$(PYTHON)' -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints-oldest.txt \
+		--editable '.[test]'
+	.venv-oldest/bin/pytest -n 2 --dist loadfile
 
 format: .venv/.installed-test
 	.venv/bin/ruff check --fix .
@@ -39,4 +47,4 @@ format: .venv/.installed-test
 	@touch $@
 
 clean:
-	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -6,17 +6,21 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .rounding import add_, wide
+from .rounding import add_into, wide
 from .shards import from_parts, is_sharded, local_parts, sum_over_parts
 
 
 class Perturbation:
     """
-    Moves weights along a direction for the length of a `with` block, and restores them by copy.
+    Moves weights along a direction for the length of a `with` block, and puts them back exactly.
 
-    Restoring by subtraction would change 0.3 to 6 % of the float32 weights (w + e - e is not w) and keep a NaN. The
-    copies live in a buffer that is kept from step to step, of the size of the largest set that was ever moved. Of a
-    sharded weight each process moves, keeps and restores its part.
+    The moved weights are written to a buffer, which the parameters refer to meanwhile; the tensors that they referred
+    to before stay as they are, and are referred to again afterwards. So there is nothing to copy back, and nothing
+    that a NaN or an error could spoil. (Subtraction would change 0.3 to 6 % of the float32 weights: w + e - e is not
+    w.) A sharded weight stays where it is, since FSDP2 gathers it from there: each process moves its part in place and
+    copies it back.
+
+    The buffer is kept from step to step, of the size of the largest set that was ever moved.
 
     Attributes:
         seed: Of stochastic rounding, which draws nothing from the generators of the training. With the number of the
@@ -25,7 +29,7 @@ class Perturbation:
 
     def __init__(self) -> None:
         self.seed = 0
-        self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._memory: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     @contextmanager
     def moved(self, weights: Sequence[Tensor], direction: Sequence[Tensor], scale: float) -> Iterator[list[Tensor]]:
@@ -35,44 +39,71 @@ class Perturbation:
         Weights of 16 bits are rounded stochastically; rounding to the nearest would swallow most of a short move.
 
         Args:
-            weights: Parameters, changed in place.
+            weights: Parameters.
             direction: One tensor for each weight, of its shape.
             scale: Factor, for instance `rho / norm`.
 
         Yields:
-            The copies of the weights' local parts as they were.
+            The weights' local parts as they were.
         """
         parts = local_parts(weights)
-        copies = self._copies(parts)
+        buffers = self._buffers(parts)
+        along = local_parts(direction)
+        if is_sharded(weights):
+            move = self._in_place(parts, buffers, along, scale)
+        else:
+            move = self._exchanged(weights, buffers, along, scale)
         try:
-            with torch.no_grad():
-                add_(parts, local_parts(direction), scale, self.seed)
-            # Under autocast, casts of the weights may be cached from before.
-            torch.clear_autocast_cache()
-            yield copies
+            with move as before:
+                # Under autocast, casts of the weights may be cached from before.
+                torch.clear_autocast_cache()
+                yield before
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(parts, copies)
             torch.clear_autocast_cache()
 
-    @torch.no_grad()
-    def _copies(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """Copies of `weights`, as slices of the kept buffers."""
+    @contextmanager
+    def _exchanged(self, weights, buffers, direction, scale) -> Iterator[list[Tensor]]:
+        before = [weight.data for weight in weights]
+        try:
+            add_into(buffers, before, direction, scale, self.seed)
+            for weight, buffer in zip(weights, buffers, strict=True):
+                weight.data = buffer
+            yield before
+        finally:
+            for weight, old in zip(weights, before, strict=True):
+                weight.data = old
+
+    @contextmanager
+    def _in_place(self, parts, buffers, direction, scale) -> Iterator[list[Tensor]]:
+        with torch.no_grad():
+            torch._foreach_copy_(buffers, parts)
+        try:
+            add_into(parts, buffers, direction, scale, self.seed)
+            yield buffers
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(parts, buffers)
+
+    def _buffers(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Room for as many tensors of the same kinds, shapes and strides, as slices of the kept memory."""
         needed: dict[tuple[torch.device, torch.dtype], int] = {}
         places = []
-        for weight in weights:
-            key = (weight.device, weight.dtype)
+        for tensor in tensors:
+            key = (tensor.device, tensor.dtype)
             places.append((key, needed.get(key, 0)))
-            needed[key] = needed.get(key, 0) + weight.numel()
+            needed[key] = needed.get(key, 0) + tensor.numel()
         for key, size in needed.items():
-            if key not in self._buffers or self._buffers[key].numel() < size:
-                self._buffers[key] = torch.empty(size, device=key[0], dtype=key[1])
-        copies = [
-            self._buffers[key][start : start + weight.numel()].view(weight.shape)
-            for (key, start), weight in zip(places, weights, strict=True)
+            if key not in self._memory or self._memory[key].numel() < size:
+                self._memory[key] = torch.empty(size, device=key[0], dtype=key[1])
+        return [
+            self._memory[key].as_strided(tensor.shape, _dense_strides(tensor), start)
+            for (key, start), tensor in zip(places, tensors, strict=True)
         ]
-        torch._foreach_copy_(copies, list(weights))
-        return copies
+
+
+def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
+    """The strides of `tensor` without gaps: its own, if it has none (`torch.channels_last` has none, for one)."""
+    return torch.empty_like(tensor, device="meta").stride()
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ Rounded to the nearest, most of a short move is lost. Rounded stochastically, ea
 neighbours such that the mean is right; the move is longer and noisy, but the loss rises by what it should.
 """
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -13,16 +12,17 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def add_(weights: Sequence[Tensor], direction: Sequence[Tensor], scale: float, seed: int) -> None:
-    """`weights += scale * direction`, where those of 16 bits are rounded stochastically by draws from `seed`."""
-    coarse = [is_coarse(weight) for weight in weights]
-    exact = [place for place, is_one in enumerate(coarse) if not is_one]
-    if exact:
-        torch._foreach_add_([weights[i] for i in exact], [direction[i] for i in exact], alpha=scale)
-    if any(coarse):
-        generator = torch.Generator(weights[0].device).manual_seed(seed)
-        for weight, slope in itertools.compress(zip(weights, direction, strict=True), coarse):
-            weight.copy_(round_stochastically(weight.float().add_(slope, alpha=scale), weight.dtype, generator))
+def add_into(
+    targets: Sequence[Tensor], weights: Sequence[Tensor], direction: Sequence[Tensor], scale: float, seed: int
+) -> None:
+    """`targets = weights + scale * direction`; what has 16 bits is rounded stochastically, by draws from `seed`."""
+    generator = torch.Generator(weights[0].device).manual_seed(seed) if any(map(is_coarse, weights)) else None
+    for target, weight, slope in zip(targets, weights, direction, strict=True):
+        if generator is not None and is_coarse(weight):
+            exact = weight.float().add_(slope, alpha=scale)
+            target.copy_(round_stochastically(exact, weight.dtype, generator))
+        else:
+            torch.add(weight, slope, alpha=scale, out=target)
 
 
 def is_coarse(tensor: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""LoRA adapters for `run_glue.py`: their settings, how one is put on a model, and how its model is found again."""
+"""LoRA adapters for the recipes: their settings, how one is put on a model, and how its model is found again."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -13,14 +13,14 @@ from transformers.utils.peft_utils import find_adapter_config_file
 # Folder beside the adapter with the configuration of the whole model: its labels and its padding token. A
 # `config.json` beside it would pass the folder off as that of a whole model.
 MODEL_CONFIG = "model_config"
-# Modules that PEFT trains whole in a text classifier.
+# Modules that PEFT by itself trains whole in a text classifier.
 _HEADS = {"classifier", "score"}
 
 
 @dataclass
 class AdapterArguments:
     """
-    Whether to train a LoRA adapter (Hu et al., ICLR 2022) and the head instead of the whole model.
+    Whether to train a LoRA adapter (Hu et al., ICLR 2022), and a classifier's head, instead of the whole model.
 
     Args:
         lora_r (`int`, *optional*):
@@ -36,7 +36,7 @@ class AdapterArguments:
             Whether to train the length of each weight's columns as well: DoRA (Liu et al., ICML 2024).
     """
 
-    lora_r: int | None = field(default=None, metadata={"help": "Train a LoRA adapter of this rank, and the head."})
+    lora_r: int | None = field(default=None, metadata={"help": "Train a LoRA adapter of this rank."})
     lora_alpha: int = field(default=8, metadata={"help": "The adapter is scaled by lora_alpha / lora_r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on what the adapter reads."})
     lora_target_modules: list[str] | None = field(
@@ -66,15 +66,21 @@ class AdapterArguments:
         return self.lora_r is not None
 
 
-def add_adapter(model: PreTrainedModel, args: AdapterArguments, new_parameters: set[str]) -> PeftModel:
+def add_adapter(
+    model: PreTrainedModel,
+    args: AdapterArguments,
+    new_parameters: set[str],
+    task_type: TaskType = TaskType.SEQ_CLS,
+) -> PeftModel:
     """
-    Put a fresh adapter on `model`, of which it and the head are all that is trained.
+    Put a fresh adapter on `model`, of which it and a classifier's head are all that is trained.
 
     Args:
-        model (`PreTrainedModel`): A text classifier.
+        model (`PreTrainedModel`): A text classifier, or a language model.
         args (`AdapterArguments`): The settings of the adapter.
         new_parameters (`set[str]`): Names of the parameters that the checkpoint did not hold. They are random, so the
             modules that hold them are trained whole, such as the pooler of DeBERTa.
+        task_type (`TaskType`, *optional*, defaults to `TaskType.SEQ_CLS`): What the model is for.
 
     Raises:
         ValueError: if the model has no such layers, or PEFT has no choice for its type; names those it has.
@@ -84,7 +90,7 @@ def add_adapter(model: PreTrainedModel, args: AdapterArguments, new_parameters: 
         targets = "all-linear"
     new_modules = {name.rpartition(".")[0] for name in new_parameters}
     config = LoraConfig(
-        task_type=TaskType.SEQ_CLS,
+        task_type=task_type,
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,

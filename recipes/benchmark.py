@@ -1,37 +1,39 @@
 """
-What each method costs: time of a step as a ratio to the plain Trainer's, beside the bound.
+What each method costs: time of a step and peak memory as ratios to the plain Trainer's, beside the bound, and the
+peers that one would pick instead.
 
     python recipes/benchmark.py
-    python recipes/benchmark.py --hidden_size 768 --methods plain,sam,last-2 --output_file cost.json
+    python recipes/benchmark.py --hidden_size 768 --methods plain,sam,last-2 --output_file cost.json --picture cost.svg
 
 The methods take turns in one process, a few steps each, over and over: what the machine does meanwhile hits all of
-them alike. The bound is 1 + the predicted overhead, counted from the model's parameters (hf_lsam/selection.py).
+them alike. Memory is that of a process of its own for each method. The bound is 1 + the predicted overhead, counted
+from the model's parameters (hf_lsam/selection.py).
 """
 
 import json
 import statistics
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import StepTimer, parse_arguments
+from peers import PEERS, HandWrittenLoop
+from plot_cost import draw_cost
 from stamp import stamp
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import (
-    AutoModelForSequenceClassification,
-    BertConfig,
-    PrinterCallback,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.utils import logging
+from workload import Rows, WorkloadArguments, make_model
 
 from hf_lsam import LSAMConfig, LSAMTrainer
+from hf_lsam.blocks import find_blocks, find_candidates
+from hf_lsam.selection import CostModel
 
 METHODS: dict[str, dict[str, Any]] = {
     "plain": {"block_selection": "none"},
@@ -54,33 +56,22 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 @dataclass
-class BenchmarkArguments:
+class BenchmarkArguments(WorkloadArguments):
     """What is measured."""
 
-    methods: str = field(default=",".join(METHODS), metadata={"help": "Names of methods, the plain one among them."})
-    num_hidden_layers: int = field(default=12, metadata={"help": "Blocks of the BERT encoder, random weights."})
-    hidden_size: int = field(default=384, metadata={"help": "Its width; heads are 64 wide."})
-    batch_size: int = field(default=8, metadata={"help": "Rows of a micro-batch."})
-    sequence_length: int = field(default=128, metadata={"help": "Tokens of a row."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches of a step."})
-    rounds: int = field(default=7, metadata={"help": "Turns of each method; the figure is their median."})
+    methods: str = field(
+        default=",".join([*METHODS, *PEERS]),
+        metadata={"help": "Names of methods and peers, the plain one among them."},
+    )
+    rounds: int = field(default=7, metadata={"help": "Turns of each method; the figure is their median. 0: no times."})
     steps: int = field(default=3, metadata={"help": "Steps of a turn that count, after one or more that do not."})
-    bf16: bool = field(default=False, metadata={"help": "Train under bf16 autocast."})
-    output_file: str | None = field(default=None, metadata={"help": "Write the figures here as JSON."})
-
-
-class RandomRows(Dataset):
-    """As many rows of random tokens as asked for."""
-
-    def __init__(self, rows: int, length: int, vocabulary: int):
-        generator = torch.Generator().manual_seed(0)
-        self.tokens = torch.randint(5, vocabulary, (rows, length), generator=generator)
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.tokens[index], "labels": torch.tensor(index % 2)}
+    memory_repeats: int = field(
+        default=1, metadata={"help": "Processes of each method for its peak memory, the median of which counts."}
+    )
+    output_file: str | None = field(
+        default=None, metadata={"help": "JSON of figures; a run is added to those that the file already holds."}
+    )
+    picture: str | None = field(default=None, metadata={"help": "Draw cost over first perturbed block here."})
 
 
 class LogFigures(TrainerCallback):
@@ -95,39 +86,38 @@ class LogFigures(TrainerCallback):
 
 
 class Contender:
-    """A method with its own model and trainer, which goes a few steps whenever it is its turn."""
+    """A method, or a peer, with its own model, which goes a few steps whenever it is its turn."""
 
     def __init__(self, name: str, args: BenchmarkArguments, folder: str):
-        self.settings = METHODS[name]
-        set_seed(0)
-        config = BertConfig(
-            num_hidden_layers=args.num_hidden_layers,
-            hidden_size=args.hidden_size,
-            num_attention_heads=args.hidden_size // 64,
-            intermediate_size=4 * args.hidden_size,
-        )
+        self.settings = METHODS.get(name, {})
         # LookSAM's cost is that of a whole interval, and the first step of a turn is the warm-up.
-        interval = self.settings.get("perturb_interval", 1)
+        interval = 5 if name.endswith("looksam-5") else 1
         self.warm_up = interval
-        steps = self.warm_up + max(args.steps, interval) // interval * interval
+        self.steps = self.warm_up + max(args.steps, interval) // interval * interval
         self.timer, self.figures = StepTimer(), LogFigures()
+        model = make_model(args)
+        rows = Rows(self.steps * args.batch_size * args.gradient_accumulation_steps, args, model.config.vocab_size)
+        self.loop: HandWrittenLoop | None = None
+        if name in PEERS:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            batches = DataLoader(rows, args.batch_size)
+            self.loop = HandWrittenLoop(name, model.to(device), batches, args.gradient_accumulation_steps, args.bf16)
+            return
         self.trainer = LSAMTrainer(
-            model=AutoModelForSequenceClassification.from_config(config),
+            model=model,
             args=TrainingArguments(
                 output_dir=f"{folder}/{name}",
                 per_device_train_batch_size=args.batch_size,
                 gradient_accumulation_steps=args.gradient_accumulation_steps,
-                max_steps=steps,
-                logging_steps=steps,
+                max_steps=self.steps,
+                logging_steps=self.steps,
                 save_strategy="no",
                 report_to="none",
                 disable_tqdm=True,
                 bf16=args.bf16,
                 dataloader_pin_memory=torch.cuda.is_available(),
             ),
-            train_dataset=RandomRows(
-                steps * args.batch_size * args.gradient_accumulation_steps, args.sequence_length, config.vocab_size
-            ),
+            train_dataset=rows,
             lsam_config=LSAMConfig(**self.settings),
             callbacks=[self.timer, self.figures],
         )
@@ -135,25 +125,24 @@ class Contender:
 
     def take_turn(self) -> float:
         """Seconds of a step in this turn: the median, or the mean over whole intervals."""
-        self.timer.seconds.clear()
-        self.trainer.train()
-        seconds = self.timer.seconds[self.warm_up :]
+        if self.loop is not None:
+            seconds = self.loop.run(self.steps)
+        else:
+            self.timer.seconds.clear()
+            self.trainer.train()
+            seconds = self.timer.seconds
         average = statistics.mean if self.warm_up > 1 else statistics.median
-        return average(seconds)
+        return average(seconds[self.warm_up :])
 
 
-def measure(args: BenchmarkArguments) -> dict[str, dict[str, Any]]:
+def measure_times(args: BenchmarkArguments, names: list[str]) -> dict[str, dict[str, Any]]:
     """
-    The figures of each method.
+    The figures of each method that have to do with time.
 
     Returns:
         By name: `ratio` (median over the rounds of its step's time over the plain one's in the same round), `lowest`
         and `highest` ratio, `seconds` of a step (median), `bound`, `first_block` and `captured` (of the last turn).
     """
-    names = args.methods.split(",")
-    unknown = [name for name in names if name not in METHODS]
-    if unknown or "plain" not in names:
-        raise ValueError(f"methods={args.methods}: it must hold plain and others of {', '.join(METHODS)}.")
     times: dict[str, list[float]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         contenders = {name: Contender(name, args, folder) for name in names}
@@ -174,7 +163,7 @@ def measure(args: BenchmarkArguments) -> dict[str, dict[str, Any]]:
             "lowest": min(ratios),
             "highest": max(ratios),
             "seconds": statistics.median(times[name]),
-            "bound": 1 + line.get("lsam/overhead", 0.0),
+            "bound": None if name in PEERS else 1 + line.get("lsam/overhead", 0.0),
             "first_block": line.get("lsam/first_block"),
             "captured": line.get("lsam/captured"),
             "settings": contender.settings,
@@ -182,26 +171,86 @@ def measure(args: BenchmarkArguments) -> dict[str, dict[str, Any]]:
     return figures
 
 
+def peak_memory(args: BenchmarkArguments, name: str) -> float:
+    """Peak memory in MiB of this process after a turn of a method."""
+    logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as folder:
+        contender = Contender(name, args, folder)
+        contender.take_turn()
+        return contender.timer.metrics()["train_peak_memory_mib"]
+
+
+def measure_memory(args: BenchmarkArguments, names: list[str]) -> dict[str, dict[str, float]]:
+    """By name the peak `memory_mib` of a fresh process, and its ratio to the plain one's."""
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+        repeats = {name: [pool.submit(peak_memory, args, name) for _ in range(args.memory_repeats)] for name in names}
+        peaks = {
+            name: statistics.median(future.result() for future in tqdm(f, desc=name)) for name, f in repeats.items()
+        }
+    return {name: {"memory_mib": peak, "memory_ratio": peak / peaks["plain"]} for name, peak in peaks.items()}
+
+
+def measure(args: BenchmarkArguments) -> dict[str, dict[str, Any]]:
+    """The figures of each method: those of `measure_times` and of `measure_memory`, as far as they are asked for."""
+    names = args.methods.split(",")
+    unknown = [name for name in names if name not in METHODS and name not in PEERS]
+    if unknown or "plain" not in names:
+        raise ValueError(f"methods={args.methods}: it must hold plain and others of {', '.join([*METHODS, *PEERS])}.")
+    figures: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for wanted, measured in ((args.rounds, measure_times), (args.memory_repeats, measure_memory)):
+        if wanted:
+            for name, row in measured(args, names).items():
+                figures[name] |= row
+    return figures
+
+
+def bound_lines(args: BenchmarkArguments) -> dict[str, list[float]]:
+    """For 1, 2 and 4 neighbouring blocks, 1 + the predicted overhead by the first of them."""
+    model = make_model(args)
+    blocks = find_blocks(model)
+    candidates, costs = find_candidates(model, blocks, None), CostModel.of(model, blocks)
+    return {
+        str(k): [1 + costs.overhead(candidates[first : first + k]) for first in range(len(candidates) - k + 1)]
+        for k in (1, 2, 4)
+        if k <= len(candidates)
+    }
+
+
 def table(figures: dict[str, dict[str, Any]]) -> str:
     """The figures as a Markdown table."""
-    rows = ["| method | step time over plain | range | bound | first block | captured |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| method | step time over plain | range | bound | peak memory over plain | first block | captured |",
+        "|---|---|---|---|---|---|---|",
+    ]
+
+    def cell(row: dict[str, Any], name: str, form: str) -> str:
+        return "" if row.get(name) is None else format(row[name], form)
+
     for name, row in figures.items():
-        first = "" if row["first_block"] is None else f"{row['first_block']:.1f}"
-        captured = "" if row["captured"] is None else f"{row['captured']:.2f}"
-        spread = f"{row['lowest']:.2f} to {row['highest']:.2f}"
-        rows.append(f"| {name} | {row['ratio']:.3f} | {spread} | {row['bound']:.3f} | {first} | {captured} |")
-    return "\n".join(rows)
+        spread = f"{cell(row, 'lowest', '.2f')} to {cell(row, 'highest', '.2f')}" if "lowest" in row else ""
+        cells = [name, cell(row, "ratio", ".3f"), spread, cell(row, "bound", ".3f"), cell(row, "memory_ratio", ".3f")]
+        cells += [cell(row, "first_block", ".1f"), cell(row, "captured", ".2f")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Measure, print the table, and write the file if one is named."""
+    """Measure, print the table, and write the files that are named."""
     (args,) = parse_arguments((BenchmarkArguments,), sys.argv[1:] if argv is None else argv, __doc__ or "")
+    runs = []
+    if args.output_file and Path(args.output_file).exists():
+        runs = json.loads(Path(args.output_file).read_text(encoding="utf-8"))["runs"]
     logging.set_verbosity_error()
     figures = measure(args)
     print(table(figures))
+    arguments = {key: value for key, value in asdict(args).items() if key not in ("output_file", "picture")}
+    for key in ("model_name_or_path", "text_file"):
+        arguments[key] = arguments[key] and Path(arguments[key]).name
+    run = {"stamp": stamp([0]), "arguments": arguments, "bounds": bound_lines(args), "figures": figures}
     if args.output_file:
-        results = {"stamp": stamp([0]), "arguments": asdict(args), "figures": figures}
-        Path(args.output_file).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        Path(args.output_file).write_text(json.dumps({"runs": [*runs, run]}, indent=1) + "\n", encoding="utf-8")
+    if args.picture:
+        draw_cost([run], Path(args.picture))
     return figures
 
 

@@ -7,10 +7,11 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
@@ -133,6 +134,47 @@ def check_output_dir(args: TrainingArguments, predictions: Sequence[str] = ()) -
             f"{'set' if resume else 'Set'} output_dir to a new folder, or remove the old one."
         )
     return checkpoint
+
+
+def run_script(prepare: Callable[[list[str]], Any], execute: Callable[[Any], Any]) -> None:
+    """
+    A recipe as a script: `prepare` with the command line's arguments, and `execute` with what it returns.
+
+    Before training, what is wrong are the settings, and the message says it all: the script ends with it.
+    """
+    prepared = None
+    try:
+        prepared = prepare(sys.argv[1:])
+        execute(prepared)
+    except (ValueError, NotImplementedError, OSError) as problem:
+        if prepared is not None and (prepared.timer.started or not prepared.args.do_train):
+            raise
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {problem}")
+
+
+def make_compute_loss(label_smoothing: float, is_regression: bool = False):
+    """
+    The `compute_loss_func` of the Trainer for a classifier, or a regression: the mean over all rows of an optimizer
+    step.
+
+    BERT and its like take the mean over a micro-batch, whatever number of rows the Trainer tells them: with gradient
+    accumulation, or in several processes, their own loss would be as many times too large.
+    """
+
+    def compute_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None):
+        logits = outputs["logits"]
+        if is_regression:
+            total = torch.nn.functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype), reduction="sum")
+        else:
+            total = torch.nn.functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
+        return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+    return compute_loss
+
+
+def read_logits(predictions: np.ndarray | tuple) -> np.ndarray:
+    """The logits, which some models return with hidden states behind them."""
+    return predictions[0] if isinstance(predictions, tuple) else predictions
 
 
 class StepTimer(TrainerCallback):

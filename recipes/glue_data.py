@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from glue_sampling import split_training_data, with_label_noise
 from glue_tasks import GLUE_TASKS, HUB_NAME, STSB_RANGE, DataArguments
+from tables import SUFFIXES, check_columns, load_hub, read_table, read_texts
 
-SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet")
+COLUMN_SETTINGS = "Set text_column, text_pair_column or label_column"
 NEEDED_BY = {"train": "do_train", "validation": "do_eval", "test": "do_predict"}
 
 
@@ -51,7 +49,8 @@ def load_text_data(args: DataArguments, splits: Sequence[str], model_labels: Map
     label_column = args.label_column or "label"
     labelled = {split for split, (_, table) in tables.items() if _is_labelled(args, split, table)}
     for split, (source, table) in tables.items():
-        _check_columns(source, table, (*columns, label_column) if split in labelled else columns, args)
+        needed = (*columns, label_column) if split in labelled else columns
+        check_columns(source, table, needed, "Rename one" if task else COLUMN_SETTINGS)
 
     labels: tuple[str, ...] | None = None
     ids: dict[str, int] = {}
@@ -69,7 +68,7 @@ def load_text_data(args: DataArguments, splits: Sequence[str], model_labels: Map
 
     parts: dict[str, dict[str, list]] = {}
     for split, (source, table) in tables.items():
-        texts = [_texts(source, name, table[name]) for name in columns]
+        texts = [read_texts(source, name, table[name]) for name in columns]
         parts[split] = dict(zip(("text", "text_pair"), texts, strict=False))
         if split in labelled:
             raw = table[label_column].to_pylist()
@@ -113,13 +112,7 @@ def _is_labelled(args: DataArguments, split: str, table: pa.Table) -> bool:
 
 
 def _hub_tables(args: DataArguments, splits: Sequence[str]) -> dict[str, tuple[str, pa.Table]]:
-    try:
-        hub = load_dataset(HUB_NAME, args.task_name)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"task_name={args.task_name} could not be loaded from {HUB_NAME} on the Hub "
-            f"({' '.join(str(error).split())}). Read local files with data_dir instead."
-        ) from error
+    hub = load_hub(f"task_name={args.task_name}", HUB_NAME, args.task_name, "data_dir")
     names: dict[str, str] = {}
     for split in splits:
         if args.task_name == "mnli" and split != "train":
@@ -150,7 +143,7 @@ def _file_tables(args: DataArguments, splits: Sequence[str]) -> dict[str, tuple[
             )
         paths[split] = found
     return {
-        split: (str(path), _read_table(path, (*args.text_columns, args.label_column or "label")))
+        split: (str(path), read_table(path, (*args.text_columns, args.label_column or "label")))
         for split, path in sorted(paths.items())
     }
 
@@ -161,51 +154,6 @@ def _find_file(args: DataArguments, stems: Sequence[str]) -> Path | None:
     if len(found) > 1:
         raise ValueError(f"{found[0]} and {found[1]} are both there: keep one of them.")
     return found[0] if found else None
-
-
-def _read_table(path: Path, columns: Sequence[str]) -> pa.Table:
-    """Read straight into memory: no cache that a changed file could disagree with."""
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path} must end in {', '.join(SUFFIXES)}, to say what it holds.")
-    if not path.is_file():
-        raise ValueError(f"{path} is no file: check the path.")
-    # A label is read as text, too, so that `01` or `true` stay what they are.
-    convert = pa.csv.ConvertOptions(column_types={name: pa.string() for name in columns})
-    if path.suffix == ".csv":
-        parse = pa.csv.ParseOptions(newlines_in_values=True)
-    else:
-        parse = pa.csv.ParseOptions(delimiter="\t", quote_char=False)
-    # With one thread, the message about a malformed row has its number.
-    read = pa.csv.ReadOptions(use_threads=False)
-    try:
-        if path.suffix == ".parquet":
-            table = pa.parquet.read_table(path)
-        elif path.suffix == ".jsonl":
-            table = pa.json.read_json(path)
-        else:
-            table = pa.csv.read_csv(path, read_options=read, parse_options=parse, convert_options=convert)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {error}.") from error
-    if table.num_rows == 0:
-        raise ValueError(f"{path} holds no example.")
-    return table
-
-
-def _check_columns(source: str, table: pa.Table, columns: Sequence[str], args: DataArguments):
-    for name in columns:
-        if table.column_names.count(name) != 1:
-            way_out = "Rename one" if args.task_name else "Set text_column, text_pair_column or label_column"
-            raise ValueError(
-                f"{source} must have one column {name!r}, but has {', '.join(table.column_names)}. {way_out}."
-            )
-
-
-def _texts(source: str, name: str, column: pa.ChunkedArray) -> list[str]:
-    values = column.to_pylist()
-    for row, value in enumerate(values, start=1):
-        if not isinstance(value, str):
-            raise ValueError(f"{source}, row {row}: column {name!r} must hold text, but holds {value!r}.")
-    return values
 
 
 def _find_labels(source: str, values: list) -> tuple[str, ...]:

@@ -4,13 +4,13 @@ import dataclasses
 import json
 import math
 import platform
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from glue_tasks import HUB_NAME, DataArguments
 from huggingface_hub import ModelCard, ModelCardData
 
 from hf_lsam import LSAMTrainer
@@ -21,6 +21,7 @@ TRAINING_FIELDS = (
     "lr_scheduler_type",
     "warmup_steps",
     "optim",
+    "optim_args",
     "weight_decay",
     "max_grad_norm",
     "num_train_epochs",
@@ -31,10 +32,12 @@ TRAINING_FIELDS = (
     "mixed_precision",
 )
 
-TEMPLATE = """
-# A text {kind}, fine-tuned {method}
+OWN_FILES = "files of the user's own"
 
-Made by the recipe `run_glue.py` of `hf_lsam`.
+TEMPLATE = """
+# {kind}, {made} {method}
+
+Made by the recipe `{recipe}` of `hf_lsam`.
 
 ## Training
 
@@ -66,10 +69,32 @@ Layer-wise SAM perturbs only the layers whose gradients are largest before it ta
 """
 
 
+@dataclass(frozen=True)
+class Subject:
+    """
+    What a model was made for, and of.
+
+    Args:
+        recipe (`str`): Name of the script.
+        kind (`str`): What stands before "model" or "adapter" in the title.
+        pipeline_tag (`str`): The task, as the Hub names it.
+        data (`str`): The data that it was trained on.
+        dataset (`str` or `None`): Its name on the Hub, if it is from there.
+        from_scratch (`bool`): Whether the weights were random before; the model's name is then that of no model.
+    """
+
+    recipe: str
+    kind: str
+    pipeline_tag: str
+    data: str
+    dataset: str | None
+    from_scratch: bool = False
+
+
 def write_model_card(
     trainer: LSAMTrainer,
     model_name: str,
-    data_args: DataArguments,
+    subject: Subject,
     metrics: dict[str, float],
     adapter: dict[str, Any] | None = None,
 ):
@@ -79,23 +104,23 @@ def write_model_card(
     Args:
         trainer (`LSAMTrainer`): The trainer that trained the model.
         model_name (`str`): Name or folder of the model that was fine-tuned.
-        data_args (`DataArguments`): The data that it was trained on.
+        subject (`Subject`): What the model was made for, and of.
         metrics (`dict[str, float]`): The metrics of training and evaluation.
         adapter (`dict[str, Any]`, *optional*): The settings of the LoRA adapter, if one was trained.
     """
     args, lsam_config = trainer.args, trainer.lsam_config
     on_hub = not Path(model_name).is_dir()
-    task, from_hub = data_args.task_name, data_args.task_name is not None and data_args.data_dir is None
+    article = "An" if subject.kind[0] in "aeiou" else "A"
     data = ModelCardData(
         library_name="peft" if adapter else "transformers",
-        pipeline_tag="text-classification",
+        pipeline_tag=subject.pipeline_tag,
         tags=["hf_lsam", "layer-wise-sam", "sharpness-aware-minimization"],
-        datasets=HUB_NAME if from_hub else None,
-        base_model=model_name if on_hub else None,
+        datasets=subject.dataset,
+        base_model=model_name if on_hub and not subject.from_scratch else None,
     )
     training = {
         "model": model_name if on_hub else Path(model_name).name,
-        "data": f"GLUE {task} ({'Hub' if from_hub else 'local files'})" if task else "files of the user's own",
+        "data": subject.data,
         **({"adapter": adapter} if adapter else {}),
         **{name: getattr(args, name) for name in TRAINING_FIELDS},
         "versions": {
@@ -106,7 +131,9 @@ def write_model_card(
         },
     }
     content = TEMPLATE.format(
-        kind=("regression" if data_args.is_regression else "classification") + (" adapter" if adapter else " model"),
+        kind=f"{article} {subject.kind} {'adapter' if adapter else 'model'}",
+        made="trained" if subject.from_scratch else "fine-tuned",
+        recipe=subject.recipe,
         method="with layer-wise SAM" if lsam_config.enabled else "without perturbation (layer-wise SAM is off)",
         training=_json_block(training),
         lsam=_json_block(dataclasses.asdict(lsam_config)),

@@ -10,20 +10,20 @@ The settings are those of `ModelArguments`, `AdapterArguments`, `DataArguments`,
 
 import dataclasses
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from adapters import AdapterArguments, add_adapter, find_base, load_adapter, load_config, save_model_config
-from common import StepTimer, check_output_dir, parse_arguments
+from adapters import AdapterArguments, save_model_config
+from common import StepTimer, check_output_dir, make_compute_loss, parse_arguments, read_logits, run_script
 from datasets import Dataset
 from glue_data import TextData, load_text_data
-from glue_tasks import GLUE_TASKS, PREDICTIONS, STSB_RANGE, DataArguments
-from model_card import write_model_card
+from glue_tasks import GLUE_TASKS, HUB_NAME, PREDICTIONS, STSB_RANGE, DataArguments
+from loading import ModelArguments, find_model, load_model
+from model_card import OWN_FILES, Subject, write_model_card
+from peft import TaskType
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     EvalPrediction,
     PreTrainedTokenizerBase,
@@ -34,23 +34,7 @@ from transformers import (
 from hf_lsam import LSAMConfig, LSAMTrainer
 from hf_lsam.glue_metric import GlueMetric
 
-
-@dataclass
-class ModelArguments:
-    """
-    Which model to fine-tune.
-
-    Args:
-        model_name_or_path (`str`):
-            Any model that `AutoModelForSequenceClassification` loads: its name on the Hub, or its folder. Its weights
-            are loaded as 32-bit numbers, whose steps are fine enough for a small `rho`. Without `do_train` it may be
-            an adapter, whose base is loaded with it.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether to run code that comes with the model.
-    """
-
-    model_name_or_path: str = field(metadata={"help": "Name on the Hub, or folder, of the model."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+SETTINGS = (ModelArguments, AdapterArguments, DataArguments, LSAMConfig, TrainingArguments)
 
 
 @dataclass
@@ -75,9 +59,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 def prepare(argv: list[str]) -> Run:
     """Check settings, output directory and data, then build model and trainer; no file is written."""
-    kinds = (ModelArguments, AdapterArguments, DataArguments, LSAMConfig, TrainingArguments)
     description = (__doc__ or "").strip().splitlines()[0]
-    model_args, adapter_args, data_args, lsam_config, args = parse_arguments(kinds, argv, description)
+    model_args, adapter_args, data_args, lsam_config, args = parse_arguments(SETTINGS, argv, description)
     splits = [
         split
         for split, wanted in (("train", args.do_train), ("validation", args.do_eval), ("test", args.do_predict))
@@ -87,43 +70,23 @@ def prepare(argv: list[str]) -> Run:
         raise ValueError("Nothing to do: set do_train, do_eval or do_predict.")
     resume = check_output_dir(args, prediction_names(data_args))
 
-    name, code = model_args.model_name_or_path, model_args.trust_remote_code
-    try:
-        base = find_base(name)
-        config = load_config(name, base, code)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=code)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model_name_or_path={name} cannot be loaded: {' '.join(str(error).split())}") from error
-    if args.do_train and base is not None:
-        raise ValueError(
-            f"model_name_or_path={name} is an adapter, which can be evaluated and predicts. To train, name the model "
-            f"that it was made for ({base}); to go on with an interrupted run, add resume_from_checkpoint."
-        )
-    data = load_text_data(data_args, splits, config.label2id)
-    label_settings = check_labels(data_args, data, config, args.do_train)
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise ValueError(f"The tokenizer of {name} has neither a pad_token nor an eos_token: give it a pad_token.")
-        tokenizer.pad_token = tokenizer.eos_token
+    source = find_model(model_args, args.do_train)
+    data = load_text_data(data_args, splits, source.config.label2id)
+    label_settings = check_labels(data_args, data, source.config, args.do_train)
 
     set_seed(args.seed)
-    model, loaded = AutoModelForSequenceClassification.from_pretrained(
-        base or name,
-        trust_remote_code=code,
-        dtype=torch.float32,
+    model = load_model(
+        AutoModelForSequenceClassification,
+        source,
+        adapter_args,
+        TaskType.SEQ_CLS,
+        args.do_train,
         # An adapter brings its own head.
-        ignore_mismatched_sizes=args.do_train or base is not None,
-        output_loading_info=True,
+        ignore_mismatched_sizes=args.do_train or source.base is not None,
         **label_settings,
     )
-    # A decoder finds the last token of a text by it.
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    if base is not None:
-        model = load_adapter(model, name)
-    elif args.do_train and adapter_args.enabled:
-        model = add_adapter(model, adapter_args, set(loaded["missing_keys"]))
 
-    datasets = tokenize(data, tokenizer, data_args.max_seq_length)
+    datasets = tokenize(data, source.tokenizer, data_args.max_seq_length)
     timer = StepTimer()
     trainer = LSAMTrainer(
         model=model,
@@ -131,10 +94,10 @@ def prepare(argv: list[str]) -> Run:
         lsam_config=lsam_config,
         train_dataset=datasets.get("train"),
         eval_dataset=datasets.get("validation"),
-        processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=source.tokenizer,
+        data_collator=DataCollatorWithPadding(source.tokenizer),
         compute_metrics=make_compute_metrics(data_args),
-        compute_loss_func=make_compute_loss(data_args, args.label_smoothing_factor),
+        compute_loss_func=make_compute_loss(args.label_smoothing_factor, data_args.is_regression),
         callbacks=[timer],
     )
     return Run(model_args, adapter_args, data_args, args, data.labels, datasets, trainer, timer, resume)
@@ -185,8 +148,20 @@ def execute(run: Run) -> dict[str, float]:
     # Describe
     if run.args.do_train and trainer.is_world_process_zero():
         adapter = dataclasses.asdict(run.adapter_args) if run.adapter_args.enabled else None
-        write_model_card(trainer, run.model_args.model_name_or_path, run.data_args, metrics, adapter)
+        write_model_card(trainer, run.model_args.model_name_or_path, describe(run.data_args), metrics, adapter)
     return metrics
+
+
+def describe(data_args: DataArguments) -> Subject:
+    """What the model card says about the task and its data."""
+    task, from_hub = data_args.task_name, data_args.task_name is not None and data_args.data_dir is None
+    return Subject(
+        recipe="run_glue.py",
+        kind="text regression" if data_args.is_regression else "text classification",
+        pipeline_tag="text-classification",
+        data=f"GLUE {task} ({'Hub' if from_hub else 'local files'})" if task else OWN_FILES,
+        dataset=HUB_NAME if from_hub else None,
+    )
 
 
 def check_labels(data_args: DataArguments, data: TextData, config, training: bool) -> dict:
@@ -231,30 +206,6 @@ def tokenize(data: TextData, tokenizer: PreTrainedTokenizerBase, max_seq_length:
     }
 
 
-def read_logits(predictions: np.ndarray | tuple) -> np.ndarray:
-    """The logits, which some models return with hidden states behind them."""
-    return predictions[0] if isinstance(predictions, tuple) else predictions
-
-
-def make_compute_loss(data_args: DataArguments, label_smoothing: float):
-    """
-    The `compute_loss_func` of the Trainer: the mean over all rows of an optimizer step.
-
-    BERT and its like take the mean over a micro-batch, whatever number of rows the Trainer tells them: with gradient
-    accumulation, or in several processes, their own loss would be as many times too large.
-    """
-
-    def compute_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None):
-        logits = outputs["logits"]
-        if data_args.is_regression:
-            total = torch.nn.functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype), reduction="sum")
-        else:
-            total = torch.nn.functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
-        return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
-
-    return compute_loss
-
-
 def make_compute_metrics(data_args: DataArguments):
     """The `compute_metrics` of the Trainer."""
     own = "regression" if data_args.is_regression else "classification"
@@ -288,12 +239,4 @@ def write_predictions(path: Path, logits: np.ndarray, data_args: DataArguments, 
 
 
 if __name__ == "__main__":
-    prepared = None
-    try:
-        prepared = prepare(sys.argv[1:])
-        execute(prepared)
-    except (ValueError, NotImplementedError, OSError) as problem:
-        # Before training, what is wrong are the settings, and the message says it all.
-        if prepared is not None and (prepared.timer.started or not prepared.args.do_train):
-            raise
-        sys.exit(f"run_glue.py: error: {problem}")
+    run_script(prepare, execute)

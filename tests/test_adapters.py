@@ -12,7 +12,7 @@ import torch
 from adapters import AdapterArguments, add_adapter
 from peft import PeftModel
 from test_run_glue import RECIPES, read_predictions
-from tiny_glue import QUICK, files_in, rte, save_bert, save_tokenizer, write_rows
+from tiny_glue import QUICK, files_in, rte, save_bert, save_decoder, save_tokenizer, write_rows
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -20,32 +20,11 @@ from transformers import (
     BertForMaskedLM,
     DistilBertConfig,
     DistilBertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    set_seed,
 )
 
 pytest_plugins = ["glue_fixtures"]
 
 LORA = ["--lora_r", "2", "--lora_alpha", "4", "--learning_rate", "0.05"]
-
-
-def save_decoder(folder: Path, kind: str) -> str:
-    """A random decoder of 2 blocks: a Llama without a padding token, or a Qwen2 with one."""
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config_class, model_class = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    }[kind]
-    set_seed(0)
-    # A checkpoint of Qwen2 names no padding token: only its tokenizer does.
-    config = config_class(vocab_size=16, eos_token_id=3, initializer_range=0.3, num_key_value_heads=1, **sizes)
-    assert config.pad_token_id is None
-    model_class(config).save_pretrained(folder)
-    save_tokenizer(folder, with_padding=kind == "qwen2")
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

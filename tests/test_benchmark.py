@@ -4,16 +4,22 @@ import json
 
 import benchmark
 import pytest
+import torch
+from benchmark import METHODS
+from peers import PEERS, HandWrittenLoop
+from torch.utils.data import DataLoader
+from workload import Rows, make_model
 
 TINY = ["--num_hidden_layers", "4", "--hidden_size", "64", "--batch_size", "2", "--sequence_length", "8"]
-TINY += ["--rounds", "1", "--steps", "1"]
+TINY += ["--rounds", "1", "--steps", "1", "--memory_repeats", "0"]
 
 
 def test_every_method(tmp_path, capsys):
     path = tmp_path / "cost.json"
     # One of 4 blocks costs more than a budget of 0.2.
-    names = [name for name in benchmark.METHODS if name not in ("budget-0.1", "budget-0.2")]
-    figures = benchmark.main([*TINY, "--methods", ",".join(names), "--output_file", str(path)])
+    names = [name for name in [*METHODS, *PEERS] if name not in ("budget-0.1", "budget-0.2")]
+    files = ["--output_file", str(path), "--picture", str(tmp_path / "cost.svg")]
+    figures = benchmark.main([*TINY, "--methods", ",".join(names), *files])
     assert list(figures) == names
     assert figures["plain"]["ratio"] == 1
     assert all(row["seconds"] > 0 for row in figures.values())
@@ -24,10 +30,52 @@ def test_every_method(tmp_path, capsys):
     assert 1 < bounds["last-1"] < bounds["last-2"] < bounds["last-4"] < 2
     assert bounds["budget-0.5"] <= 1.5
     assert figures["last-2"]["first_block"] == 2
-    saved = json.loads(path.read_text())
-    assert saved["figures"].keys() == figures.keys()
+    assert figures["pasted-sam"]["bound"] is None
+    [saved] = json.loads(path.read_text())["runs"]
+    assert saved["figures"] == figures
+    assert saved["bounds"]["2"][2] == pytest.approx(bounds["last-2"])
     assert {"seeds", "commit", "versions", "machine"} <= saved["stamp"].keys()
     assert capsys.readouterr().out.count("\n| ") >= len(figures)
+    picture = (tmp_path / "cost.svg").read_text()
+    assert "first perturbed block" in picture or "<svg" in picture
+
+
+def test_memory_is_that_of_a_process_for_each_method_and_runs_are_added_to_the_file(tmp_path):
+    path = tmp_path / "cost.json"
+    path.write_text(json.dumps({"runs": [{"of": "before"}]}))
+    options = ["--rounds", "0", "--memory_repeats", "1", "--methods", "plain,pasted-sam", "--output_file", str(path)]
+    figures = benchmark.main([*TINY, *options])
+    assert figures["plain"]["memory_ratio"] == 1
+    assert 0.5 < figures["pasted-sam"]["memory_ratio"] < 2
+    before, after = json.loads(path.read_text())["runs"]
+    assert before == {"of": "before"} and after["figures"] == figures
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("peer", ["pasted-sam", "pytorch_optimizer-sam"])
+def test_a_peer_takes_sams_step(peer):
+    args = benchmark.BenchmarkArguments(num_hidden_layers=2, hidden_size=64, batch_size=2, sequence_length=8)
+    model, other = make_model(args), make_model(args)
+    for module in (*model.modules(), *other.modules()):
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    [batch] = DataLoader(Rows(2, args, 30522), 2)
+    HandWrittenLoop(peer, model, [batch], accumulation=1, bf16=False).run(1)
+
+    optimizer = torch.optim.AdamW(other.parameters(), lr=5e-5, weight_decay=0.0)
+    other(**batch).loss.backward()
+    weights = list(other.parameters())
+    starts, gradients = ([p.detach().clone() for p in weights], [p.grad.clone() for p in weights])
+    norm = float(torch.cat([gradient.flatten() for gradient in gradients]).norm())
+    for weight, gradient in zip(weights, gradients, strict=True):
+        weight.data.add_(gradient, alpha=0.05 / norm)
+    optimizer.zero_grad()
+    other(**batch).loss.backward()
+    for weight, start in zip(weights, starts, strict=True):
+        weight.data.copy_(start)
+    optimizer.step()
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    assert max(float((one - two).detach().abs().max()) for one, two in pairs) < 1e-6
 
 
 @pytest.mark.parametrize("methods", ["plain,none-such", "sam"])

@@ -6,25 +6,25 @@ from pathlib import Path
 
 import common
 import pytest
+import run_clm
 import run_glue
 import yaml
-from glue_tasks import DataArguments
 from tiny_glue import files_in, rte
 from transformers import TrainerControl, TrainerState, TrainingArguments
-
-from hf_lsam import LSAMConfig
 
 pytest_plugins = ["glue_fixtures"]
 
 
 def parse(*argv: str):
-    kinds = (run_glue.ModelArguments, DataArguments, LSAMConfig, TrainingArguments)
-    return common.parse_arguments(kinds, list(argv), "")
+    return common.parse_arguments(run_glue.SETTINGS, list(argv), "")
 
 
-def test_yamls_hold_only_what_differs_from_the_defaults():
-    for path in Path(run_glue.__file__).parent.glob("glue/*.yaml"):
-        parsed = parse(str(path))
+@pytest.mark.parametrize("recipe, folder", [(run_glue, "glue"), (run_clm, "clm")])
+def test_yamls_hold_only_what_differs_from_the_defaults(recipe, folder):
+    paths = list(Path(recipe.__file__).parent.glob(f"{folder}/*.yaml"))
+    assert paths
+    for path in paths:
+        parsed = common.parse_arguments(recipe.SETTINGS, [str(path)], "")
         for name in yaml.safe_load(path.read_text()):
             [settings] = [settings for settings in parsed if hasattr(settings, name)]
             default = next(item.default for item in dataclasses.fields(settings) if item.name == name)
@@ -38,19 +38,19 @@ def test_command_line_overrides_yaml(tmp_path):
         "do_eval: yes\neval_strategy: no\nlabel_names: [labels]\nreport_to: [tensorboard, wandb]\n"
         "lr_scheduler_kwargs: {num_cycles: 2}\nlearning_rate: 1e-3\nadaptive: true\n"
     )
-    model, data, lsam, args = parse(str(path), "--alpha", "0.25", "--learning_rate=1e-4", "--adaptive", "false")
+    model, _, data, lsam, args = parse(str(path), "--alpha", "0.25", "--learning_rate=1e-4", "--adaptive", "false")
     assert (model.model_name_or_path, model.trust_remote_code, data.task_name) == ("m", False, "rte")
     assert (lsam.rho, lsam.alpha, lsam.num_perturbed_blocks, lsam.adaptive) == (0.2, 0.25, None, False)
     assert (args.learning_rate, args.do_train, args.do_eval, args.eval_strategy) == (1e-4, True, True, "no")
     assert (args.label_names, args.report_to) == (["labels"], ["tensorboard", "wandb"])
     assert args.lr_scheduler_kwargs == {"num_cycles": 2}
-    assert parse(str(path), "--num_perturbed_blocks", "3")[2].num_perturbed_blocks == 3
+    assert parse(str(path), "--num_perturbed_blocks", "3")[3].num_perturbed_blocks == 3
 
 
 def test_null_on_the_command_line():
     argv = ["--model_name_or_path", "m", "--task_name", "rte"]
-    assert parse(*argv)[2].num_perturbed_blocks == 2
-    assert parse(*argv, "--num_perturbed_blocks", "null")[2].num_perturbed_blocks is None
+    assert parse(*argv)[3].num_perturbed_blocks == 2
+    assert parse(*argv, "--num_perturbed_blocks", "null")[3].num_perturbed_blocks is None
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_bad_command_line(tmp_path, capsys):
 
 def test_nothing_is_written_over(bert, glue, trained, monkeypatch):
     before = files_in(trained)
-    monkeypatch.setattr(run_glue, "AutoConfig", None)
+    monkeypatch.setattr(run_glue, "find_model", None)
     with pytest.raises(ValueError, match=r"already holds .*checkpoint-2.*resume_from_checkpoint=true.*output_dir"):
         run_glue.main([*rte(bert, glue, trained), "--do_train"])
     with pytest.raises(ValueError, match=r"already holds eval_results.json"):

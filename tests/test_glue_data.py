@@ -5,6 +5,7 @@ import os
 
 import glue_data
 import pytest
+import tables
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from glue_data import load_text_data
 from glue_tasks import GLUE_TASKS, DataArguments
@@ -133,7 +134,7 @@ def hub_mnli(name, config):
 
 
 def test_hub_gives_what_files_give(tmp_path, monkeypatch):
-    monkeypatch.setattr(glue_data, "load_dataset", hub_mnli)
+    monkeypatch.setattr(tables, "load_dataset", hub_mnli)
     splits = ("train", "validation", "test")
     from_hub = load(splits, task_name="mnli")
     from_files = load(splits, task_name="mnli", data_dir=write_task(tmp_path, "mnli", count=6))
@@ -148,7 +149,7 @@ def test_hub_out_of_reach(monkeypatch):
     def unreachable(*args):
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(glue_data, "load_dataset", unreachable)
+    monkeypatch.setattr(tables, "load_dataset", unreachable)
     with pytest.raises(ValueError, match=r"task_name=rte could not be loaded from nyu-mll/glue.*no route.*data_dir"):
         load(task_name="rte")
 

@@ -49,9 +49,8 @@ def test_model_card_is_pushed_with_the_model(tmp_path, monkeypatch):
     )
     args = TrainingArguments(str(tmp_path), use_cpu=True, push_to_hub=True)
     trainer = SimpleNamespace(args=args, lsam_config=LSAMConfig(), hub_model_id="me/mine")
-    model_card.write_model_card(
-        trainer, "google-bert/bert-base-cased", DataArguments(task_name="stsb"), {"a": math.nan}
-    )
+    subject = run_glue.describe(DataArguments(task_name="stsb"))
+    model_card.write_model_card(trainer, "google-bert/bert-base-cased", subject, {"a": math.nan})
     content = (tmp_path / "README.md").read_text()
     assert pushed == [("me/mine", content)]
     header = yaml.safe_load(content.split("---\n")[1])

@@ -1,4 +1,4 @@
-"""A tiny model and tiny data for the tests of the GLUE recipe."""
+"""Tiny models and tiny data for the tests of the recipes."""
 
 import csv
 import json
@@ -11,7 +11,15 @@ import pyarrow.parquet
 import torch
 from glue_tasks import GLUE_TASKS
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 QUICK = ["--use_cpu", "--disable_tqdm", "true", "--max_steps", "2", "--per_device_train_batch_size", "4"]
 WORDS = ["film", "good", "bad", "the", "a", "is", '"', "NA", "null", "''", "dull", "bright"]
@@ -47,6 +55,24 @@ def save_bert(folder: Path, **settings) -> str:
     )
     BertForSequenceClassification(config).save_pretrained(folder)
     save_tokenizer(folder)
+    return str(folder)
+
+
+def save_decoder(folder: Path, kind: str = "llama", **settings) -> str:
+    """A random decoder of 2 blocks: a Llama without a padding token, or a Qwen2 with one."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config_class, model_class = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    }[kind]
+    torch.manual_seed(0)
+    # A checkpoint of Qwen2 names no padding token: only its tokenizer does.
+    config = config_class(
+        vocab_size=16, eos_token_id=3, initializer_range=0.3, num_key_value_heads=1, **sizes, **settings
+    )
+    assert config.pad_token_id is None
+    model_class(config).save_pretrained(folder)
+    save_tokenizer(folder, with_padding=kind == "qwen2")
     return str(folder)
 
 

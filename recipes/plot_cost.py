@@ -1,0 +1,77 @@
+"""
+The picture of the benchmark: cost over the first perturbed block, beside the bound and the peers.
+
+    python recipes/plot_cost.py recipes/results/cost.json cost.svg
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from plot import COLOURS, MARKERS
+
+matplotlib.use("Agg")
+
+
+def draw_cost(runs: list[dict[str, Any]], path: Path) -> None:
+    """Draw those runs of a benchmark that hold times side by side; the suffix of `path` is the format."""
+    timed = [run for run in runs if any("ratio" in row for row in run["figures"].values())]
+    if not timed:
+        raise ValueError("There are no times to draw: rounds was 0.")
+    figure = Figure(figsize=(6.4 * len(timed), 4.8), dpi=150, layout="constrained")
+    for axes, run in zip(figure.subplots(1, len(timed), squeeze=False)[0], timed, strict=True):
+        _draw_run(axes, run)
+    figure.savefig(path)
+
+
+def _draw_run(axes: Axes, run: dict[str, Any]) -> None:
+    figures = {name: row for name, row in run["figures"].items() if name != "plain" and "ratio" in row}
+    for k, line in run["bounds"].items():
+        axes.plot(range(len(line)), line, color="#999999", lw=1.2, ls={"1": ":", "2": "-", "4": "--"}[k], zorder=1)
+        axes.annotate(f"bound, {k} blocks", (0, line[0]), fontsize=7, color="#666666", va="bottom")
+    placed = {name: row for name, row in figures.items() if row.get("first_block") is not None}
+    # What has no first block (one pass, or a peer) stands in a column of its own.
+    column = len(next(iter(run["bounds"].values()))) + 1
+    rest = sorted((name for name in figures if name not in placed), key=lambda name: figures[name]["ratio"])
+    for index, name in enumerate([*placed, *rest]):
+        row = figures[name]
+        x = row["first_block"] if name in placed else column
+        error = [[row["ratio"] - row["lowest"]], [row["highest"] - row["ratio"]]]
+        style: dict[str, Any] = {
+            "color": COLOURS[index % 7],
+            "marker": MARKERS[(index // 7 + index) % 7],
+            "markersize": 6,
+        }
+        axes.errorbar(
+            x, row["ratio"], error, lw=0, elinewidth=1, label=f"{name} {row['ratio']:.2f}", zorder=2, **style
+        )
+    axes.axhline(1, color="black", lw=0.8)
+    places = [*range(0, column - 1, max(1, (column - 1) // 6)), column]
+    axes.set_xticks(places, [*(str(place) for place in places[:-1]), "none\nor peer"])
+    axes.set_xlabel("first perturbed block")
+    axes.set_ylabel("step time, plain Trainer = 1")
+    arguments = run["arguments"]
+    name = arguments["model_name_or_path"] or f"BERT, {arguments['num_hidden_layers']} x {arguments['hidden_size']}"
+    accumulation = arguments["gradient_accumulation_steps"]
+    batch = f"{arguments['batch_size']} x {arguments['sequence_length']}"
+    title = f"{name}{', LoRA' * arguments['lora']}, batch {batch}{f' x {accumulation}' * (accumulation > 1)}"
+    axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=7, ncols=2, loc="upper right")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.strip().partition("\n")[0])
+    parser.add_argument("results", type=Path, help="output_file of the benchmark")
+    parser.add_argument("picture", type=Path, help="the picture to write, for instance .svg or .png")
+    args = parser.parse_args()
+    draw_cost(json.loads(args.results.read_text(encoding="utf-8"))["runs"], args.picture)
+
+
+if __name__ == "__main__":
+    main()

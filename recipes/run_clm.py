@@ -1,0 +1,234 @@
+"""
+Fine-tune a causal language model with layer-wise SAM: on running text, or on prompts with their responses.
+
+    python recipes/run_clm.py recipes/clm/gsm8k_lora.yaml --rho 0.1
+
+The first argument may be a YAML of settings; any later `--setting value` overrides it. `null` stands for "not set".
+The settings are those of `ModelArguments`, `AdapterArguments`, `DataArguments`, `GenerationArguments`, `LSAMConfig`
+and `TrainingArguments`; `--help` lists them.
+"""
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapters import AdapterArguments, save_model_config
+from clm_arguments import DataArguments, GenerationArguments
+from clm_data import (
+    Examples,
+    Rows,
+    begin_texts,
+    find_block_size,
+    load_rows,
+    make_examples,
+    prompt_and_response,
+)
+from clm_metrics import (
+    check_answers,
+    compute_perplexity,
+    find_answer,
+    generate_answers,
+    same_answer,
+    sum_losses,
+)
+from common import StepTimer, check_output_dir, parse_arguments, run_script
+from loading import ModelArguments, ModelSource, find_model, load_model
+from model_card import OWN_FILES, Subject, write_model_card
+from peft import TaskType
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, TrainingArguments, set_seed
+from transformers.utils import logging
+
+from hf_lsam import LSAMConfig, LSAMTrainer
+
+SETTINGS = (ModelArguments, AdapterArguments, DataArguments, GenerationArguments, LSAMConfig, TrainingArguments)
+GENERATIONS = "generations.jsonl"
+
+logger = logging.get_logger("hf_lsam.recipes")
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Prompts to answer: their text, their token ids, and the responses that are right."""
+
+    prompts: list[str]
+    ids: list[list[int]]
+    responses: list[str]
+
+
+@dataclass
+class Run:
+    """Everything that is checked and built before the first step."""
+
+    model_args: ModelArguments
+    adapter_args: AdapterArguments
+    data_args: DataArguments
+    generation_args: GenerationArguments
+    args: TrainingArguments
+    examples: dict[str, Examples]
+    questions: Questions | None
+    trainer: LSAMTrainer
+    timer: StepTimer
+    resume: str | None
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Run the recipe with command-line arguments `argv` and return its metrics."""
+    return execute(prepare(sys.argv[1:] if argv is None else argv))
+
+
+def prepare(argv: list[str]) -> Run:
+    """Check settings, output directory and data, then build model and trainer; no file is written."""
+    description = (__doc__ or "").strip().splitlines()[0]
+    model_args, adapter_args, data_args, generation_args, lsam_config, args = parse_arguments(
+        SETTINGS, argv, description
+    )
+    splits = [split for split, wanted in (("train", args.do_train), ("validation", args.do_eval)) if wanted]
+    if not splits or args.do_predict:
+        raise ValueError("Set do_train or do_eval: this recipe trains and evaluates, and has nothing to predict.")
+    if generation_args.max_generation_samples and not (args.do_eval and data_args.has_prompts):
+        raise ValueError(
+            "max_generation_samples has validation prompts answered: set do_eval, prompt_column and response_column, "
+            "or leave it out."
+        )
+    resume = check_output_dir(args)
+
+    source = find_model(model_args, args.do_train)
+    config, tokenizer = source.config, source.tokenizer
+    # BERT and its like, and encoder-decoders.
+    if not getattr(config, "is_decoder", True) or config.is_encoder_decoder:
+        raise ValueError(
+            f"model_name_or_path={source.name} is no causal language model: {config.model_type} reads the tokens that "
+            "it would have to predict. Name a decoder, such as HuggingFaceTB/SmolLM2-135M."
+        )
+    block_size = find_block_size(data_args, config, tokenizer)
+    rows = load_rows(data_args, splits)
+    questions = None
+    if generation_args.max_generation_samples:
+        questions = find_questions(data_args, generation_args, source, rows["validation"])
+    examples = {split: make_examples(data_args, tokenizer, split, rows[split], block_size) for split in splits}
+    for split, made in examples.items():
+        if args.should_log and (made.truncated or made.dropped):
+            logger.warning(
+                f"{split}: {made.truncated} rows were cut off at block_size={block_size} tokens, and {made.dropped} "
+                f"{'blocks' if data_args.packing else 'rows'} left out, which hold no token to learn."
+            )
+
+    set_seed(args.seed)
+    model = load_model(AutoModelForCausalLM, source, adapter_args, TaskType.CAUSAL_LM, args.do_train)
+    timer = StepTimer()
+    trainer = LSAMTrainer(
+        model=model,
+        args=args,
+        lsam_config=lsam_config,
+        train_dataset=examples["train"].dataset if args.do_train else None,
+        eval_dataset=examples["validation"].dataset if args.do_eval else None,
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        compute_metrics=compute_perplexity,
+        preprocess_logits_for_metrics=sum_losses,
+        callbacks=[timer],
+    )
+    if questions is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise ValueError(
+            "max_generation_samples needs the whole model in every process, which FSDP and DeepSpeed share out: set "
+            "it to 0, and evaluate the saved model in a run of its own."
+        )
+    return Run(model_args, adapter_args, data_args, generation_args, args, examples, questions, trainer, timer, resume)
+
+
+def execute(run: Run) -> dict[str, float]:
+    """Train, save, evaluate, answer and describe: those that the settings ask for."""
+    trainer = run.trainer
+    metrics: dict[str, float] = {}
+
+    # Train
+    if run.args.do_train:
+        result = trainer.train(resume_from_checkpoint=run.resume)
+        save_model_config(trainer)
+        trainer.save_model()
+        trainer.save_state()
+        train_metrics = result.metrics | run.timer.metrics() | count(run, "train", "train")
+        trainer.log_metrics("train", train_metrics)
+        trainer.save_metrics("train", train_metrics)
+        metrics |= train_metrics
+
+    # Evaluate
+    if run.args.do_eval:
+        eval_metrics = trainer.evaluate() | count(run, "validation", "eval")
+        if run.questions is not None:
+            eval_metrics["eval_exact_match"] = answer(run, run.questions)
+            eval_metrics["eval_generation_samples"] = len(run.questions.prompts)
+        trainer.log_metrics("eval", eval_metrics)
+        trainer.save_metrics("eval", eval_metrics)
+        metrics |= eval_metrics
+
+    # Describe
+    if run.args.do_train and trainer.is_world_process_zero():
+        adapter = dataclasses.asdict(run.adapter_args) if run.adapter_args.enabled else None
+        write_model_card(trainer, run.model_args.model_name_or_path, describe(run.data_args), metrics, adapter)
+    return metrics
+
+
+def find_questions(
+    data_args: DataArguments, generation_args: GenerationArguments, source: ModelSource, validation: Rows
+) -> Questions:
+    """The prompts to answer; raises if a response holds no answer, or if a prompt leaves no room for one."""
+    rows = validation.rows[: generation_args.max_generation_samples]
+    responses = [response for _, response in rows]
+    check_answers(generation_args, validation.source, responses)
+    prompts = [prompt_and_response(data_args, source.tokenizer, *row)[0] for row in rows]
+    ids = begin_texts(data_args, source.tokenizer, prompts)
+    context = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, ids))
+    if context is not None and longest + generation_args.max_new_tokens > context:
+        raise ValueError(
+            f"max_new_tokens={generation_args.max_new_tokens} and a prompt of {longest} tokens are more than the "
+            f"context of the model, {context} tokens. Lower max_new_tokens or max_generation_samples."
+        )
+    return Questions(prompts, ids, responses)
+
+
+def answer(run: Run, questions: Questions) -> float:
+    """Let the model answer, write down what it says, and return the share of answers that are right."""
+    generated = generate_answers(run.trainer, questions.ids, run.generation_args.max_new_tokens)
+    pattern = run.generation_args.answer_pattern
+    lines, right = [], 0
+    for prompt, response, text in zip(questions.prompts, questions.responses, generated, strict=True):
+        expected, found = find_answer(pattern, response), find_answer(pattern, text)
+        match = expected is not None and found is not None and same_answer(expected, found)
+        right += match
+        line = {"prompt": prompt, "generated": text, "answer": found, "expected": expected, "match": match}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    if run.trainer.is_world_process_zero():
+        path = Path(run.args.output_dir) / GENERATIONS
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(lines), encoding="utf-8")
+    return right / len(lines)
+
+
+def count(run: Run, split: str, prefix: str) -> dict[str, int]:
+    """How many examples a split has, and how many are cut off or left out."""
+    examples = run.examples[split]
+    return {
+        f"{prefix}_samples": len(examples.dataset),
+        f"{prefix}_truncated": examples.truncated,
+        f"{prefix}_dropped": examples.dropped,
+    }
+
+
+def describe(data_args: DataArguments) -> Subject:
+    """What the model card says about the task and its data."""
+    names = (data_args.dataset_name, data_args.dataset_config_name)
+    return Subject(
+        recipe="run_clm.py",
+        kind="causal language",
+        pipeline_tag="text-generation",
+        data=" ".join(name for name in names if name) + " (Hub)" if data_args.dataset_name else OWN_FILES,
+        dataset=data_args.dataset_name,
+    )
+
+
+if __name__ == "__main__":
+    run_script(prepare, execute)

@@ -1,0 +1,274 @@
+"""
+Train an image classifier with layer-wise SAM: a residual network from scratch, or a pretrained model.
+
+    python recipes/run_image_classification.py recipes/images/cifar10_resnet20.yaml --rho 0.1
+
+The first argument may be a YAML of settings; any later `--setting value` overrides it. `null` stands for "not set".
+The settings are those of `ModelArguments`, `DataArguments`, `LSAMConfig` and `TrainingArguments`; `--help` lists them.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import resnets
+import torch
+from common import StepTimer, check_output_dir, make_compute_loss, parse_arguments, read_logits, run_script
+from image_data import DataArguments, ImageData, load_image_data
+from image_examples import Augmentation, EpochCallback, ImageExamples
+from model_card import OWN_FILES, Subject, write_model_card
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    BaseImageProcessor,
+    EvalPrediction,
+    PreTrainedConfig,
+    TrainingArguments,
+    ViTImageProcessorPil,
+    set_seed,
+)
+
+from hf_lsam import LSAMConfig, LSAMTrainer
+
+PREDICTIONS = "predictions.tsv"
+ARCHITECTURES = ("resnet", "wide_resnet")
+
+
+@dataclass
+class ModelArguments:
+    """
+    Which model to train.
+
+    > Parameters for a pretrained model
+
+    Args:
+        model_name_or_path (`str`, *optional*):
+            Any model that `AutoModelForImageClassification` loads, or that this recipe trained: its name on the Hub,
+            or its folder. Its weights are loaded as 32-bit numbers, whose steps are fine enough for a small `rho`.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run code that comes with the model.
+
+    > Parameters for a model from scratch
+
+    Args:
+        architecture (`str`, *optional*):
+            `"resnet"`: ResNet-(6n+2) for small images (He et al., CVPR 2016). `"wide_resnet"`: WRN-(6n+4)-k
+            (Zagoruyko and Komodakis, BMVC 2016).
+        depth (`int`, *optional*):
+            Its number of layers, 6n + 2 or 6n + 4. Default: 20, or 28 for a wide ResNet.
+        widen_factor (`int`, *optional*, defaults to `10`):
+            The k of a wide ResNet.
+        dropout (`float`, *optional*, defaults to `0.0`):
+            Dropout in the blocks of a wide ResNet.
+        image_size (`int`, *optional*, defaults to `32`):
+            Images are resized to so many pixels in height and in width.
+    """
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Name on the Hub, or folder, of a model."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+    architecture: str | None = field(
+        default=None, metadata={"help": f"Model to train from scratch: {' or '.join(ARCHITECTURES)}."}
+    )
+    depth: int | None = field(default=None, metadata={"help": "Its number of layers; 20, or 28 for a wide ResNet."})
+    widen_factor: int = field(default=10, metadata={"help": "How many times wider a wide ResNet is."})
+    dropout: float = field(default=0.0, metadata={"help": "Dropout in the blocks of a wide ResNet."})
+    image_size: int = field(default=32, metadata={"help": "Height and width of the images, from scratch."})
+
+    def __post_init__(self):
+        if (self.model_name_or_path is None) == (self.architecture is None):
+            raise ValueError(
+                "Set model_name_or_path to a model to start from, or architecture to train one from scratch, and the "
+                "other one to null."
+            )
+        if self.architecture not in (None, *ARCHITECTURES):
+            raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}, but is {self.architecture!r}.")
+        if self.image_size < 1:
+            raise ValueError(f"image_size must be at least 1, but is {self.image_size}.")
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether training starts from random weights."""
+        return self.architecture is not None
+
+    def new_config(self) -> PreTrainedConfig:
+        """The configuration of the model that is trained from scratch."""
+        depth = {} if self.depth is None else {"depth": self.depth}
+        if self.architecture == "resnet":
+            return resnets.CifarResNetConfig(**depth)
+        return resnets.WideResNetConfig(widen_factor=self.widen_factor, dropout=self.dropout, **depth)
+
+
+@dataclass
+class Run:
+    """Everything that is checked and built before the first step."""
+
+    model_args: ModelArguments
+    data_args: DataArguments
+    args: TrainingArguments
+    data: ImageData
+    examples: dict[str, ImageExamples]
+    trainer: LSAMTrainer
+    timer: StepTimer
+    resume: str | None
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Run the recipe with command-line arguments `argv` and return its metrics."""
+    return execute(prepare(sys.argv[1:] if argv is None else argv))
+
+
+def prepare(argv: list[str]) -> Run:
+    """Check settings, output directory and data, then build model and trainer; no file is written."""
+    kinds = (ModelArguments, DataArguments, LSAMConfig, TrainingArguments)
+    model_args, data_args, lsam_config, args = parse_arguments(kinds, argv, (__doc__ or "").strip().splitlines()[0])
+    wanted = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
+    splits = [split for split in wanted if wanted[split]]
+    if not splits:
+        raise ValueError("Nothing to do: set do_train, do_eval or do_predict.")
+    if model_args.from_scratch and not args.do_train:
+        raise ValueError("A model from scratch knows nothing yet: set do_train, or model_name_or_path to a model.")
+    resume = check_output_dir(args, (PREDICTIONS, "test_results.json"))
+
+    config, processor = find_model(model_args)
+    data = load_image_data(data_args, splits, None if args.do_train else config.label2id)
+    if processor is None:
+        processor = make_processor(data, model_args.image_size)
+
+    set_seed(args.seed)
+    model = build_model(model_args, config, data, args.do_train)
+    timer = StepTimer()
+    seed = args.seed if args.data_seed is None else args.data_seed
+    augmentation = Augmentation(data_args.crop_padding, data_args.horizontal_flip, seed)
+    examples = {
+        split: ImageExamples(dataset, processor, augmentation if split == "train" else None)
+        for split, dataset in data.splits.items()
+    }
+    trainer = LSAMTrainer(
+        model=model,
+        args=args,
+        lsam_config=lsam_config,
+        train_dataset=examples.get("train"),
+        eval_dataset=examples.get("validation"),
+        processing_class=processor,
+        compute_metrics=compute_metrics,
+        compute_loss_func=make_compute_loss(args.label_smoothing_factor),
+        callbacks=[timer, *([EpochCallback(examples["train"])] if args.do_train else [])],
+    )
+    return Run(model_args, data_args, args, data, examples, trainer, timer, resume)
+
+
+def execute(run: Run) -> dict[str, float]:
+    """Train, save, evaluate, predict and describe: those that the settings ask for."""
+    trainer = run.trainer
+    metrics: dict[str, float] = {}
+
+    # Train
+    if run.args.do_train:
+        result = trainer.train(resume_from_checkpoint=run.resume)
+        trainer.save_model()
+        trainer.save_state()
+        train_metrics = result.metrics | run.timer.metrics() | {"train_samples": len(run.examples["train"])}
+        trainer.log_metrics("train", train_metrics)
+        trainer.save_metrics("train", train_metrics)
+        metrics |= train_metrics
+
+    # Evaluate
+    if run.args.do_eval:
+        eval_metrics = trainer.evaluate() | {"eval_samples": len(run.examples["validation"])}
+        trainer.log_metrics("eval", eval_metrics)
+        trainer.save_metrics("eval", eval_metrics)
+        metrics |= eval_metrics
+
+    # Predict
+    if run.args.do_predict:
+        output = trainer.predict(run.examples["test"], metric_key_prefix="test")
+        test_metrics = output.metrics | {"test_samples": len(run.examples["test"])}
+        trainer.log_metrics("test", test_metrics)
+        trainer.save_metrics("test", test_metrics)
+        metrics |= test_metrics
+        if trainer.is_world_process_zero():
+            names = run.data.splits["test"]["name"]
+            predictions = read_logits(output.predictions).argmax(axis=-1)
+            lines = [f"{name}\t{run.data.labels[p]}\n" for name, p in zip(names, predictions, strict=True)]
+            path = Path(run.args.output_dir) / PREDICTIONS
+            path.write_text("image\tprediction\n" + "".join(lines), encoding="utf-8")
+
+    # Describe
+    if run.args.do_train and trainer.is_world_process_zero():
+        name = run.model_args.model_name_or_path or describe_architecture(trainer.model.config)
+        write_model_card(trainer, name, describe(run.model_args, run.data_args), metrics)
+    return metrics
+
+
+def find_model(model_args: ModelArguments) -> tuple[PreTrainedConfig, BaseImageProcessor | None]:
+    """The configuration of the model and its image processor, which a model from scratch does not have yet."""
+    if model_args.from_scratch:
+        return model_args.new_config(), None
+    name, code = model_args.model_name_or_path, model_args.trust_remote_code
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=code)
+        # Pixels are the same whether torchvision is installed or not.
+        return config, AutoImageProcessor.from_pretrained(name, trust_remote_code=code, backend="pil")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model_name_or_path={name} cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+def make_processor(data: ImageData, image_size: int) -> BaseImageProcessor:
+    """Resizes images, and gives the channels of the training images a mean of 0 and a deviation of 1."""
+    if min(data.std) == 0:
+        raise ValueError("A colour channel is the same in all training images, so it cannot be normalised.")
+    size = {"height": image_size, "width": image_size}
+    return ViTImageProcessorPil(size=size, image_mean=list(data.mean), image_std=list(data.std))
+
+
+def build_model(model_args: ModelArguments, config: PreTrainedConfig, data: ImageData, training: bool):
+    """The model, with the classes of the data where it is trained and with its own ones otherwise."""
+    labels = {}
+    if training:
+        labels = {
+            "id2label": dict(enumerate(data.labels)),
+            "label2id": {name: number for number, name in enumerate(data.labels)},
+        }
+    if model_args.from_scratch:
+        for name, value in labels.items():
+            setattr(config, name, value)
+        return AutoModelForImageClassification.from_config(config)
+    return AutoModelForImageClassification.from_pretrained(
+        model_args.model_name_or_path,
+        trust_remote_code=model_args.trust_remote_code,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=training,
+        **labels,
+    )
+
+
+def compute_metrics(output: EvalPrediction) -> dict[str, float]:
+    """The `compute_metrics` of the Trainer."""
+    return {"accuracy": float(np.mean(read_logits(output.predictions).argmax(axis=-1) == output.label_ids))}
+
+
+def describe_architecture(config: PreTrainedConfig) -> str:
+    """A model from scratch by the name that its paper gives it."""
+    if isinstance(config, resnets.WideResNetConfig):
+        return f"WRN-{config.depth}-{config.widen_factor}"
+    return f"ResNet-{config.depth}"
+
+
+def describe(model_args: ModelArguments, data_args: DataArguments) -> Subject:
+    """What the model card says about the task and its data."""
+    name = data_args.dataset_name
+    on_hub = name is not None and not Path(name).is_dir()
+    return Subject(
+        recipe="run_image_classification.py",
+        kind="image classification",
+        pipeline_tag="image-classification",
+        data=f"{name} (Hub)" if on_hub else OWN_FILES,
+        dataset=name if on_hub else None,
+        from_scratch=model_args.from_scratch,
+    )
+
+
+if __name__ == "__main__":
+    run_script(prepare, execute)
