@@ -42,6 +42,8 @@ GLUE_TASKS = {
     "wnli": GlueTask(PAIR, ("not_entailment", "entailment"), ("WNLI.tsv",)),
 }
 STSB_RANGE = (0.0, 5.0)
+# Settings of `DataArguments` that draw from the training data.
+DRAWN = ("validation_fraction", "train_fraction", "label_noise", "split_seed")
 # Files of predictions that are not to be submitted.
 PREDICTIONS = ("predictions.tsv", "predictions_mismatched.tsv")
 

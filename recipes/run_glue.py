@@ -18,7 +18,7 @@ from adapters import AdapterArguments, save_model_config
 from common import StepTimer, check_output_dir, make_compute_loss, parse_arguments, read_logits, run_script
 from datasets import Dataset
 from glue_data import TextData, load_text_data
-from glue_tasks import GLUE_TASKS, HUB_NAME, PREDICTIONS, STSB_RANGE, DataArguments
+from glue_tasks import DRAWN, GLUE_TASKS, HUB_NAME, PREDICTIONS, STSB_RANGE, DataArguments
 from loading import ModelArguments, find_model, load_model
 from model_card import OWN_FILES, Subject, write_model_card
 from peft import TaskType
@@ -155,11 +155,14 @@ def execute(run: Run) -> dict[str, float]:
 def describe(data_args: DataArguments) -> Subject:
     """What the model card says about the task and its data."""
     task, from_hub = data_args.task_name, data_args.task_name is not None and data_args.data_dir is None
+    drawn = {name: getattr(data_args, name) for name in DRAWN}
+    defaults = {item.name: item.default for item in dataclasses.fields(data_args)}
+    changed = [f", {name}={value}" for name, value in drawn.items() if value != defaults[name]]
     return Subject(
         recipe="run_glue.py",
         kind="text regression" if data_args.is_regression else "text classification",
         pipeline_tag="text-classification",
-        data=f"GLUE {task} ({'Hub' if from_hub else 'local files'})" if task else OWN_FILES,
+        data=(f"GLUE {task} ({'Hub' if from_hub else 'local files'})" if task else OWN_FILES) + "".join(changed),
         dataset=HUB_NAME if from_hub else None,
     )
 

@@ -107,6 +107,8 @@ def test_predictions_on_labelled_data_have_metrics(bert, tmp_path):
     assert {"eval_accuracy", "predict_accuracy"} <= metrics.keys()
     everything = json.loads((tmp_path / "out" / "all_results.json").read_text())
     assert everything["predict_accuracy"] == metrics["predict_accuracy"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "validation_fraction=0.2" in card and "label_noise" not in card
     # Of its validation set, a task has nothing to submit.
     assert (tmp_path / "out" / "predictions.tsv").exists() and not (tmp_path / "out" / "RTE.tsv").exists()
     names = GLUE_TASKS["rte"].labels
