@@ -3,8 +3,17 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+import gc
+
 import pytest
 import torch
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen_imports():
+    """The Trainer collects garbage at the start of each training; what was imported need not be looked through."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

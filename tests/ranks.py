@@ -1,6 +1,7 @@
 """Trains tiny models in each of two processes; the test starts it, and compares what they save with one process."""
 
 import functools
+import gc
 import json
 import os
 import sys
@@ -94,6 +95,8 @@ def refusal(folder: Path, config: dict, **options) -> str:
 
 
 def main():
+    # The Trainer collects garbage at the start of each training; what was imported need not be looked through.
+    gc.freeze()
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     folder = Path(sys.argv[1])

@@ -1,5 +1,6 @@
 """Trains tiny models that FSDP2 shards over two processes; the test starts it, and compares with one process."""
 
+import gc
 import json
 import sys
 from collections import Counter
@@ -192,6 +193,8 @@ def _trained(case: dict, folder: Path, checkpoint: str | None = None) -> dict:
 
 
 def main():
+    # The Trainer collects garbage at the start of each training; what was imported need not be looked through.
+    gc.freeze()
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     folder = Path(sys.argv[1])

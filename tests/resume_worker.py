@@ -5,6 +5,7 @@ Every run is a fork of this process, so that libraries are imported once. Writes
 method what was done at which step, and whether the weights were moved just then.
 """
 
+import gc
 import itertools
 import json
 import os
@@ -175,6 +176,8 @@ def terminated(folder, name, config, choose):
 
 
 if __name__ == "__main__":
+    # The Trainer collects garbage at the start of each training; what was imported need not be looked through.
+    gc.freeze()
     where, seed = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
     draws = random.Random(seed)

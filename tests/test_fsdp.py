@@ -24,7 +24,6 @@ METHODS = {
     "looksam": dict(rho=0.1, block_selection="all", perturb_interval=2, reuse_correction=0.7),
     "looksam-of-3": dict(rho=0.1, block_selection="all", perturb_interval=3, reuse_correction=0.7),
     "one-pass": dict(rho=0.1, ascent_gradient="previous"),
-    "one-pass-sam": dict(rho=0.1, ascent_gradient="previous", block_selection="all"),
     "adaptive": dict(rho=1.0, adaptive=True),
     "adaptive-sam": dict(rho=1.0, adaptive=True, block_selection="all"),
 }
@@ -37,18 +36,16 @@ def cases() -> dict[str, dict]:
     made = {}
     for name in ("top-2-mixed", "looksam", "one-pass", "adaptive"):
         made[f"bert-{name}"] = bert | dict(config=METHODS[name], counted=True)
-    for name in ("top-2", "looksam", "one-pass"):
+    for name in ("top-2", "one-pass"):
         made[f"llama-{name}"] = llama | dict(config=METHODS[name], accumulation=3)
     made["llama-budget"] = llama | dict(config=METHODS["budget"])
     made["llama-checkpointing"] = llama | dict(config=METHODS["top-2-mixed"], checkpointing="non-reentrant")
     made["bert-checkpointing"] = bert | dict(config=METHODS["top-2-mixed"], checkpointing="reentrant")
     # No dimension of a weight is even, and the head has one row, so that a process holds nothing of it.
     odd = dict(hidden_size=15, num_attention_heads=3, intermediate_size=31, vocab_size=65, num_labels=1)
-    for name in ("looksam", "adaptive-sam"):
-        made[f"uneven-{name}"] = bert | dict(config=METHODS[name], options=odd, optimizer="adamw")
+    made["uneven"] = bert | dict(config=METHODS["adaptive-sam"], options=odd, optimizer="adamw")
     made["gathered-after-forward"] = bert | dict(config=METHODS["top-2-mixed"], reshard=False)
-    for name in ("sam", "one-pass-sam"):
-        made[f"evaluated-{name}"] = bert | dict(config=METHODS[name], evaluated=True)
+    made["evaluated"] = bert | dict(config=METHODS["sam"], evaluated=True)
     made["replicated"] = bert | dict(config=METHODS["looksam"], mesh=[2, 1])
     return made
 

@@ -144,8 +144,9 @@ start = time.perf_counter()
 import hf_lsam
 print(time.perf_counter() - start)
 """
-    times = [
-        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-        for _ in range(3)
-    ]
-    assert min(times) < 0.2
+    # A busy machine may be slow once.
+    for _ in range(3):
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        if float(result.stdout) < 0.2:
+            return
+    raise AssertionError(f"it took {result.stdout.strip()} s")

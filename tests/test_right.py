@@ -118,8 +118,7 @@ def train(model, optimizer, config, examples, folder, **options):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name, optimizer", [("bert", "adamw"), ("llama", "sgd")])
 @pytest.mark.parametrize("method", list(METHODS))
 def test_equals_the_reference(method, name, optimizer, tmp_path):
     settings, literal = METHODS[method]
@@ -144,7 +143,7 @@ def test_methods_differ(tmp_path):
     results = []
     for settings, _ in METHODS.values():
         model = MODELS["bert"]()
-        train(model, optimizer_for("sgd", model), LSAMConfig(**settings), examples, tmp_path)
+        train(model, optimizer_for("sgd", model), LSAMConfig(**settings), examples, tmp_path, max_steps=6)
         results.append(weights(model))
     for index, left in enumerate(results):
         for right in results[:index]:
