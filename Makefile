@@ -1,8 +1,7 @@
 # make demo   fine-tune a real model on real text with AdamW, SAM and LSAM; a table and a picture in demo/
 #             more seeds: make demo SEEDS='0 1 2'; without downloads: make demo DEMO_MODEL=PATH DEMO_REVIEWS=PATH
 # make test   lint, types and tests, as the continuous integration runs them
-# make test-oldest  the tests with the oldest torch, transformers and accelerate that pyproject.toml allows; a download
-#             of several GB, since older builds of torch for Linux come with CUDA
+# make test-oldest  the tests with the oldest torch, transformers and accelerate that pyproject.toml allows
 # make clean  remove the environment and the caches, but not demo/
 # Environments are made in .venv with PYTHON (python3.11); nothing is installed outside of it.
 SHELL := /bin/bash

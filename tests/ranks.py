@@ -91,7 +91,7 @@ def refusal(folder: Path, config: dict, **options) -> str:
         trainer.train()
     except NotImplementedError as error:
         return str(error)
-    return "not refused"
+    return f"not refused in {trainer.args.world_size} processes"
 
 
 def main():

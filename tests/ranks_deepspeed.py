@@ -32,7 +32,7 @@ def main():
     results = {}
     cases = json.loads((folder / "cases.json").read_text())
     for name, case in cases["equal"].items():
-        results[name] = ranks.train(case, folder / "out")
+        results[name] = ranks.train(case, folder / "out")["weights"]
     for name, (options, config) in cases["resumed"].items():
         out = folder / name
         options = options | dict(save_strategy="steps", save_steps=2)

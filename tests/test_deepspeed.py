@@ -22,6 +22,8 @@ from accelerate.utils import DistributedType
 from tiny import Examples, arguments, assert_equal, bert, largest_difference, weights
 
 from hf_lsam import LSAMConfig, LSAMTrainer
+from hf_lsam.perturbation import norms
+from hf_lsam.rounding import round_stochastically
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,
@@ -109,8 +111,8 @@ def test_zero_equals_one_process_without_deepspeed(name, launched, tmp_path):
     batch = case["arguments"]["per_device_train_batch_size"] * processes
     options = case["arguments"] | {"per_device_train_batch_size": batch}
     del options["deepspeed"]
-    single = ranks.train(case | {"arguments": options}, tmp_path)
-    plain = ranks.train(case | {"arguments": options, "config": dict(block_selection="none")}, tmp_path)
+    single = ranks.train(case | {"arguments": options}, tmp_path)["weights"]
+    plain = ranks.train(case | {"arguments": options, "config": dict(block_selection="none")}, tmp_path)["weights"]
     assert largest_difference(plain, single) > 2e-4
     assert largest_difference(results[0][name], single) < 2e-6
 
@@ -126,16 +128,17 @@ def test_a_resumed_run_equals_one_that_went_on(name, launched):
 @pytest.mark.parametrize("launched", [1], indirect=True, ids=["one-process"])
 @pytest.mark.parametrize("name", list(BF16))
 def test_bf16_perturbs_the_weights_of_the_model_and_updates_those_of_the_optimizer(name, launched):
-    """bf16 weights are moved and restored, and the gradient there updates float32 ones, as this loop does."""
+    """bf16 weights are moved and restored, and the gradient there updates float32 ones, much as this loop does."""
     _, results = launched
     model = bert().bfloat16()
     layers, trained, data = model.bert.encoder.layer, list(model.parameters()), Examples(16)
     masters, ascent = [p.detach().float() for p in trained], {}
     for step in range(4):
         with torch.no_grad():
-            length = sum(g.float().square().sum() for g in ascent.values()) ** 0.5
+            length = norms(list(ascent.values())).double().square().sum().sqrt() if ascent else 1.0
+            draws = torch.Generator().manual_seed(step)
             for p, g in ascent.items():
-                p.add_(g, alpha=float(0.5 / length))
+                p.copy_(round_stochastically(p.float().add_(g, alpha=float(0.5 / length)), p.dtype, draws))
         model.zero_grad()
         model(**data.batch(4 * step, 4)).loss.backward()
         sizes = [sum(p.grad.float().square().sum() for p in layer.parameters()) for layer in layers]
@@ -147,7 +150,9 @@ def test_bf16_perturbs_the_weights_of_the_model_and_updates_those_of_the_optimiz
             for p, master, g in zip(trained, masters, gradients, strict=True):
                 master.sub_(g, alpha=0.05 / max(1.0, float(norm)))
                 p.copy_(master)
-    assert_equal(results[0][name], weights(model))
+    # One step of bf16 at weights up to 1: the last bit of a norm decides where some moved weights are rounded to. Not
+    # perturbing leads 9.8e-3 away.
+    assert largest_difference(results[0][name], weights(model)) <= 2**-8
 
 
 REFUSED = {

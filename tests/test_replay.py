@@ -5,7 +5,9 @@ import random
 import numpy as np
 import pytest
 import torch
+import transformers
 import transformers as tf
+from packaging import version
 from test_blocks import ARCHITECTURES
 from tiny import bert, checkpoint
 from torch import nn
@@ -78,6 +80,10 @@ CHECKPOINTING = {"plain": None, "non-reentrant": {"use_reentrant": False}, "reen
     ],
 )
 def test_replay_equals_a_full_pass(name, checkpointing):
+    if (name, checkpointing) == ("vit", "reentrant") and version.parse(transformers.__version__) < version.parse(
+        "5.23"
+    ):
+        pytest.skip("before transformers 5.23 a ViT has no gradient under reentrant checkpointing")
     model = model_of(name)
     if CHECKPOINTING[checkpointing] is not None:
         checkpoint(model, **CHECKPOINTING[checkpointing])
