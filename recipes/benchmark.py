@@ -239,7 +239,12 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
     (args,) = parse_arguments((BenchmarkArguments,), sys.argv[1:] if argv is None else argv, __doc__ or "")
     runs = []
     if args.output_file and Path(args.output_file).exists():
-        runs = json.loads(Path(args.output_file).read_text(encoding="utf-8"))["runs"]
+        try:
+            runs = json.loads(Path(args.output_file).read_text(encoding="utf-8"))["runs"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"output_file={args.output_file} holds no runs of this benchmark: name another."
+            ) from error
     logging.set_verbosity_error()
     figures = measure(args)
     print(table(figures))

@@ -78,6 +78,14 @@ def test_a_peer_takes_sams_step(peer):
     assert max(float((one - two).detach().abs().max()) for one, two in pairs) < 1e-6
 
 
+def test_a_file_of_something_else_is_not_written_over(tmp_path):
+    path = tmp_path / "other.json"
+    path.write_text('{"figures": 1}')
+    with pytest.raises(ValueError, match="holds no runs of this benchmark"):
+        benchmark.main([*TINY, "--methods", "plain", "--output_file", str(path)])
+    assert path.read_text() == '{"figures": 1}'
+
+
 @pytest.mark.parametrize("methods", ["plain,none-such", "sam"])
 def test_unknown_methods_are_refused(methods):
     with pytest.raises(ValueError, match="it must hold plain and others of"):
