@@ -1,5 +1,6 @@
 """Move the selected weights, and put them back exactly."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -66,12 +67,10 @@ class Perturbation:
         before = [weight.data for weight in weights]
         try:
             add_into(buffers, before, direction, scale, self.seed)
-            for weight, buffer in zip(weights, buffers, strict=True):
-                weight.data = buffer
+            _refer(weights, buffers)
             yield before
         finally:
-            for weight, old in zip(weights, before, strict=True):
-                weight.data = old
+            _refer(weights, before)
 
     @contextmanager
     def _in_place(self, parts, buffers, direction, scale) -> Iterator[list[Tensor]]:
@@ -101,9 +100,18 @@ class Perturbation:
         ]
 
 
+def _refer(weights: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    """
+    Let each of `weights` refer to the data of its tensor.
+
+    Without a step of the interpreter in between, at which Ctrl-C could leave some of them where they were.
+    """
+    deque(map(Tensor.data.__set__, weights, tensors), maxlen=0)  # type: ignore[attr-defined]
+
+
 def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
     """The strides of `tensor` without gaps: its own, if it has none (`torch.channels_last` has none, for one)."""
-    return torch.empty_like(tensor, device="meta").stride()
+    return tensor.stride() if tensor.is_contiguous() else torch.empty_like(tensor, device="meta").stride()
 
 
 @torch.no_grad()

@@ -189,7 +189,9 @@ class LSAMStep:
         """The ascent along `.grad`. A scaler's scale is in its direction and norm, not in `squared_norms`."""
         ascent = find_ascent(self.candidates, self.costs, self.config)
         if ascent is not None and self.scaler is not None:
-            ascent.squared_norms = [square / self.scaler.get_scale() ** 2 for square in ascent.squared_norms]
+            # One wait for the device, and not one for each candidate.
+            scale = self.scaler.get_scale()
+            ascent.squared_norms = [square / scale**2 for square in ascent.squared_norms]
         return ascent
 
     @contextmanager
