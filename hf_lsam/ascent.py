@@ -37,6 +37,12 @@ class Ascent:
     gradients: list[Tensor]
     direction: list[Tensor]
 
+    def release(self) -> None:
+        """Let go of the gradients: those of a second pass are about to take as much memory."""
+        self.gradients, self.direction = [], []
+        for weight in self.weights:
+            weight.grad = None
+
 
 @dataclass
 class Kept:

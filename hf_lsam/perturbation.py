@@ -38,6 +38,7 @@ class Perturbation:
         Inside, `weights` are at `weights + scale * direction`; afterwards they are bitwise what they were before.
 
         Weights of 16 bits are rounded stochastically; rounding to the nearest would swallow most of a short move.
+        Nothing here refers to `direction` once the weights are moved, so the caller can free it.
 
         Args:
             weights: Parameters.
@@ -49,11 +50,11 @@ class Perturbation:
         """
         parts = local_parts(weights)
         buffers = self._buffers(parts)
-        along = local_parts(direction)
         if is_sharded(weights):
-            move = self._in_place(parts, buffers, along, scale)
+            move = self._in_place(parts, buffers, local_parts(direction), scale)
         else:
-            move = self._exchanged(weights, buffers, along, scale)
+            move = self._exchanged(weights, buffers, direction, scale)
+        del direction
         try:
             with move as before:
                 # Under autocast, casts of the weights may be cached from before.
@@ -67,6 +68,7 @@ class Perturbation:
         before = [weight.data for weight in weights]
         try:
             add_into(buffers, before, direction, scale, self.seed)
+            del direction
             _refer(weights, buffers)
             yield before
         finally:
@@ -78,6 +80,7 @@ class Perturbation:
             torch._foreach_copy_(buffers, parts)
         try:
             add_into(parts, buffers, direction, scale, self.seed)
+            del direction
             yield buffers
         finally:
             with torch.no_grad():

@@ -18,20 +18,32 @@ class ReplayError(RuntimeError):
 
 @dataclass
 class Call:
-    """One call of a block in pass 1: what it returned, and the random state when it did."""
+    """
+    One call of a block in pass 1: what it returned, and the random state when it did.
+
+    Attributes:
+        kept: Whether `output` is what it returned, or a placeholder without memory of its own.
+    """
 
     block: int
     output: Any
+    kept: bool
     versions: list[int]
     random_state: RandomState | TorchRandomState
 
 
 @dataclass
 class Recording:
-    """The calls of one pass in their order, and the random state before it and after it."""
+    """
+    The calls of one pass in their order, and the random state before it and after it.
+
+    Attributes:
+        dropped: Blocks whose outputs are not kept.
+    """
 
     before: RandomState
     after: RandomState
+    dropped: frozenset[int] = frozenset()
     calls: list[Call] = field(default_factory=list)
     replayable: bool = True
 
@@ -57,17 +69,25 @@ class Replay:
         self._draws_on_host = False
 
     @contextmanager
-    def recording(self, keep_calls: bool = True) -> Iterator[Recording]:
-        """Record the pass that runs inside; `keep_calls=False` keeps the random states only."""
+    def recording(self, keep_calls: bool = True, dropped: frozenset[int] = frozenset()) -> Iterator[Recording]:
+        """
+        Record the pass that runs inside.
+
+        Args:
+            keep_calls: Whether to keep more than the random states.
+            dropped: Indices of blocks whose outputs are not worth their memory. A replay that would begin right after
+                one of them begins earlier.
+        """
         before = RandomState.capture(self.device)
-        recording = Recording(before, before, replayable=keep_calls)
+        recording = Recording(before, before, dropped, replayable=keep_calls)
         capture = RandomState.capture if self._draws_on_host else TorchRandomState.capture
 
         def recorded(block: int, forward: Callable) -> Callable:
             def run(*args, **kwargs):
                 output = forward(*args, **kwargs)
-                detached = recursively_apply(torch.Tensor.detach, output)
-                recording.calls.append(Call(block, detached, _versions(detached), capture(self.device)))
+                kept = block not in dropped
+                detached = recursively_apply(torch.Tensor.detach if kept else _placeholder, output)
+                recording.calls.append(Call(block, detached, kept, _versions(detached), capture(self.device)))
                 return output
 
             return run
@@ -82,7 +102,8 @@ class Replay:
     @contextmanager
     def replaying(self, recording: Recording, perturbed: set[int] | None) -> Iterator[None]:
         """
-        Inside, blocks called before the first one of `perturbed` return what they returned in `recording`.
+        Inside, blocks called before the first one of `perturbed` return what they returned in `recording`, or not a
+        number where that was dropped: only the last of these outputs is meant to be read.
 
         Args:
             recording: The same batch at the unperturbed weights.
@@ -97,6 +118,8 @@ class Replay:
             first = next(
                 (i for i, call in enumerate(recording.calls) if call.block in perturbed), len(recording.calls)
             )
+            while first > 0 and not recording.calls[first - 1].kept:
+                first -= 1
         position = 0
 
         def replayed(block: int, forward: Callable) -> Callable:
@@ -151,6 +174,13 @@ class Replay:
                     vars(block).pop(name, None)
                 else:
                     setattr(block, name, forward)
+
+
+def _placeholder(tensor: Tensor) -> Tensor:
+    """Not a number, in the shape of `tensor`, for whoever reads it; what is no floating-point tensor stays."""
+    if not tensor.is_floating_point():
+        return tensor.detach()
+    return torch.full((), torch.nan, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
 
 def _versions(output: Any) -> list[int]:

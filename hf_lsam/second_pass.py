@@ -37,12 +37,14 @@ class SecondPass:
         blocks: Its blocks.
         regions: What of it is compiled.
         beside: Parameters that are trained but not the model's.
+        earliest: Index of the first block that may be perturbed; outputs before it are not needed.
         replays: Whether to replay the blocks before the first perturbed one.
 
     Attributes:
         replays: The same, and that it is possible: not inside of a compiled model, nor where a replayed pass was found
             to be another one.
-        checked: Whether it was looked for.
+        drops: Whether outputs of blocks may be dropped: not where the model reads more than that of the last one.
+        checked: Blocks without whose outputs a replay was found to be right; `None` before the first look.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class SecondPass:
         blocks: Sequence[nn.Module],
         regions: CompiledRegions,
         beside: Sequence[Tensor],
+        earliest: int,
         replays: bool,
     ):
         self.model = model
@@ -61,20 +64,40 @@ class SecondPass:
         self.device = compute_device(next(model.parameters()))
         self.replay = Replay(self.blocks, self.device)
         self.replays = replays and not hidden
-        self.checked = False
+        self.earliest = earliest
+        self.drops = True
+        self.checked: frozenset[int] | None = None
 
-    def record(self, pass_1: Pass, pass_2: Pass) -> MicroBatch:
-        """Run pass 1 of a micro-batch, and record what pass 2 needs of it."""
-        with self.replay.recording(keep_calls=self.replays) as recording:
+    def record(self, pass_1: Pass, pass_2: Pass, alone: bool) -> MicroBatch:
+        """
+        Run pass 1 of a micro-batch, and record what pass 2 needs of it.
+
+        Args:
+            pass_1, pass_2: Forward and backward.
+            alone: Whether the optimizer step has no other micro-batch. If it has, the records of all of them lie in
+                memory together, so only every second output is kept: a block more may run again, forward only.
+        """
+        with self.replay.recording(self.replays, self._dropped(1 if alone else 2)) as recording:
             loss = pass_1()
         return MicroBatch(pass_2, loss, recording)
 
-    def check(self, micro_batch: MicroBatch) -> None:
-        """Once: replaying all it can at the unperturbed weights must give the loss of pass 1, bitwise."""
-        calls = micro_batch.recording.calls
-        if self.checked or not calls:
+    def _dropped(self, stride: int) -> frozenset[int]:
+        """Blocks whose outputs are not kept: all but each `stride`-th from the one before the earliest on."""
+        if not self.drops:
+            return frozenset()
+        return frozenset(range(len(self.blocks))) - set(range(self.earliest - 1, len(self.blocks), stride))
+
+    def check(self, window: Sequence[MicroBatch]) -> None:
+        """
+        Replaying all it can at the unperturbed weights must give the loss of pass 1, bitwise.
+
+        Looked at once, in the last micro-batch, and again where more outputs are dropped than before. A model that
+        reads dropped ones gets all of them from the next step on, and a full pass 2 in this one.
+        """
+        micro_batch = window[-1]
+        calls, dropped = micro_batch.recording.calls, micro_batch.recording.dropped
+        if not calls or (self.checked is not None and dropped <= self.checked):
             return
-        self.checked = True
         for block in (call.block for call in reversed(calls)):
             weights = [p for p in self.blocks[block].parameters() if p.requires_grad and p.grad is not None]
             if weights:
@@ -85,10 +108,18 @@ class SecondPass:
         except Exception as error:
             if isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error):
                 raise
-            self._give_up_replay(f"{type(error).__name__}: {error}")
+            problem = f"{type(error).__name__}: {error}"
         else:
-            if not torch.equal(loss, micro_batch.loss):
-                self._give_up_replay(f"the loss was {loss.item()} instead of {micro_batch.loss.item()}")
+            if torch.equal(loss, micro_batch.loss):
+                self.checked = dropped
+                return
+            problem = f"the loss was {loss.item()} instead of {micro_batch.loss.item()}"
+        if dropped:
+            self.drops = False
+            for entry in window:
+                entry.recording.replayable = False
+        else:
+            self._give_up_replay(problem)
 
     def gradients(self, window: Sequence[MicroBatch], weights: Sequence[Tensor], perturbed: set[int]) -> list[Tensor]:
         """

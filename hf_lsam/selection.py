@@ -120,6 +120,16 @@ def _within_budget(
     return best
 
 
+def earliest_block(config: LSAMConfig, candidates: Sequence[Candidate], costs: CostModel) -> int:
+    """Index of the first block that a selection can begin with, where all candidates have a gradient."""
+    if config.block_selection == "last":
+        limit = config.num_perturbed_blocks
+        candidates = candidates if limit is None else candidates[-limit:]
+    elif config.block_selection == "budget":
+        candidates = [candidate for candidate in candidates if costs.overhead([candidate]) <= config.max_overhead]
+    return min(candidate.first_block for candidate in candidates)
+
+
 def check_selection(config: LSAMConfig, candidates: Sequence[Candidate], costs: CostModel) -> None:
     """
     Refuse settings that this model cannot follow.

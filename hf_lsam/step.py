@@ -21,7 +21,7 @@ from .distributed import average_gradients, average_over_ranks
 from .perturbation import Perturbation, add_along, mix, move_cosine, norms, orthogonal_part, where
 from .rounding import is_coarse
 from .second_pass import MicroBatch, Pass, SecondPass
-from .selection import CostModel, check_selection
+from .selection import CostModel, check_selection, earliest_block
 from .shards import reshard
 from .step_log import Perturbed, StepLog
 
@@ -73,7 +73,11 @@ class LSAMStep:
         self.costs = CostModel.of(model, blocks, one_graph)
         check_selection(config, self.candidates, self.costs)
         pays = any(candidate.first_block > 0 for candidate in self.candidates)
-        self.second_pass = SecondPass(model, list(blocks.values()), regions, beside, replays=pays)
+        earliest = earliest_block(config, self.candidates, self.costs)
+        self.second_pass = SecondPass(model, list(blocks.values()), regions, beside, earliest, replays=pays)
+        # Whether the gradient of pass 1 is needed after the move. If not, memory holds that of one pass at a time, and
+        # where pass 2 is not finite, which is rare, it is computed again.
+        self.keeps_plain = config.alpha < 1 or config.reuse_correction > 0 or config.adaptive
         self.rounding_checked = False
         self.perturbation = Perturbation()
         self.window: list[MicroBatch] = []
@@ -141,7 +145,7 @@ class LSAMStep:
 
     def _batch_step(self, pass_1: Pass, pass_2: Pass, is_last: bool) -> Tensor:
         """Pass 1 of every micro-batch, then, at the last one, pass 2 of all of them."""
-        self.window.append(self.second_pass.record(pass_1, pass_2))
+        self.window.append(self.second_pass.record(pass_1, pass_2, alone=is_last and not self.window))
         loss = self.window[-1].loss
         if is_last:
             window, self.window = self.window, []
@@ -153,7 +157,7 @@ class LSAMStep:
         sums = {p: p.grad for p in self.model.parameters() if p.grad is not None}
         for parameter in sums:
             parameter.grad = None
-        micro_batch = self.second_pass.record(pass_1, pass_2)
+        micro_batch = self.second_pass.record(pass_1, pass_2, alone=True)
         self._perturb_and_rerun([micro_batch])
         for parameter, total in sums.items():
             parameter.grad = total if parameter.grad is None else total + parameter.grad
@@ -168,22 +172,29 @@ class LSAMStep:
             self._skip()
             return
         chosen = [self.candidates[index] for index in ascent.chosen]
-        self.second_pass.check(window[-1])
+        blocks = set().union(*(candidate.blocks for candidate in chosen))
+        self.second_pass.check(window)
         with self._moved(ascent):
-            blocks = set().union(*(candidate.blocks for candidate in chosen))
-            perturbed = self.second_pass.gradients(window, ascent.weights, blocks)
-        if self.config.sharpness_scope == "batch":
-            perturbed = average_over_ranks(perturbed)
+            if not self.keeps_plain:
+                ascent.release()
+            perturbed = self._gradients(window, ascent, blocks)
         finite = norms(perturbed).isfinite().all()
         if self.config.reuse_correction > 0:
             parts = orthogonal_part(perturbed, ascent.gradients)
             self.correction = (ascent.weights, where(finite, parts, [torch.zeros_like(part) for part in parts]))
-        if self.scaler is None:
+        if self.scaler is None and self.keeps_plain:
             perturbed = where(finite, perturbed, ascent.gradients)
+        elif self.scaler is None and not finite:
+            perturbed = self._gradients(window, ascent, blocks)
         for weight, mixed in zip(ascent.weights, mix(ascent.gradients, perturbed, self.config.alpha), strict=True):
             weight.grad = mixed
         self.overhead = self.costs.overhead(chosen, replayed=self.second_pass.replays)
         self._count(ascent, self.overhead, finite)
+
+    def _gradients(self, window: Sequence[MicroBatch], ascent: Ascent, blocks: set[int]) -> list[Tensor]:
+        """The gradients of the window with respect to the selected weights, where they are now."""
+        gradients = self.second_pass.gradients(window, ascent.weights, blocks)
+        return average_over_ranks(gradients) if self.config.sharpness_scope == "batch" else gradients
 
     def _find_ascent(self) -> Ascent | None:
         """The ascent along `.grad`. A scaler's scale is in its direction and norm, not in `squared_norms`."""

@@ -252,15 +252,17 @@ def test_another_order_of_calls_is_not_replayed():
         run()
 
 
-def step_gradients(model, batch, replays, **settings):
-    """Gradients of one step, with replay as it is or switched off."""
+def step_gradients(model, batch, replays, steps=1, **settings):
+    """Loss and gradients of the last of some steps, with replay as it is or switched off."""
     run, take_gradients = passes(model, batch)
-    step = LSAMStep(model, LSAMConfig(rho=0.1, **{"block_selection": "last", **settings}), max_steps=1)
+    step = LSAMStep(model, LSAMConfig(rho=0.1, **{"block_selection": "last", **settings}), max_steps=steps)
     if not replays:
         step.second_pass.replays = False
     torch.manual_seed(7)
-    loss = step(run, run, step=0, is_last=True)
-    return step, loss, take_gradients()
+    for number in range(steps):
+        loss = step(run, run, step=number, is_last=True)
+        gradients = take_gradients()
+    return step, loss, gradients
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "t5", "deberta-v2"])
@@ -268,7 +270,7 @@ def test_a_step_with_replay_equals_one_without(name):
     model, batch = model_of(name), batch_for(name)
     step, loss, gradients = step_gradients(model, batch, replays=True)
     _, full_loss, full_gradients = step_gradients(model, batch, replays=False)
-    assert step.second_pass.checked and step.second_pass.replays
+    assert step.second_pass.replays and (step.second_pass.checked is not None) == step.second_pass.drops
     assert torch.equal(loss, full_loss)
     assert_same_gradients(gradients, full_gradients)
 
@@ -277,8 +279,9 @@ def test_mixture_of_experts_falls_back_to_a_full_pass(caplog):
     model_class, config, *_ = ARCHITECTURES["mixtral"]
     config.output_router_logits = True
     model, batch = model_class(config).train(), batch_for("mixtral")
-    step, loss, gradients = step_gradients(model, batch, replays=True)
-    _, full_loss, full_gradients = step_gradients(model, batch, replays=False)
+    # Without the outputs that nothing should read in the first step, and with all of them in the second.
+    step, loss, gradients = step_gradients(model, batch, replays=True, steps=2)
+    _, full_loss, full_gradients = step_gradients(model, batch, replays=False, steps=2)
     assert not step.second_pass.replays
     assert "cannot replay the blocks of MixtralForCausalLM" in caplog.text
     assert torch.equal(loss, full_loss)
@@ -290,17 +293,17 @@ def test_a_replay_that_fails_in_the_middle_is_run_in_full(caplog):
     _, _, full = step_gradients(model, batch, replays=False)
     run, take_gradients = passes(model, batch)
     step = LSAMStep(model, LSAMConfig(rho=0.1, block_selection="last"), max_steps=1)
-    step.second_pass.checked = True
+    step.second_pass.checked = step.second_pass._dropped(2)
     torch.manual_seed(7)
 
     def changed_records():
         for micro_batch in step.window or window:
-            micro_batch.recording.calls[0].output.add_(0.0)
+            next(call for call in micro_batch.recording.calls if call.kept).output.add_(0.0)
         return run()
 
     window = []
     record = step.second_pass.record
-    step.second_pass.record = lambda *args: window.append(record(*args)) or window[-1]
+    step.second_pass.record = lambda *args, **alone: window.append(record(*args, **alone)) or window[-1]
     step(run, changed_records, step=0, is_last=True)
     assert "changed in place" in caplog.text and not step.second_pass.replays
     assert_same_gradients(take_gradients(), full)
