@@ -100,6 +100,14 @@ class LossSurface:
 
         Batches must be tensors, or dictionaries or tuples of tensors, with the rows along the first axis. What remains
         of each batch after groups of `m` is a smaller group of its own, counted by its rows.
+
+        Args:
+            m (`int`): Rows of a group.
+            rho (`float`, *optional*, defaults to `0.05`): Length of each perturbation. Default: SAM's.
+            adaptive (`bool`, *optional*, defaults to `False`): ASAM's scaling, as for [`~LossSurface.sharpness`].
+
+        Raises:
+            ValueError: if `m` is below 1, or `batches` is empty.
         """
         if m < 1:
             raise ValueError(f"m counts rows and must be at least 1, but is {m}.")
@@ -151,6 +159,10 @@ class LossSurface:
         """
         The trace of the Hessian by Hutchinson's estimate, the mean of `v . H v` over random signs `v`.
 
+        Args:
+            samples (`int`, *optional*, defaults to `30`): Number of vectors `v`. Default: ours.
+            seed (`int`, *optional*, defaults to `0`): Seed of the signs.
+
         Returns:
             The estimate and its standard error (NaN for one sample). Costs `samples` Hessian products.
         """
@@ -191,6 +203,9 @@ class LossSurface:
             points (`int`, *optional*, defaults to `21`): Points on each axis. Costs `points ** axes` forward passes.
             axes (`int`, *optional*, defaults to `1`): 1 for a line, 2 for a plane.
             seed (`int`, *optional*, defaults to `0`): Seed of the directions.
+
+        Raises:
+            ValueError: if `axes` is neither 1 nor 2, or `points` is below 2.
         """
         if axes not in (1, 2) or points < 2:
             raise ValueError(f"A landscape has 1 or 2 axes of at least 2 points, but axes={axes} and points={points}.")
