@@ -73,6 +73,9 @@ class Run:
         self.optimizer = OPTIMIZERS[case["optimizer"]](self.model.parameters())
         rows = 4 * case["accumulation"] * case["steps"]
         self.examples = Ragged(rows, language_model=True) if case["model"] == "llama" else Examples(rows)
+        if case.get("options", {}).get("num_labels") == 1:
+            # A regression.
+            self.examples.labels = self.examples.labels.to(torch.get_default_dtype())
         self.chosen, self.collectives, self.runs, self.losses = [], [], [], []
 
     def _count(self, *_):

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import compare
@@ -95,7 +96,7 @@ def test_comparison_of_real_runs(headless, rte_data, tmp_path):
     assert [row["perturbed"] for row in lsam["blocks"]] == [0, 0, 1, 1] and plain["blocks"] == []
     for result in (plain, lsam):
         assert {"predict_accuracy", "eval_accuracy"} <= result["metrics"].keys()
-        assert result["versions"]["torch"] == torch.__version__ and result["commit"] and "CPU" in result["machine"]
+        assert result["versions"]["torch"] == version("torch") and result["commit"] and "CPU" in result["machine"]
         assert result["peak_memory_mib"] > 100 and result["step_seconds"] > 0
     assert lsam["flops"] > plain["flops"] > 0
     assert not [*(tmp_path / "out").rglob("*.safetensors")]

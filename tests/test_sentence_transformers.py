@@ -16,6 +16,7 @@ from sentence_transformers import (
 from sentence_transformers.sentence_transformer import losses, modules
 from tiny import assert_equal, largest_difference, weights, without_replay
 from tiny_glue import WORDS, save_bert
+from torch import nn
 
 from hf_lsam import LSAMConfig, LSAMMixin
 
@@ -57,16 +58,21 @@ def scored():
     return rows(score=lambda rng: rng.random())
 
 
+def cosine(model):
+    """The collator's scores are float32, whatever the model's weights are."""
+    return losses.CosineSimilarityLoss(model, lambda output, score: nn.functional.mse_loss(output, score.to(output)))
+
+
 # name: (the data, the loss of a model)
 LOSSES = {
     "ranking": (rows, losses.MultipleNegativesRankingLoss),
-    "cosine": (scored, losses.CosineSimilarityLoss),
+    "cosine": (scored, cosine),
     "own weights": (lambda: rows(label=lambda rng: rng.randrange(3)), lambda m: losses.SoftmaxLoss(m, 16, 3)),
     "two parts": (rows, TwoParts),
     "cached": (rows, lambda m: losses.CachedMultipleNegativesRankingLoss(m, mini_batch_size=2)),
     "two datasets": (
         lambda: {"pairs": rows(), "scores": scored()},
-        lambda m: {"pairs": losses.MultipleNegativesRankingLoss(m), "scores": losses.CosineSimilarityLoss(m)},
+        lambda m: {"pairs": losses.MultipleNegativesRankingLoss(m), "scores": cosine(m)},
     ),
 }
 
