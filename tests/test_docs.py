@@ -74,6 +74,31 @@ def test_every_test_file_of_the_table_of_features_is_there():
         assert re.search(r"`tests/test_\w+\.py`", row), row
 
 
+def test_the_walk_of_contributing_starts_from_the_code_as_it_is():
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    with pytest.raises(ValueError) as refusal:
+        hf_lsam.LSAMConfig(block_selection="first")
+    assert str(refusal.value).rstrip(".") in page
+    places = {
+        "hf_lsam/reference.py": ("def last(k: int) -> Rule:",),
+        "hf_lsam/config.py": ("BLOCK_SELECTIONS = ", "def _check_combinations("),
+        "hf_lsam/selection.py": ("def select(", "alive = ", "return alive[-limit:]"),
+        "tests/test_right.py": (
+            "METHODS = {",
+            '"last 2": (dict(rho=0.1, block_selection="last"), lambda m, n: lsam(m',
+        ),
+        "tests/test_selection.py": (
+            "def test_a_block_without_gradient_is_never_selected(",
+            "def chosen(squared_norms",
+        ),
+        "recipes/benchmark.py": ("METHODS: ", '"last-2": {"block_selection": "last"'),
+        "Makefile": (".venv/.installed-%:",),
+    }
+    for file, texts in places.items():
+        content = (ROOT / file).read_text()
+        assert [text for text in texts if content.count(text) != 1] == [], file
+
+
 MODULES = [name for _, name, _ in pkgutil.iter_modules(hf_lsam.__path__, "hf_lsam.")]
 
 
