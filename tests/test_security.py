@@ -4,26 +4,20 @@ import ast
 import json
 import os
 import pickle
-import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import compare
-import model_card
 import pytest
 import run_clm
 import run_glue
 import run_image_classification
 import transformers.dynamic_module_utils
-import yaml
-from model_card import Subject
 from tiny import Examples, arguments, bert
 from tiny_clm import write_text
 from tiny_glue import rte, save_bert, save_decoder, save_tokenizer, write_task
 from tiny_images import SMALL, write_folder
-from transformers import TrainingArguments
 
 from hf_lsam import LSAMConfig, LSAMTrainer
 
@@ -280,48 +274,3 @@ def test_no_recipe_touches_the_network_unless_a_name_asks_for_one(tmp_path):
     assert ended.returncode == 0, ended.stderr
     report = json.loads(ended.stdout.splitlines()[-1].removeprefix("# "))
     assert report == ["did without"] * 5 + ["tried"], ended.stderr
-
-
-HOSTILE = "x\n---\nlicense: mit\n---\n# Title `y` | ![](http://example.com/x.png) <img src=x>\n```\n{z}"
-
-
-def test_fields_of_a_model_card_stay_in_their_place(tmp_path):
-    plain, hostile = (card(tmp_path, name, text) for name, text in (("plain", "x"), ("hostile", HOSTILE)))
-    header, body = hostile.removeprefix("---\n").split("\n---\n", 1)
-    names = yaml.safe_load(header)
-    assert names["base_model"] == names["datasets"] == HOSTILE
-    assert names.keys() == yaml.safe_load(plain.removeprefix("---\n").split("\n---\n", 1)[0]).keys()
-    assert outline(body) == outline(plain.removeprefix("---\n").split("\n---\n", 1)[1])
-    training, lsam, metrics = map(json.loads, re.findall(r"^```json\n(.*?)\n```$", body, re.MULTILINE | re.DOTALL))
-    assert training["data"] == training["adapter"]["lora_target_modules"] == HOSTILE
-    assert lsam["block_pattern"] == re.escape(HOSTILE)
-    assert metrics == {HOSTILE: None} | {"a": 1.0}
-
-
-def card(folder: Path, name: str, text: str) -> str:
-    """The card of a model, whose every free field is `text`."""
-    args = TrainingArguments(str(folder / name), use_cpu=True)
-    Path(args.output_dir).mkdir()
-    config = LSAMConfig(block_pattern=re.escape(text))
-    subject = Subject("run.py", "text classification", "text-classification", text, text)
-    trainer = SimpleNamespace(args=args, lsam_config=config)
-    metrics = {text: None, "a": 1.0}
-    model_card.write_model_card(trainer, text, subject, metrics, {"lora_target_modules": text})
-    return (Path(args.output_dir) / "README.md").read_text()
-
-
-def outline(body: str) -> list[str]:
-    """Headings and fences: what the form of a page consists of."""
-    return [line for line in body.splitlines() if line.startswith(("#", "```", "---", "|", "!", "<"))]
-
-
-def test_a_local_data_set_is_not_named_in_the_card(tmp_path):
-    for describe in (
-        lambda name: run_clm.describe(run_clm.DataArguments(dataset_name=name)),
-        lambda name: run_image_classification.describe(
-            run_image_classification.ModelArguments("a/b"), run_image_classification.DataArguments(dataset_name=name)
-        ),
-    ):
-        assert describe("someone/data").dataset == "someone/data"
-        subject = describe(str(tmp_path))
-        assert subject.dataset is None and str(tmp_path) not in subject.data
