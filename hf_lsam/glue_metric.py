@@ -1,4 +1,8 @@
-"""GLUE's metrics as one `evaluate.Metric`, computed right here: nothing is fetched from the Hub."""
+"""
+GLUE's metrics as one `evaluate.Metric`, computed right here: nothing is fetched from the Hub.
+
+Needs datasets and evaluate, which the `recipes` extra installs.
+"""
 
 import datasets
 import evaluate
@@ -33,6 +37,9 @@ class GlueMetric(evaluate.Metric):
             Keep predictions and references in memory instead of in a cache file.
         kwargs (*optional*):
             Any other argument of `evaluate.Metric`.
+
+    Raises:
+        ValueError: if `config_name` is none of them.
 
     Example:
 

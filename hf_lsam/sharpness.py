@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import recursively_apply, send_to_device
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .perturbation import Perturbation, adaptive_scores
 from .random_state import RandomState
+from .rows import check_rows, count_rows, groups_of_rows
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
@@ -100,16 +101,24 @@ class LossSurface:
 
         Batches must be tensors, or dictionaries or tuples of tensors, with the rows along the first axis. What remains
         of each batch after groups of `m` is a smaller group of its own, counted by its rows.
+
+        Args:
+            m (`int`): Rows of a group.
+            rho (`float`, *optional*, defaults to `0.05`): Length of each perturbation. Default: SAM's.
+            adaptive (`bool`, *optional*, defaults to `False`): ASAM's scaling, as for [`~LossSurface.sharpness`].
+
+        Raises:
+            ValueError: if `m` is below 1, or `batches` is empty.
         """
         if m < 1:
             raise ValueError(f"m counts rows and must be at least 1, but is {m}.")
         total, rows = 0.0, 0
         for batch in self.batches:
-            for part in _parts(batch, m):
+            for part in groups_of_rows(batch, m):
                 surface = LossSurface(self.model, [part], self.loss_function, self.parameters)
-                total += surface.sharpness(rho, adaptive) * _rows(part)
-                rows += _rows(part)
-        _check_rows(rows)
+                total += surface.sharpness(rho, adaptive) * count_rows(part)
+                rows += count_rows(part)
+        check_rows(rows)
         return total / rows
 
     def loss_along(self, direction: Sequence[Tensor], scale: float) -> float:
@@ -151,6 +160,10 @@ class LossSurface:
         """
         The trace of the Hessian by Hutchinson's estimate, the mean of `v . H v` over random signs `v`.
 
+        Args:
+            samples (`int`, *optional*, defaults to `30`): Number of vectors `v`. Default: ours.
+            seed (`int`, *optional*, defaults to `0`): Seed of the signs.
+
         Returns:
             The estimate and its standard error (NaN for one sample). Costs `samples` Hessian products.
         """
@@ -191,6 +204,9 @@ class LossSurface:
             points (`int`, *optional*, defaults to `21`): Points on each axis. Costs `points ** axes` forward passes.
             axes (`int`, *optional*, defaults to `1`): 1 for a line, 2 for a plane.
             seed (`int`, *optional*, defaults to `0`): Seed of the directions.
+
+        Raises:
+            ValueError: if `axes` is neither 1 nor 2, or `points` is below 2.
         """
         if axes not in (1, 2) or points < 2:
             raise ValueError(f"A landscape has 1 or 2 axes of at least 2 points, but axes={axes} and points={points}.")
@@ -226,9 +242,9 @@ class LossSurface:
         total, rows = 0.0, 0
         for batch in self.batches:
             batch = send_to_device(batch, self.device)
-            total += float(self.loss_function(self.model, batch)) * _rows(batch)
-            rows += _rows(batch)
-        _check_rows(rows)
+            total += float(self.loss_function(self.model, batch)) * count_rows(batch)
+            rows += count_rows(batch)
+        check_rows(rows)
         return total / rows
 
     def _mean_over_batches(self, of: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
@@ -236,9 +252,9 @@ class LossSurface:
         sums, rows = [torch.zeros_like(parameter) for parameter in self.parameters], 0
         for batch in self.batches:
             batch = send_to_device(batch, self.device)
-            torch._foreach_add_(sums, of(self.loss_function(self.model, batch)), alpha=_rows(batch))
-            rows += _rows(batch)
-        _check_rows(rows)
+            torch._foreach_add_(sums, of(self.loss_function(self.model, batch)), alpha=count_rows(batch))
+            rows += count_rows(batch)
+        check_rows(rows)
         torch._foreach_div_(sums, rows)
         return sums
 
@@ -281,26 +297,3 @@ def _gradient(loss: Tensor, parameters: Sequence[Tensor], create_graph: bool = F
 def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     products = torch._foreach_mul(list(left), list(right))
     return float(torch.stack([product.sum(dtype=torch.float64) for product in products]).sum())
-
-
-def _check_rows(rows: int) -> None:
-    if rows == 0:
-        raise ValueError("batches is empty: there is no loss to measure. (A generator can be gone through only once.)")
-
-
-def _rows(batch: Any) -> int:
-    """The length of the first axis of the first tensor in `batch`."""
-    sizes: list[int] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        sizes.append(len(tensor) if tensor.dim() else 1)
-        return tensor
-
-    recursively_apply(note, batch)
-    return sizes[0]
-
-
-def _parts(batch: Any, size: int) -> Iterator[Any]:
-    """`batch` in groups of `size` rows."""
-    for start in range(0, _rows(batch), size):
-        yield recursively_apply(lambda tensor, start=start: tensor[start : start + size], batch)

@@ -37,6 +37,9 @@ class SharpnessCallback(TrainerCallback):
         rho (`float`, *optional*, defaults to `0.05`): Length of the perturbation. Default: SAM's.
         top_eigenvalue (`bool`, *optional*, defaults to `False`): Whether to log it: up to 100 Hessian products.
         loss_function (`Callable`, *optional*): See [`LossSurface`].
+
+    Raises:
+        ValueError: if `interval` is below 1.
     """
 
     def __init__(

@@ -53,6 +53,9 @@ class StepLog:
         chances: Steps, or micro-batches where each has its own perturbation, that could have been perturbed.
         perturbed: Those that were.
         skipped: Those that should have been, but had a gradient that is zero or not finite.
+        sums: Of the figures of the log line, by their names without `lsam/`.
+        counts: How often each candidate was selected, by its name.
+        norms: Sum of each candidate's gradient norms, by its name.
         pending: Those that are not summed up yet.
     """
 

@@ -211,4 +211,14 @@ class LSAMMixin(_AnyTrainer):
 
 
 class LSAMTrainer(LSAMMixin, Trainer):
-    """The [`~transformers.Trainer`] with layer-wise SAM: see [`LSAMMixin`] for what it adds."""
+    """
+    The [`~transformers.Trainer`] with layer-wise SAM: see [`LSAMMixin`] for what it adds.
+
+    Example:
+
+    ```python
+    >>> config = LSAMConfig(block_selection="last", rho=0.5)
+    >>> trainer = LSAMTrainer(model, args, train_dataset=train_dataset, lsam_config=config)
+    >>> trainer.train()
+    ```
+    """

@@ -77,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the recipe, for all")
     parser.add_argument("--label_noise", metavar="P", help="make this share of the training labels wrong")
     parser.add_argument("--train_fraction", metavar="P", help="train on this share of the training data")
+    parser.add_argument("--recipe", help="script of each run; the YAML can only name one in this folder")
     parser.add_argument("--output_dir", help="folder of the runs and the report")
     parser.add_argument("--seeds", nargs="+", help="seeds of the compared runs")
     parser.add_argument("--processes", help="how many runs go on at once")
@@ -107,7 +108,7 @@ def read_overrides(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, 
         if not sign:
             raise CompareError(f"--set takes NAME=VALUE, but got {item!r}.")
         settings[name] = value
-    names = ("output_dir", "seeds", "processes", "threads")
+    names = ("recipe", "output_dir", "seeds", "processes", "threads")
     overrides = {name: value for name in names if (value := getattr(args, name)) is not None}
     settings |= {name: value for name in DATA_CHANGES if (value := getattr(args, name)) is not None}
     return overrides, settings

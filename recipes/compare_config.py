@@ -19,7 +19,8 @@ def read_comparison(path: Path, overrides: Mapping[str, Any], settings: Mapping[
 
     Args:
         path (`Path`): The YAML.
-        overrides (`dict`): What replaces it, name by name, such as `output_dir`.
+        overrides (`dict`): What replaces it, name by name, such as `output_dir`. A `recipe` here is any script; that
+            of the YAML, which may come from elsewhere, is one in this folder.
         settings (`dict`): Settings of the recipe, for all runs, which replace those of the YAML and of its tasks.
 
     Raises:
@@ -44,9 +45,13 @@ def read_comparison(path: Path, overrides: Mapping[str, Any], settings: Mapping[
     _check(common, tasks, methods, baseline, tuning_seeds, settings)
     threads = _integer("threads", content.get("threads") or 1)
     processes = content.get("processes") or max(1, (os.cpu_count() or 1) // threads)
-    recipe = RECIPES / content["recipe"]
-    if not recipe.is_file():
-        raise CompareError(f"recipe={content['recipe']} is no file, nor one in {RECIPES}.")
+    by_name = "recipe" not in overrides
+    recipe = RECIPES / content["recipe"] if by_name else Path(content["recipe"])
+    if not recipe.is_file() or (by_name and recipe.name != content["recipe"]):
+        raise CompareError(
+            f"recipe={content['recipe']} is not the name of a script in {RECIPES}. One elsewhere is run where the "
+            "command line asks for it, by --recipe."
+        )
     return Comparison(
         recipe=recipe,
         output_dir=Path(content["output_dir"]),

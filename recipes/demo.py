@@ -32,7 +32,9 @@ from tqdm import tqdm
 RECIPES = Path(__file__).resolve().parent
 CODE = [
     *RECIPES.parent.glob("hf_lsam/*.py"),
-    *(RECIPES / f"{name}.py" for name in ("run_glue", "adapters", "common", "glue_data", "glue_tasks", "loading")),
+    # What run_glue.py imports, but for the model card.
+    *(RECIPES / f"{name}.py" for name in ("run_glue", "adapters", "common", "loading", "tables")),
+    *(RECIPES / f"glue_{name}.py" for name in ("data", "sampling", "tasks")),
 ]
 
 SPLITS = Splits(train=400, validation=1000, test=2000, flipped=0.3)

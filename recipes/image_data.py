@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
+from datasets import ClassLabel, Dataset, Features, Image, Value
 from image_examples import check_images
+from tables import load_hub
 
 NEEDED_BY = {"train": "do_train", "validation": "do_eval", "test": "do_predict"}
 # Of what is drawn once and for all: the images that are held out, and those that are left out.
@@ -148,13 +149,8 @@ def load_image_data(args: DataArguments, splits: Sequence[str], model_labels: Ma
 
 def _read_hub(args: DataArguments, split: str) -> tuple[str, Dataset]:
     """A split and how to call it; a class is a name."""
-    try:
-        splits = load_dataset(args.dataset_name, args.dataset_config_name)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"dataset_name={args.dataset_name} cannot be loaded: {' '.join(str(error).split())} Read images of your "
-            "own with train_images, validation_images and test_images instead."
-        ) from error
+    setting, instead = f"dataset_name={args.dataset_name}", "train_images, validation_images and test_images"
+    splits = load_hub(setting, str(args.dataset_name), args.dataset_config_name, instead)
     if split not in splits:
         hold_out = ", set validation_fraction" if split == "validation" else ""
         raise ValueError(

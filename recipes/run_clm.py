@@ -220,13 +220,14 @@ def count(run: Run, split: str, prefix: str) -> dict[str, int]:
 
 def describe(data_args: DataArguments) -> Subject:
     """What the model card says about the task and its data."""
-    names = (data_args.dataset_name, data_args.dataset_config_name)
+    name, config = data_args.dataset_name, data_args.dataset_config_name
+    on_hub = name is not None and not Path(name).is_dir()
     return Subject(
         recipe="run_clm.py",
         kind="causal language",
         pipeline_tag="text-generation",
-        data=" ".join(name for name in names if name) + " (Hub)" if data_args.dataset_name else OWN_FILES,
-        dataset=data_args.dataset_name,
+        data=f"{name} {config or ''}".strip() + " (Hub)" if on_hub else OWN_FILES,
+        dataset=name if on_hub else None,
     )
 
 

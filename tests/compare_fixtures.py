@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import compare
+import compare_config
 import pytest
 import yaml
 from tiny_compare import RECIPE, STAMP
@@ -12,11 +13,12 @@ from tiny_compare import RECIPE, STAMP
 def config(tmp_path, monkeypatch):
     """Writes the YAML of a comparison by that recipe, two methods on one task, and returns its path."""
     (tmp_path / "recipe.py").write_text(RECIPE)
+    monkeypatch.setattr(compare_config, "RECIPES", tmp_path)
     monkeypatch.setattr(compare, "make_stamp", lambda: STAMP)
 
     def write(**changes) -> Path:
         content = {
-            "recipe": str(tmp_path / "recipe.py"),
+            "recipe": "recipe.py",
             "output_dir": str(tmp_path / "out"),
             "tasks": {"T": {"metric": "predict_accuracy", "tuning_metric": "eval_accuracy"}},
             "methods": {"A": {"value": 1}, "B": {"value": 3}},

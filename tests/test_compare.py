@@ -106,7 +106,8 @@ def test_a_killed_comparison_goes_on_from_the_last_checkpoint(config, tmp_path, 
     # The same as the script, but for the seconds that the stamp takes.
     code = f"import sys, signal, compare; compare.make_stamp = lambda: {STAMP}; "
     code += "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); sys.exit(compare.main())"
-    process = subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=RECIPES, stderr=subprocess.PIPE)
+    command = [sys.executable, "-c", code, str(path), "--recipe", str(tmp_path / "recipe.py")]
+    process = subprocess.Popen(command, cwd=RECIPES, stderr=subprocess.PIPE)
     model = tmp_path / "out" / "t" / "a" / "seed-1" / "model"
     wait_for((model / "model.safetensors").exists)
     os.kill(process.pid, number)

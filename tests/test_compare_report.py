@@ -19,7 +19,7 @@ pytest_plugins = ["compare_fixtures"]
         ({"seeds": []}, "sets no seeds"),
         ({"seeds": ["x"]}, "seeds must be an integer of at least 0, but is 'x'"),
         ({"baseline": "C"}, "baseline=C is none of the methods: A, B"),
-        ({"recipe": "run_nothing.py"}, "recipe=run_nothing.py is no file"),
+        ({"recipe": "run_nothing.py"}, "recipe=run_nothing.py is not the name of a script in"),
         ({"tasks": {"T": {}}}, "Task T sets no metric"),
         ({"methods": {"A b": {}, "a-B": {}}}, "must differ in letters or digits: A b, a-B"),
         ({"settings": {"seed": 1}}, "seed is set for each run by compare.py"),

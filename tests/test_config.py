@@ -19,7 +19,7 @@ REFUSED = [
     (dict(num_perturbed_blocks=0), "num_perturbed_blocks must be at least 1.*block_selection='none'"),
     (dict(num_perturbed_blocks=1.5), "num_perturbed_blocks must be a finite integer"),
     (dict(max_overhead=0), "max_overhead must be above 0"),
-    (dict(block_selection="first"), "block_selection must be one of none, all, top_k, last, budget"),
+    (dict(block_selection="any"), "block_selection must be one of none, all, top_k, last, budget"),
     (dict(ascent_gradient="next"), "ascent_gradient must be one of current, previous"),
     (dict(sharpness_scope="epoch"), "sharpness_scope must be one of batch, micro_batch"),
     (dict(block_pattern="("), "block_pattern '\\(' is no regular expression"),

@@ -1,5 +1,6 @@
 """The demo without its network and its training: assets from small archives, runs by a stand-in for `run_glue.py`."""
 
+import ast
 import csv
 import hashlib
 import io
@@ -194,6 +195,19 @@ def test_runs_are_interleaved_and_kept_and_redone_when_something_changed(tmp_pat
     assert epochs == [0.5, 1.0]
     assert [run.trained for run in plan()] == [False, True, False, False]
     assert not any(run.trained for run in (*plan(version="2"), *plan(learning_rate=0.1)))
+
+
+def test_a_change_of_any_code_that_a_run_imports_makes_it_another_run():
+    reached, waiting = set(), ["run_glue"]
+    while waiting:
+        name = waiting.pop()
+        # The card is written after all else, and has no part in a figure.
+        if name != "model_card" and (path := demo.RECIPES / f"{name}.py").is_file() and path not in reached:
+            reached.add(path)
+            nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+            waiting += [str(node.module) for node in nodes]
+    assert {path for path in demo.CODE if path.parent == demo.RECIPES} == reached
+    assert demo.RECIPES.parent / "hf_lsam" / "step.py" in demo.CODE
 
 
 def test_weights_are_kept_until_the_run_is_tested(tmp_path, stand_in):

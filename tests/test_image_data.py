@@ -7,6 +7,7 @@ import image_data
 import numpy as np
 import PIL.Image
 import pytest
+import tables
 import torch
 from datasets import Dataset
 from image_data import DataArguments, load_image_data
@@ -74,7 +75,7 @@ def test_labels_of_the_hub_may_be_names_or_numbers(tmp_path, monkeypatch):
     images = [{"bytes": picture(n % 3, n), "path": None} for n in range(6)]
     for labels, names in ((["cat", "dog", "ant"] * 2, ("ant", "cat", "dog")), ([10, 9, 2] * 2, ("2", "9", "10"))):
         dataset = Dataset.from_dict({"image": images, "label": labels}).cast_column("image", image_data.Image())
-        monkeypatch.setattr(image_data, "load_dataset", lambda *_, dataset=dataset: {"train": dataset})
+        monkeypatch.setattr(tables, "load_dataset", lambda *_, dataset=dataset: {"train": dataset})
         data = load(dataset_name="some/set")
         assert data.labels == names
         assert [names[number] for number in data.splits["train"]["label"]] == [str(label) for label in labels]
@@ -217,13 +218,13 @@ def test_a_data_set_of_the_hub_that_does_not_fit(tmp_path, monkeypatch):
         load(dataset_name=name, **columns("img", "img"))
     with pytest.raises(ValueError, match=r"No validation data: .* has train, test. .* set validation_fraction"):
         load(("train", "validation"), dataset_name=name, **columns("img", "fine"))
-    with pytest.raises(ValueError, match=r"dataset_name=no/where cannot be loaded: .* train_images"):
+    with pytest.raises(ValueError, match=r"dataset_name=no/where could not be loaded .* train_images"):
         load(dataset_name="no/where")
-    unlabelled = image_data.load_dataset(name)
+    unlabelled = tables.load_dataset(name)
     unlabelled["test"] = unlabelled["test"].map(
         lambda row, index: {"fine": -1 if index == 3 else 0}, with_indices=True
     )
-    monkeypatch.setattr(image_data, "load_dataset", lambda *_: unlabelled)
+    monkeypatch.setattr(tables, "load_dataset", lambda *_: unlabelled)
     with pytest.raises(ValueError, match=r"\(test\), row 4: no class is given. Leave out do_predict"):
         load(("train", "test"), dataset_name=name, **columns("img", "fine"))
 

@@ -9,9 +9,12 @@ from types import SimpleNamespace
 
 import model_card
 import pytest
+import run_clm
 import run_glue
+import run_image_classification
 import yaml
 from glue_tasks import DataArguments
+from model_card import Subject
 from tiny_glue import rte
 from transformers import TrainingArguments
 
@@ -55,3 +58,48 @@ def test_model_card_is_pushed_with_the_model(tmp_path, monkeypatch):
     assert pushed == [("me/mine", content)]
     header = yaml.safe_load(content.split("---\n")[1])
     assert (header["base_model"], header["datasets"]) == ("google-bert/bert-base-cased", "nyu-mll/glue")
+
+
+HOSTILE = "x\n---\nlicense: mit\n---\n# Title `y` | ![](http://example.com/x.png) <img src=x>\n```\n{z}"
+
+
+def test_fields_of_a_model_card_stay_in_their_place(tmp_path):
+    plain, hostile = (card(tmp_path, name, text) for name, text in (("plain", "x"), ("hostile", HOSTILE)))
+    header, body = hostile.removeprefix("---\n").split("\n---\n", 1)
+    names = yaml.safe_load(header)
+    assert names["base_model"] == names["datasets"] == HOSTILE
+    assert names.keys() == yaml.safe_load(plain.removeprefix("---\n").split("\n---\n", 1)[0]).keys()
+    assert outline(body) == outline(plain.removeprefix("---\n").split("\n---\n", 1)[1])
+    training, lsam, metrics = map(json.loads, re.findall(r"^```json\n(.*?)\n```$", body, re.MULTILINE | re.DOTALL))
+    assert training["data"] == training["adapter"]["lora_target_modules"] == HOSTILE
+    assert lsam["block_pattern"] == re.escape(HOSTILE)
+    assert metrics == {HOSTILE: None} | {"a": 1.0}
+
+
+def card(folder: Path, name: str, text: str) -> str:
+    """The card of a model, whose every free field is `text`."""
+    args = TrainingArguments(str(folder / name), use_cpu=True)
+    Path(args.output_dir).mkdir()
+    config = LSAMConfig(block_pattern=re.escape(text))
+    subject = Subject("run.py", "text classification", "text-classification", text, text)
+    trainer = SimpleNamespace(args=args, lsam_config=config)
+    metrics = {text: None, "a": 1.0}
+    model_card.write_model_card(trainer, text, subject, metrics, {"lora_target_modules": text})
+    return (Path(args.output_dir) / "README.md").read_text()
+
+
+def outline(body: str) -> list[str]:
+    """Headings and fences: what the form of a page consists of."""
+    return [line for line in body.splitlines() if line.startswith(("#", "```", "---", "|", "!", "<"))]
+
+
+def test_a_local_data_set_is_not_named_in_the_card(tmp_path):
+    for describe in (
+        lambda name: run_clm.describe(run_clm.DataArguments(dataset_name=name)),
+        lambda name: run_image_classification.describe(
+            run_image_classification.ModelArguments("a/b"), run_image_classification.DataArguments(dataset_name=name)
+        ),
+    ):
+        assert describe("someone/data").dataset == "someone/data"
+        subject = describe(str(tmp_path))
+        assert subject.dataset is None and str(tmp_path) not in subject.data

@@ -1,58 +1,194 @@
-"""What is installed, and what it takes with it: the wheel and the dependencies."""
+"""What is installed, and what it takes with it: the wheel, the sdist, the metadata and the dependencies."""
 
+import ast
+import email
+import importlib.metadata
+import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
 
+import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 CORE = {"accelerate", "numpy", "safetensors", "torch", "transformers"}
+# What the sdist holds, whole folders and files.
+FOLDERS = (".ci", "accelerate_configs", "docs", "hf_lsam", "recipes", "tests")
+FILES = (
+    ".pre-commit-config.yaml",
+    "CHANGELOG.md",
+    "CITATION.cff",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "MANIFEST.in",
+    "Makefile",
+    "README.md",
+    "constraints-oldest.txt",
+    "constraints.txt",
+    "pyproject.toml",
+)
+# Requirements that are run, or that the Trainer imports by name, and no file here.
+TOOLS = {"mypy", "pre-commit", "pytest-xdist", "ruff", "setuptools", "trackio"}
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+USER = """
+from hf_lsam import LSAMConfig, LSAMTrainer
+config = LSAMConfig(rho=0.05, num_perturbed_blocks=None)
+LSAMConfig(rho="far")
+LSAMConfig(rhoo=0.1)
+LSAMTrainer(lsam_config=0.05)
+enabled: str = config.enabled
+"""
+
+FEW_STEPS = """
+import sys
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+before = set(sys.modules)
+import hf_lsam
+added = {module.partition(".")[0] for module in set(sys.modules) - before}
+sizes = dict(vocab_size=9, hidden_size=8, num_attention_heads=1, num_key_value_heads=1, intermediate_size=8)
+args = TrainingArguments("out", max_steps=2, logging_steps=1, use_cpu=True, report_to="none", save_strategy="no")
+trainer = hf_lsam.LSAMTrainer(
+    LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, **sizes)), args,
+    train_dataset=[{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 8,
+    lsam_config=hf_lsam.LSAMConfig(rho=0.5),
+)
+trainer.train()
+print("#", hf_lsam.__file__, trainer.state.log_history[0]["lsam/active"], *added)
+"""
 
 
 def run(*command, **kwargs) -> str:
     """What `command` printed; its error output is shown if it fails."""
     result = subprocess.run(command, capture_output=True, text=True, **kwargs)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
 
-def test_wheel_holds_the_package_and_nothing_else(tmp_path):
-    source = tmp_path / "source"
-    source.mkdir()
-    for file in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / file, source)
-    for folder in ("hf_lsam", "recipes", "tests"):
-        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    pip = (sys.executable, "-m", "pip", "wheel", "-qq", "--no-deps", "--no-build-isolation", "--no-index")
-    run(*pip, "--wheel-dir", str(tmp_path), str(source))
-    [wheel] = tmp_path.glob("*.whl")
-    files = zipfile.ZipFile(wheel).namelist()
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """A folder with the sdist of this tree, and the wheel that is built from the sdist."""
+    folder = tmp_path_factory.mktemp("built")
+    source = folder / "source"
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, source / name)
+    for name in FILES:
+        shutil.copy(ROOT / name, source)
+    build = "import sys, setuptools.build_meta as backend; getattr(backend, 'build_' + sys.argv[1])(sys.argv[2])"
+    run(sys.executable, "-c", build, "sdist", str(folder), cwd=source)
+    with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
+        archive.extractall(folder, filter="data")
+    run(sys.executable, "-c", build, "wheel", str(folder), cwd=next(folder.glob("hf_lsam-*/")))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def installed(built) -> Path:
+    """An environment into which the wheel is unpacked, and nothing else is installed; returns its `site-packages`."""
+    run(sys.executable, "-m", "venv", "--without-pip", str(built / "env"))
+    [site] = (built / "env").glob("lib/python*/site-packages")
+    zipfile.ZipFile(next(built.glob("*.whl"))).extractall(site)
+    return site
+
+
+def test_wheel_holds_the_package_and_nothing_else(built):
+    files = zipfile.ZipFile(next(built.glob("*.whl"))).namelist()
     modules = {f"hf_lsam/{path.name}" for path in (ROOT / "hf_lsam").iterdir() if path.suffix in (".py", ".typed")}
     assert {file for file in files if ".dist-info/" not in file} == modules
     assert "hf_lsam/py.typed" in modules
     assert any(file.endswith("licenses/LICENSE") for file in files)
 
 
+def test_sdist_holds_all_that_it_takes_to_test_and_no_leftovers(built):
+    folder = next(built.glob("hf_lsam-*/"))
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        there = {Path(*Path(member.name).parts[1:]).as_posix() for member in archive if member.isfile()}
+    wanted = {file.relative_to(ROOT).as_posix() for name in FOLDERS for file in (ROOT / name).rglob("*")}
+    wanted = {name for name in wanted if (ROOT / name).is_file() and "__pycache__" not in name} | {*FILES}
+    made = {"PKG-INFO", "setup.cfg", *(name for name in there if name.startswith("hf_lsam.egg-info/"))}
+    assert there == wanted | made
+    assert (folder / "tests" / "tiny.py").is_file()
+
+
+def test_the_wheel_trains_by_itself_and_brings_the_core_dependencies_only(installed, tmp_path):
+    """Of what transformers' Trainer has not imported itself; the other packages come from where the tests run."""
+    (installed / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    python = installed.parents[2] / "bin" / "python"
+    output = run(str(python), "-I", "-c", FEW_STEPS, cwd=tmp_path, env=environment)
+    [line] = [line for line in output.splitlines() if line.startswith("#")]
+    _, file, active, *added = line.split()
+    assert Path(file) == installed / "hf_lsam" / "__init__.py"
+    assert float(active) == 1
+    assert {"hf_lsam"} <= set(added) - sys.stdlib_module_names <= CORE | {"hf_lsam"}
+
+
+def test_mypy_honours_the_types_of_the_wheel_in_the_file_of_a_user(installed, tmp_path):
+    """The types of this package: those of torch and transformers take minutes to read."""
+    others = "".join(f"[mypy-{name}.*]\nfollow_imports = skip\nignore_missing_imports = true\n" for name in CORE)
+    (tmp_path / "mypy.ini").write_text(f"[mypy]\n{others}")
+    (tmp_path / "user.py").write_text(USER)
+    python = installed.parents[2] / "bin" / "python"
+    command = [sys.executable, "-m", "mypy", "--python-executable", str(python), "user.py"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MYPYPATH")}
+    output = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment).stdout
+    assert re.findall(r"^user.py:(\d+): error: .*\[([\w-]+)\]$", output, re.MULTILINE) == [
+        ("4", "arg-type"),
+        ("5", "call-arg"),
+        ("6", "arg-type"),
+        ("7", "assignment"),
+    ], output
+
+
+def test_metadata_is_complete(built):
+    [wheel] = built.glob("*.whl")
+    content = zipfile.ZipFile(wheel).read(f"hf_lsam-{PROJECT['version']}.dist-info/METADATA").decode()
+    metadata = email.message_from_string(content)
+    for name in ("Name", "Version", "Summary", "Author", "Keywords", "Project-URL", "Requires-Python"):
+        assert metadata[name], f"{name} is missing"
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert metadata.get_payload() == (ROOT / "README.md").read_text()
+    least = metadata["Requires-Python"].removeprefix(">=")
+    classifiers = metadata.get_all("Classifier")
+    assert {"Typing :: Typed", f"Programming Language :: Python :: {least}"} <= set(classifiers)
+    # With a license expression, a license classifier is refused by the package index.
+    assert not any(classifier.startswith("License ::") for classifier in classifiers)
+
+
+def test_one_version_everywhere():
+    version = PROJECT["version"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == version
+    assert citation["license"] == PROJECT["license"]
+    assert [author["name"] for author in citation["authors"]] == [author["name"] for author in PROJECT["authors"]]
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
 def test_core_dependencies_are_few():
     assert {Requirement(text).name for text in PROJECT["dependencies"]} == CORE
 
 
-def test_import_brings_the_core_dependencies_only():
-    """Of what transformers' Trainer has not imported itself."""
-    code = (
-        "import sys; from transformers import Trainer; before = set(sys.modules); import hf_lsam; "
-        "print(*{module.partition('.')[0] for module in set(sys.modules) - before})"
-    )
-    added = set(run(sys.executable, "-c", code, cwd=ROOT).split())
-    assert "hf_lsam" in added
-    assert added - sys.stdlib_module_names <= CORE | {"hf_lsam"}
+@pytest.mark.parametrize("extra", ["demo", "recipes", "test"])
+def test_an_extra_holds_what_is_imported_and_nothing_else(extra):
+    """What a script imports directly is required directly."""
+    scripts = {"demo": reached_from(ROOT / "recipes" / "demo.py")}
+    scripts["recipes"] = {*(ROOT / "recipes").glob("*.py"), ROOT / "hf_lsam" / "glue_metric.py"}
+    scripts["test"] = {*scripts["recipes"], *(ROOT / "tests").glob("*.py")}
+    wanted = requirements(extra) - {"hf-lsam"}
+    distributions = importlib.metadata.packages_distributions()
+    imported = {canonicalize_name(distributions[name][0]) for path in scripts[extra] for name in foreign(path)}
+    assert imported - CORE - {"hf-lsam"} == wanted - TOOLS
 
 
 def test_every_requirement_is_pinned_within_its_range():
@@ -65,3 +201,42 @@ def test_every_requirement_is_pinned_within_its_range():
             [pin] = pins[canonicalize_name(requirement.name)].specifier
             assert pin.operator == "=="
             assert pin.version in requirement.specifier, requirement
+
+
+def requirements(extra: str) -> set[str]:
+    """Names of what an extra asks for, by way of other extras as well."""
+    names = set()
+    for requirement in map(Requirement, PROJECT["optional-dependencies"][extra]):
+        names.add(canonicalize_name(requirement.name))
+        for other in requirement.extras:
+            names |= requirements(other)
+    return names
+
+
+def imports(path: Path) -> set[str]:
+    """Names of all modules that a file imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(str(node.module))
+    return names
+
+
+def foreign(path: Path) -> set[str]:
+    """The top-level packages that a file imports and that are neither Python's nor files of this repository."""
+    own = {file.stem for folder in ("recipes", "tests") for file in (ROOT / folder).glob("*.py")} | {"hf_lsam"}
+    return {name.partition(".")[0] for name in imports(path)} - own - sys.stdlib_module_names
+
+
+def reached_from(script: Path) -> set[Path]:
+    """A script of the recipes, those that it runs, and all files that they import."""
+    reached, waiting = set(), [script, ROOT / "recipes" / "run_glue.py"]
+    while waiting:
+        path = waiting.pop()
+        if path.is_file() and path not in reached:
+            reached.add(path)
+            waiting += [ROOT.joinpath("hf_lsam", f"{name.removeprefix('hf_lsam.')}.py") for name in imports(path)]
+            waiting += [ROOT / "recipes" / f"{name}.py" for name in imports(path)]
+    return reached

@@ -1,0 +1,149 @@
+"""What the documents name is there: files, functions, tests and links; and every public name is documented."""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import hf_lsam
+from hf_lsam.step_log import Perturbed, StepLog
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*.md")])
+# Paths of this repository, as the documents write them.
+PATH = re.compile(r"`((?:hf_lsam|recipes|tests|docs|accelerate_configs)/[\w./-]+)(?:::([\w.]+))?`")
+
+
+def defined_in(path: Path) -> set[str]:
+    """Functions and classes of a file, methods as `Class.method`."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{item.name}" for item in node.body if isinstance(item, ast.FunctionDef)}
+    return names
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_names_is_there(page):
+    text = page.read_text()
+    for path, name in PATH.findall(text):
+        assert (ROOT / path).exists(), path
+        assert not name or name in defined_in(ROOT / path), f"{path}::{name}"
+    for link in re.findall(r"\]\((?!https?://)([^)#]+)(?:#[^)]*)?\)", text):
+        assert (page.parent / link).exists(), link
+
+
+def test_every_line_of_the_equations_names_code_and_a_test():
+    lines = (ROOT / "docs" / "equations.md").read_text().splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ") and "| in the code |" not in line]
+    assert len(rows) == 17 + 11
+    for *_, code, test in rows:
+        assert re.match(r"`(hf_lsam|recipes)/\w+\.py", code), code
+        assert re.match(r"`tests/test_\w+\.py::test_\w+`", test), test
+
+
+def test_every_setting_and_figure_is_on_the_page_of_settings():
+    page = (ROOT / "docs" / "settings.md").read_text()
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ")[1] for line in page.splitlines() if line[:3] == "| `"}
+    documented = {}
+    for names, values in rows.items():
+        documented |= zip(re.findall(r"`([\w/]+)`", names), values.split(", "), strict=False)
+    for field in dataclasses.fields(hf_lsam.LSAMConfig):
+        assert documented[field.name] == str(field.default), field.name
+    figures = set(re.findall(r"^    - `(lsam/\w+)`", hf_lsam.LSAMMixin.__doc__, re.MULTILINE))
+    assert figures == {name for name in documented if name.startswith("lsam/")}
+    log = StepLog(["a"])
+    log.add(Perturbed(torch.tensor(True), [0], [1.0], 0.1, 0, 0.5))
+    assert log.line().keys() == figures
+
+
+def test_every_test_file_of_the_table_of_features_is_there():
+    text = (ROOT / "README.md").read_text()
+    assert text.count("| feature |") == 1
+    table = text.split("| feature |")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(table) > 30
+    for row in table:
+        assert re.search(r"`tests/test_\w+\.py`", row), row
+
+
+def test_the_walk_of_contributing_starts_from_the_code_as_it_is():
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    with pytest.raises(ValueError) as refusal:
+        hf_lsam.LSAMConfig(block_selection="first")
+    assert str(refusal.value).rstrip(".") in page
+    places = {
+        "hf_lsam/reference.py": ("def last(k: int) -> Rule:",),
+        "hf_lsam/config.py": ("BLOCK_SELECTIONS = ", "def _check_combinations("),
+        "hf_lsam/selection.py": ("def select(", "alive = ", "return alive[-limit:]"),
+        "tests/test_right.py": (
+            "METHODS = {",
+            '"last 2": (dict(rho=0.1, block_selection="last"), lambda m, n: lsam(m',
+        ),
+        "tests/test_selection.py": (
+            "def test_a_block_without_gradient_is_never_selected(",
+            "def chosen(squared_norms",
+        ),
+        "recipes/benchmark.py": ("METHODS: ", '"last-2": {"block_selection": "last"'),
+        "Makefile": (".venv/.installed-%:",),
+    }
+    for file, texts in places.items():
+        content = (ROOT / file).read_text()
+        assert [text for text in texts if content.count(text) != 1] == [], file
+
+
+MODULES = [name for _, name, _ in pkgutil.iter_modules(hf_lsam.__path__, "hf_lsam.")]
+
+
+@pytest.mark.parametrize("name", ["hf_lsam", *MODULES])
+def test_every_public_name_is_documented(name):
+    module = importlib.import_module(name)
+    assert inspect.getdoc(module)
+    for own in public(module):
+        assert vars(own).get("__doc__") if inspect.isclass(own) else inspect.getdoc(own), own
+        if inspect.isclass(own):
+            for attribute, value in vars(own).items():
+                function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+                if inspect.isfunction(function) and not attribute.startswith("_"):
+                    assert inspect.getdoc(getattr(own, attribute)), f"{own}.{attribute}"
+
+
+def public(module) -> list:
+    """Classes and functions that a module itself defines, without those of a leading underscore."""
+    return [
+        value
+        for key, value in vars(module).items()
+        if (inspect.isclass(value) or inspect.isfunction(value))
+        and value.__module__ == module.__name__
+        and not key.startswith("_")
+    ]
+
+
+def test_arguments_in_a_docstring_are_those_that_there_are():
+    """`Args:` names every argument of its function in their order; that of a class, arguments of its `__init__`."""
+    seen = 0
+    for name in MODULES:
+        for own in public(importlib.import_module(name)):
+            functions = (
+                [value for value in vars(own).values() if inspect.isfunction(value)] if inspect.isclass(own) else []
+            )
+            for function in [own, *functions]:
+                documented = re.findall(r"^ {4}(\w+)(?: \([^\n]*\))?:", arguments_of(function), re.MULTILINE)
+                if documented:
+                    seen += 1
+                    there = [parameter for parameter in inspect.signature(function).parameters if parameter != "self"]
+                    assert documented == there or (inspect.isclass(function) and {*documented} <= {*there}), function
+    assert seen > 10
+
+
+def arguments_of(function) -> str:
+    """The parts of a docstring that list the arguments."""
+    parts = (inspect.getdoc(function) or "").split("\nArgs:\n")
+    return "\n".join(part.split("\n\n")[0] for part in parts[1:])
