@@ -257,7 +257,7 @@ def demo(output_dir: Path, seeds: list[int], model: Path | None, reviews: Path |
             bar.update(begin + steps - bar.n)
 
     # Only here: the memory of this process counts into the peak of those that it starts.
-    from plot import draw
+    from plot_demo import draw
     from run_glue import main as run_glue
     from stamp import stamp
 

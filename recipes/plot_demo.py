@@ -1,7 +1,7 @@
 """
 The picture of the demo: learning curves, what a step costs, and which blocks were perturbed when.
 
-    python recipes/plot.py demo/results.json demo/results.png
+    python recipes/plot_demo.py demo/results.json demo/results.png
 """
 
 import argparse
@@ -14,13 +14,9 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from palette import style
 
 matplotlib.use("Agg")
-
-# Okabe and Ito's palette, told apart with any colour vision; line styles say the same once more.
-COLOURS = ["#555555", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
-LINES = ["--", "-.", "-", "-", ":", "--", "-."]
-MARKERS = ["s", "^", "o", "D", "v", "P", "X"]
 
 
 def draw(results: dict[str, Any], path: Path):
@@ -51,9 +47,9 @@ def _learning_curves(axes: Axes, runs: dict[str, list[dict]], metric: str):
     for index, (method, repeats) in enumerate(runs.items()):
         steps = [point["step"] for point in repeats[0]["curve"]]
         values = np.array([[point[metric] for point in run["curve"]] for run in repeats])
-        colour, line, marker = COLOURS[index % 7], LINES[index % 7], MARKERS[index % 7]
-        axes.plot(steps, values.mean(0), label=method, c=colour, ls=line, lw=1.8, marker=marker, markersize=4)
-        axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.12, linewidth=0)
+        drawn = style(index)
+        axes.plot(steps, values.mean(0), label=method, lw=1.8, markersize=4, **drawn)
+        axes.fill_between(steps, values.min(0), values.max(0), color=drawn["color"], alpha=0.12, linewidth=0)
     seeds = len(next(iter(runs.values())))
     axes.set_title(f"Validation {metric} ({seeds} seed{'s' * (seeds > 1)})", fontsize=11)
     axes.set_xlabel("optimizer step")
@@ -70,7 +66,7 @@ def _cost_bars(axes: Axes, runs: dict[str, list[dict]]):
     for index, repeats in enumerate(runs.values()):
         whole, step = ratio(repeats, "training_seconds"), ratio(repeats, "step_seconds")
         memory = fmean(run["peak_memory_mib"] for run in repeats)
-        axes.barh(index, whole, color=COLOURS[index % 7], height=0.6)
+        axes.barh(index, whole, color=style(index)["color"], height=0.6)
         axes.text(whole + 0.03, index, f"{whole:.2f}x (step {step:.2f}x)\n{memory:,.0f} MiB", va="center", fontsize=9)
     axes.set_yticks(range(len(runs)), [method.replace(", ", ",\n") for method in runs], fontsize=9)
     axes.invert_yaxis()
