@@ -30,9 +30,10 @@ from demo_assets import AssetError, Splits, model_folder, rated_sentences, write
 from tqdm import tqdm
 
 RECIPES = Path(__file__).resolve().parent
+CODE_OF_RUNS = ("run_glue", "adapters", "common", "glue_data", "glue_tasks", "loading", "measures")
 CODE = [
     *RECIPES.parent.glob("hf_lsam/*.py"),
-    *(RECIPES / f"{name}.py" for name in ("run_glue", "adapters", "common", "glue_data", "glue_tasks", "loading")),
+    *(RECIPES / f"{name}.py" for name in CODE_OF_RUNS),
 ]
 
 SPLITS = Splits(train=400, validation=1000, test=2000, flipped=0.3)

@@ -25,7 +25,8 @@ result = {"eval_accuracy": 1 - abs(value - 2) / 10, "train_runtime": 9.0 * value
 if settings.get("do_predict") != "false":
     result["predict_accuracy"] = value / 10 + seed / 100
 (out / "all_results.json").write_text(json.dumps(result))
-log = [{"step": 2, "loss": 0.7}, {"step": 2, "eval_accuracy": value / 10, "eval_runtime": 2.0}]
+log = [{"step": 2, "loss": 0.7}, {"step": 2, "eval_accuracy": value / 10, "eval_runtime": 1.5},
+       {"step": 2, "sharpness/seconds": 0.5}]
 (out / "trainer_state.json").write_text(json.dumps({"log_history": log, "total_flos": 100.0 * value}))
 (out / "lsam_blocks.jsonl").write_text(json.dumps({"step": 2, "steps": 2, "counts": {"a": 1}}) + chr(10))
 """
