@@ -1,0 +1,95 @@
+"""
+The figures of a comparison, a folder for each task, as SVG and PNG.
+
+    python recipes/plot.py outputs/compare/glue_small figures/
+
+They are the paper's Figures 1 to 5 (gradient norms of the layers, landscapes of the layers, learning curves, gradient
+norm of the whole model, perturbations of each layer), and accuracy over cost. One that the results do not allow is left
+out, and the reason is said.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import matplotlib
+from compare_plan import slug
+from compare_series import ResultsError, TaskResults, read_results
+from compare_statistics import COSTS
+from matplotlib.figure import Figure
+from plot_figures import (
+    NotDrawnError,
+    accuracy_over_cost,
+    gradient_norm,
+    layer_gradient_norms,
+    layer_landscapes,
+    learning_curves,
+    perturbations,
+)
+
+
+def plot(folder: Path, output: Path, cost: str) -> list[Path]:
+    """
+    Draw what the results in `folder` allow into `output`, and say on stderr what not, and why.
+
+    Raises:
+        ResultsError: if they are no results of a comparison, or allow nothing.
+    """
+    figures: dict[str, Callable[[TaskResults], Figure]] = {
+        "layer_gradient_norms": layer_gradient_norms,
+        "layer_landscapes": layer_landscapes,
+        "learning_curves": learning_curves,
+        "gradient_norm": gradient_norm,
+        "perturbations": perturbations,
+        "accuracy_over_cost": partial(accuracy_over_cost, cost=cost),
+    }
+    written: list[Path] = []
+    for results in read_results(folder):
+        if len(results.seeds) == 1:
+            _say(f"{results.task}: there is one seed, so nothing is said about the spread between seeds.")
+        for name, draw in figures.items():
+            try:
+                figure = draw(results)
+            except NotDrawnError as reason:
+                _say(f"{results.task}: {name} is not drawn: {reason}.")
+            else:
+                written += save(figure, output / slug(results.task) / name)
+    if not written:
+        raise ResultsError(f"{folder} holds nothing that could be drawn.")
+    return written
+
+
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """Write a figure as SVG and PNG; the same figure gives the same bytes."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("svg", "png")]
+    with matplotlib.rc_context({"svg.hashsalt": stem.name}):
+        figure.savefig(paths[0], metadata={"Date": None})
+        figure.savefig(paths[1])
+    return paths
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line `argv`."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").strip().partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("results", type=Path, help="output_dir of compare.py")
+    parser.add_argument("figures", type=Path, help="folder that the pictures go to")
+    parser.add_argument(
+        "--cost", choices=list(COSTS), default="training_seconds", help="what accuracy is drawn over (default: time)"
+    )
+    args = parser.parse_args(argv)
+    try:
+        for path in plot(args.results, args.figures, args.cost):
+            print(path)
+    except ResultsError as error:
+        sys.exit(f"plot.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
