@@ -71,8 +71,8 @@ def read_results(folder: Path) -> list[TaskResults]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ResultsError(
-            f"{folder} holds no results.json. compare.py writes it into its output_dir; with --report_only, it does so "
-            "from the runs that are finished so far."
+            f"{folder} holds no results.json. compare.py writes it into its output_dir; with --report_only, it does "
+            "so from the runs that are finished so far."
         ) from error
     except ValueError as error:
         raise ResultsError(f"{path} is no JSON: {error}") from error
@@ -138,7 +138,9 @@ def block_norms(run: Run, measured: bool) -> dict[str, Curve]:
 
 def block_names(runs: Sequence[Run]) -> list[str]:
     """The blocks that layer-wise methods chose among."""
-    return list(dict.fromkeys(name for run in runs for row in run["blocks"] for name in row["counts"] if name != "all"))
+    return list(
+        dict.fromkeys(name for run in runs for row in run["blocks"] for name in row["counts"] if name != "all")
+    )
 
 
 def perturbation_counts(run: Run, blocks: Sequence[str]) -> list[int]:

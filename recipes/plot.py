@@ -4,8 +4,8 @@ The figures of a comparison, a folder for each task, as SVG and PNG.
     python recipes/plot.py outputs/compare/glue_small figures/
 
 They are the paper's Figures 1 to 5 (gradient norms of the layers, landscapes of the layers, learning curves, gradient
-norm of the whole model, perturbations of each layer), and accuracy over cost. One that the results do not allow is left
-out, and the reason is said.
+norm of the whole model, perturbations of each layer), and accuracy over cost. One that the results do not allow is
+left out, and the reason is said.
 """
 
 import argparse

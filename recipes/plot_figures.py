@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import matplotlib
@@ -39,7 +40,9 @@ def layer_gradient_norms(results: TaskResults) -> Figure:
     norms = {method: [block_norms(run, measured) for run in runs] for method, runs in results.runs.items()}
     shown = {method: of_runs for method, of_runs in norms.items() if of_runs and all(of_runs)}
     if not shown:
-        raise NotDrawnError("no run has gradient norms of layers. Set gradient_norm_steps in the comparison's settings")
+        raise NotDrawnError(
+            "no run has gradient norms of layers. Set gradient_norm_steps in the comparison's settings"
+        )
     figure, panels = _panels(list(shown), columns=3)
     blocks = list(next(iter(next(iter(shown.values())))))
     # Dark to light, and light yellow left out: the order of the layers shows in any colour vision.
@@ -67,7 +70,7 @@ def layer_landscapes(results: TaskResults) -> Figure:
         return dict(zip(run["landscapes"][block]["places"], run["landscapes"][block]["losses"], strict=True))
 
     for block, axes in panels.items():
-        _draw_methods(axes, results, lambda run, block=block: landscape(run, block), markers=False)
+        _draw_methods(axes, results, partial(landscape, block=block), markers=False)
         axes.set_title(f"layer {block.rpartition('.')[2]}" if block != "all" else "whole model", fontsize=9)
         axes.set_xlabel("distance")
     figure.supylabel("loss along a random direction (distance 1: as long as the weights)", fontsize=9)
@@ -85,7 +88,7 @@ def learning_curves(results: TaskResults) -> Figure:
         raise NotDrawnError(f"no run logged a loss or {validation}. Set logging_steps and eval_strategy")
     figure, panels = _panels(list(names), columns=2)
     for name, axes in panels.items():
-        _draw_methods(axes, results, lambda run, name=name: curve_of(run, name))
+        _draw_methods(axes, results, partial(curve_of, name=name))
         axes.set_xlabel("optimizer step")
         axes.set_title("training loss" if name == "loss" else name, fontsize=9, parse_math=False)
     _finish(figure, results, "Learning curves")
@@ -117,8 +120,9 @@ def perturbations(results: TaskResults) -> Figure:
     figure, panels = _panels([""], columns=1)
     axes = panels[""]
     shown = {method: runs for method, runs in results.runs.items() if runs}
+    places = [float(place) for place in range(len(blocks))]
     for place, (method, runs) in enumerate(shown.items()):
-        counts = [dict(enumerate(perturbation_counts(run, blocks))) for run in runs]
+        counts = [dict(zip(places, perturbation_counts(run, blocks), strict=True)) for run in runs]
         band = over_seeds(counts)
         # Beside each other: some methods perturb alike.
         x = band.places + (place - (len(shown) - 1) / 2) * 0.7 / len(shown)
@@ -201,12 +205,14 @@ def _panels(names: Sequence[str], columns: int) -> tuple[Figure, dict[str, Axes]
     return figure, panels
 
 
-def _finish(figure: Figure, results: TaskResults, title: str, legend: str = "", spread: str = "mean and range") -> None:
+def _finish(
+    figure: Figure, results: TaskResults, title: str, legend: str = "", spread: str = "mean and range"
+) -> None:
     """Title and legend: what the lines are, once for all panels."""
     seeds = results.seeds
     of_seeds = f"{spread} of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
     figure.suptitle(f"{title}: {results.task}, {of_seeds}", fontsize=11, parse_math=False)
-    entries = {}
+    entries: dict[str, Any] = {}
     for axes in figure.axes:
         entries |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     columns = 8 if legend else 3
