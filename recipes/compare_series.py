@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ def read_results(folder: Path) -> list[TaskResults]:
     return found
 
 
-def over_seeds(curves: Sequence[Curve]) -> Band:
+def over_seeds(curves: Sequence[Mapping[float, float]]) -> Band:
     """Mean and range of curves, one a seed; empty if there is none, or no place that all of them have."""
     places = sorted(set.intersection(*map(set, curves))) if curves else []
     values = np.array([[curve[place] for place in places] for curve in curves]).reshape(-1, len(places))
