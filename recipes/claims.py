@@ -58,12 +58,17 @@ def norm_ratios(results: TaskResults, method: str) -> list[float]:
 
 
 def consistency(norms: dict[str, Curve], k: int) -> Consistency | None:
-    """Of the gradient norms of a training's layers; `None` with less than a step for each part, or 2 layers."""
+    """
+    Of the gradient norms of a training's layers; `None` where they have no ranking: with fewer than 2 layers, or a
+    step for each part, or if all are alike.
+    """
     steps = sorted(set.intersection(*map(set, norms.values()))) if norms else []
     if len(steps) < PARTS or len(norms) < 2:
         return None
     parts = np.array_split(steps, PARTS)
     means = np.array([[np.mean([curve[step] for step in part]) for curve in norms.values()] for part in parts])
+    if (means == means[:, :1]).all(axis=1).any():
+        return None
     pairs = [stats.spearmanr(one, other).statistic for one, other in itertools.combinations(means, 2)]
     first, last = (set(np.argsort(-means[part], kind="stable")[:k].tolist()) for part in (0, -1))
     return Consistency(

@@ -40,9 +40,7 @@ def write_report(comparison: Comparison) -> list[str]:
     ]
     (output / "report.html").write_text(page(sections, notes), encoding="utf-8")
     write_csv(output / "runs.csv", comparison, tuning + results)
-    metrics = {task.name: {"metric": task.metric, "tuning_metric": task.tuning_metric} for task in comparison.tasks}
-    report = {"baseline": comparison.baseline, "tasks": metrics, "runs": results, "tuning_runs": tuning}
-    write_json(output / "results.json", report)
+    write_json(output / "results.json", {"baseline": comparison.baseline, "runs": results, "tuning_runs": tuning})
     print(text)
     print(f"The same as a page: {output / 'report.html'}. All runs: {output / 'runs.csv'}.")
     return missing

@@ -1,5 +1,6 @@
 """What the results of a comparison hold of each training: gradient norms, losses and perturbations, over the steps."""
 
+import csv
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -27,15 +28,15 @@ class TaskResults:
     Args:
         task (`str`): Its name.
         baseline (`str`): The method that the others are compared with.
-        metric, tuning_metric (`str` or `None`): Names of the compared figure, and of the one that settings were chosen
-            by; `None` for results of a `compare.py` that did not write them down.
+        metric (`str`): Name of the compared figure.
+        tuning_metric (`str` or `None`): Name of the one that settings were chosen by, if they were.
         runs (`dict[str, list[dict]]`): Results by method, the baseline first, each sorted by seed. A method that has
             no run of this task yet has none here.
     """
 
     task: str
     baseline: str
-    metric: str | None
+    metric: str
     tuning_metric: str | None
     runs: dict[str, list[Run]]
 
@@ -69,24 +70,25 @@ def read_results(folder: Path) -> list[TaskResults]:
     path = folder / "results.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        with (folder / "runs.csv").open(encoding="utf-8", newline="") as file:
+            metrics = {(row["task"], row["stage"]): row["metric"] for row in csv.DictReader(file)}
+        baseline = content["baseline"]
     except OSError as error:
         raise ResultsError(
-            f"{folder} holds no results.json. compare.py writes it into its output_dir; with --report_only, it does "
-            "so from the runs that are finished so far."
+            f"{folder} holds no report of compare.py ({error.filename} is missing), which writes it into its "
+            "output_dir; with --report_only, it does so from the runs that are finished so far."
         ) from error
-    except ValueError as error:
-        raise ResultsError(f"{path} is no JSON: {error}") from error
-    if not isinstance(content, dict) or not {"baseline", "runs"} <= content.keys():
-        raise ResultsError(f"{path} was not written by compare.py: it holds no baseline or no runs.")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ResultsError(f"{path} and runs.csv were not written by compare.py: {error!r}.") from error
     if not content["runs"]:
         raise ResultsError(f"{path} holds no compared run yet.")
-    baseline, found = content["baseline"], []
+    found = []
     for task in dict.fromkeys(run["task"] for run in content["runs"]):
         own = sorted((run for run in content["runs"] if run["task"] == task), key=lambda run: run["seed"])
         methods = dict.fromkeys([baseline, *(run["method"] for run in content["runs"])])
         by_method = {method: [run for run in own if run["method"] == method] for method in methods}
-        metrics = content.get("tasks", {}).get(task, {})
-        found.append(TaskResults(task, baseline, metrics.get("metric"), metrics.get("tuning_metric"), by_method))
+        tuning_metric = metrics.get((task, "tuning"))
+        found.append(TaskResults(task, baseline, metrics[task, "compared"], tuning_metric, by_method))
     return found
 
 

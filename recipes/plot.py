@@ -30,13 +30,8 @@ from plot_figures import (
 )
 
 
-def plot(folder: Path, output: Path, cost: str) -> list[Path]:
-    """
-    Draw what the results in `folder` allow into `output`, and say on stderr what not, and why.
-
-    Raises:
-        ResultsError: if they are no results of a comparison, or allow nothing.
-    """
+def draw(results: TaskResults, cost: str) -> dict[str, Figure]:
+    """Every figure of a task that the results allow, by its name; why the others are not drawn is said on stderr."""
     figures: dict[str, Callable[[TaskResults], Figure]] = {
         "layer_gradient_norms": layer_gradient_norms,
         "layer_landscapes": layer_landscapes,
@@ -45,20 +40,15 @@ def plot(folder: Path, output: Path, cost: str) -> list[Path]:
         "perturbations": perturbations,
         "accuracy_over_cost": partial(accuracy_over_cost, cost=cost),
     }
-    written: list[Path] = []
-    for results in read_results(folder):
-        if len(results.seeds) == 1:
-            _say(f"{results.task}: there is one seed, so nothing is said about the spread between seeds.")
-        for name, draw in figures.items():
-            try:
-                figure = draw(results)
-            except NotDrawnError as reason:
-                _say(f"{results.task}: {name} is not drawn: {reason}.")
-            else:
-                written += save(figure, output / slug(results.task) / name)
-    if not written:
-        raise ResultsError(f"{folder} holds nothing that could be drawn.")
-    return written
+    drawn: dict[str, Figure] = {}
+    if len(results.seeds) == 1:
+        _say(f"{results.task}: there is one seed, so nothing is said about the spread between seeds.")
+    for name, figure in figures.items():
+        try:
+            drawn[name] = figure(results)
+        except NotDrawnError as reason:
+            _say(f"{results.task}: {name} is not drawn: {reason}.")
+    return drawn
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
@@ -85,8 +75,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     try:
-        for path in plot(args.results, args.figures, args.cost):
-            print(path)
+        for results in read_results(args.results):
+            for name, figure in draw(results, args.cost).items():
+                for path in save(figure, args.figures / slug(results.task) / name):
+                    print(path)
     except ResultsError as error:
         sys.exit(f"plot.py: {error}")
 

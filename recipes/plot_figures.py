@@ -80,13 +80,12 @@ def layer_landscapes(results: TaskResults) -> Figure:
 
 def learning_curves(results: TaskResults) -> Figure:
     """The training loss, and the validation metric where the runs were evaluated on the way."""
-    metric = results.metric or "eval_loss"
-    validation = results.tuning_metric or "eval_" + metric.partition("_")[2]
+    validation = results.tuning_metric or "eval_" + results.metric.partition("_")[2]
     runs = [run for of_method in results.runs.values() for run in of_method]
-    names = {name: f"{name} during training" for name in ("loss", validation) if any(curve_of(r, name) for r in runs)}
+    names = [name for name in ("loss", validation) if any(curve_of(run, name) for run in runs)]
     if not names:
         raise NotDrawnError(f"no run logged a loss or {validation}. Set logging_steps and eval_strategy")
-    figure, panels = _panels(list(names), columns=2)
+    figure, panels = _panels(names, columns=2)
     for name, axes in panels.items():
         _draw_methods(axes, results, partial(curve_of, name=name))
         axes.set_xlabel("optimizer step")
@@ -139,8 +138,6 @@ def perturbations(results: TaskResults) -> Figure:
 def accuracy_over_cost(results: TaskResults, cost: str = "training_seconds") -> Figure:
     """The compared metric over the cost, as a ratio to the baseline with the same seed; bars are 95 % intervals."""
     metric = results.metric
-    if metric is None:
-        raise NotDrawnError("results.json names no metric. Write it anew by compare.py with --report_only")
     base = {run["seed"]: run[cost] for run in results.runs[results.baseline] if run[cost]}
     figure, panels = _panels([""], columns=1)
     axes = panels[""]
