@@ -54,7 +54,7 @@ class Settings:
     features: int = 4  # of a layer
     batch_size: int = 16
     perturbed_layers: int = 2
-    steps: tuple[int, ...] = (64, 128, 256, 512, 1024)
+    steps: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)
     c: float = 8.0  # eta is 1 / L for the fewest steps
     c_rho: float = 1.0
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)

@@ -43,6 +43,8 @@ def draw(results: TaskResults, cost: str) -> dict[str, Figure]:
     drawn: dict[str, Figure] = {}
     if len(results.seeds) == 1:
         _say(f"{results.task}: there is one seed, so nothing is said about the spread between seeds.")
+    if cost.endswith("seconds") and any(run["processes"] > 1 for runs in results.runs.values() for run in runs):
+        _say(f"{results.task}: several runs shared the machine, so times are rough. --cost flops does without them.")
     for name, figure in figures.items():
         try:
             drawn[name] = figure(results)

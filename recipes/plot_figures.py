@@ -22,7 +22,7 @@ from compare_series import (
 from compare_statistics import COSTS, mean_interval
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator
 from palette import style
 
 # Inches: as wide as a README is shown, letters of 9 points stay as large as its own.
@@ -178,11 +178,12 @@ def _draw_band(axes: Axes, band: Band, label: str, **drawn: Any) -> None:
 
 
 def _log_scale(axes: Axes) -> None:
-    """Logarithmic, with plain numbers; between powers of ten only where there is not more than one of them."""
+    """Logarithmic, with plain numbers at 1, 2 and 5 times the powers of ten."""
     axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}" if high < 12 * low else NullFormatter())
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
+    for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        set_formatter("{x:g}")
+    axes.tick_params(which="minor", labelsize=9)
 
 
 def _panels(names: Sequence[str], columns: int) -> tuple[Figure, dict[str, Axes]]:
