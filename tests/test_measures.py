@@ -5,7 +5,7 @@ import json
 import pytest
 import run_glue
 import torch
-from measures import MeasureArguments
+from measures import MeasureArguments, set_up_measures
 from safetensors.torch import load_file
 from tiny_glue import rte
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -73,5 +73,11 @@ def test_what_cannot_be_measured_is_refused_before_training(tmp_path, bert, glue
         run_glue.prepare([*rte(bert, glue, tmp_path / "out"), *more])
 
 
-def test_nothing_is_measured_unless_set():
-    assert not MeasureArguments().wanted
+@pytest.mark.parametrize("plugin", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_a_model_that_is_shared_out_is_refused(tmp_path, bert, glue, plugin):
+    trainer = run_glue.prepare([*rte(bert, glue, tmp_path / "out"), "--do_train"]).trainer
+    assert getattr(trainer, plugin) is False
+    setattr(trainer, plugin, True)
+    set_up_measures(trainer, MeasureArguments())
+    with pytest.raises(ValueError, match="need the whole model in each process, which FSDP and DeepSpeed share out"):
+        set_up_measures(trainer, MeasureArguments(landscape_points=3))
