@@ -12,7 +12,8 @@ Two claims of the paper on the results of a comparison, with 95 % intervals over
 
 Set `gradient_norm_steps` in the comparison's settings: both are then about the plain loss on the same rows in every
 run. Without it, the first is about the gradients that the optimizer got, which SAM takes at perturbed weights, and the
-second about the perturbed steps of layer-wise methods.
+second about the perturbed steps of layer-wise methods. A method that has fitted the rows it is measured on, as plain
+training of small data soon does, has next to no gradient there: read the first beside the training loss.
 """
 
 import argparse
