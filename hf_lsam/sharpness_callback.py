@@ -1,5 +1,6 @@
 """Sharpness block by block, and a callback that logs it while a model is trained."""
 
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -7,6 +8,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from .blocks import find_blocks
+from .perturbation import norms
 from .sharpness import LossFunction, LossSurface, model_loss
 
 
@@ -21,20 +23,31 @@ def block_surfaces(
     return surfaces | {"all": LossSurface(model, batches, loss_function)}
 
 
+def gradient_norms(surfaces: dict[str, LossSurface]) -> dict[str, float]:
+    """The gradient norm of each of [`block_surfaces`], from a single gradient of the whole model."""
+    whole = surfaces["all"]
+    gradient = dict(zip(whole.parameters, whole.gradient(), strict=True))
+    return {
+        name: float(norms([gradient[parameter] for parameter in surface.parameters]).double().norm())
+        for name, surface in surfaces.items()
+    }
+
+
 class SharpnessCallback(TrainerCallback):
     """
     Logs how flat the loss is around the weights while they are trained, and changes nothing of the training.
 
         trainer.add_callback(SharpnessCallback(trainer, batches, interval=100))
 
-    The log gets `sharpness/gradient_norm/<block>` and `sharpness/sam/<block>`, for each block and for `all`, and on
-    demand `sharpness/top_eigenvalue`.
+    The log gets `sharpness/gradient_norm/<block>` and `sharpness/sam/<block>`, for each block and for `all`, on demand
+    `sharpness/top_eigenvalue`, and `sharpness/seconds`, the time that measuring took.
 
     Args:
         trainer ([`~transformers.Trainer`]): The trainer that it is added to.
         batches (`Iterable`): See [`LossSurface`]; some hundred rows are enough to follow a training.
         interval (`int`): Measure after every so many optimizer steps.
-        rho (`float`, *optional*, defaults to `0.05`): Length of the perturbation. Default: SAM's.
+        rho (`float` or `None`, *optional*, defaults to `0.05`): Length of the perturbation. `None` leaves out
+            `sharpness/sam`: what is left costs a single backward pass. Default: SAM's.
         top_eigenvalue (`bool`, *optional*, defaults to `False`): Whether to log it: up to 100 Hessian products.
         loss_function (`Callable`, *optional*): See [`LossSurface`].
 
@@ -47,7 +60,7 @@ class SharpnessCallback(TrainerCallback):
         trainer: Trainer,
         batches: Iterable[Any],
         interval: int,
-        rho: float = 0.05,
+        rho: float | None = 0.05,
         top_eigenvalue: bool = False,
         loss_function: LossFunction = model_loss,
     ):
@@ -59,11 +72,14 @@ class SharpnessCallback(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.interval:
             return
+        start = time.perf_counter()
         surfaces = block_surfaces(self.trainer.accelerator.unwrap_model(model), self.batches, self.loss_function)
-        figures = {}
-        for name, surface in surfaces.items():
-            figures[f"sharpness/gradient_norm/{name}"] = surface.gradient_norm()
-            figures[f"sharpness/sam/{name}"] = surface.sharpness(self.rho)
+        figures = {f"sharpness/gradient_norm/{name}": norm for name, norm in gradient_norms(surfaces).items()}
+        if self.rho is not None:
+            figures |= {f"sharpness/sam/{name}": surface.sharpness(self.rho) for name, surface in surfaces.items()}
         if self.top_eigenvalue:
             figures["sharpness/top_eigenvalue"] = surfaces["all"].top_eigenvalue()
-        self.trainer.log(figures)
+        # Any line that is logged cancels the ordinary one of this step, which is still to come.
+        should_log = control.should_log
+        self.trainer.log(figures | {"sharpness/seconds": time.perf_counter() - start})
+        control.should_log = should_log

@@ -11,7 +11,7 @@ from compare_plan import Comparison, Task
 from compare_statistics import Row
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from plot import COLOURS, LINES
+from palette import style
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -61,7 +61,7 @@ def _table(lines: Sequence[dict[str, str]]) -> str:
 
 def _differences(axes: Axes, comparison: Comparison, task: Task, rows: Sequence[Row]):
     for index, row in enumerate(rows):
-        colour, difference = COLOURS[index % 7], row.difference
+        colour, difference = style(index)["color"], row.difference
         axes.plot(list(row.differences.values()), [index] * len(row.differences), "o", c=colour, ms=4, alpha=0.5)
         if difference is not None:
             axes.plot(difference.mean, index, "D", c=colour)
@@ -86,7 +86,7 @@ def _curves(axes: Axes, comparison: Comparison, task: Task, results: Sequence[di
         steps = sorted(set.intersection(*map(set, runs))) if runs else []
         means = [np.mean([run[step] for run in runs]) for step in steps]
         # A label that begins with an underscore would stay out of the legend.
-        axes.plot(steps, means, c=COLOURS[index % 7], ls=LINES[index % 7], marker=".", label=f" {method.name}")
+        axes.plot(steps, means, label=f" {method.name}", **style(index) | {"marker": "."})
     axes.set_xlabel("optimizer step")
     axes.set_title(f"{name} during training", fontsize=11, parse_math=False)
     for text in axes.legend(fontsize=8).get_texts():

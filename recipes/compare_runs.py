@@ -149,7 +149,8 @@ def finish(running: Running, comparison: Comparison, stamp: dict[str, Any]) -> s
         )
     state = read_json(model / "trainer_state.json") or {}
     history = state.get("log_history", [])
-    evaluation = sum(line.get("eval_runtime", 0.0) for line in history)
+    # Neither evaluation nor what is measured on the way is training.
+    beside = sum(line.get(name, 0.0) for line in history for name in ("eval_runtime", "sharpness/seconds"))
     blocks = model / "lsam_blocks.jsonl"
     rows = blocks.read_text(encoding="utf-8").splitlines() if blocks.exists() else []
     result = {
@@ -166,13 +167,14 @@ def finish(running: Running, comparison: Comparison, stamp: dict[str, Any]) -> s
         "resumed": running.resumed,
         "metrics": metrics,
         # Of a run in two parts, the Trainer knows the time of the second only.
-        "training_seconds": None if running.resumed else _less(metrics.get("train_runtime"), evaluation),
+        "training_seconds": None if running.resumed else _less(metrics.get("train_runtime"), beside),
         "wall_seconds": None if running.resumed else seconds,
         "step_seconds": metrics.get("train_step_seconds"),
         "flops": state.get("total_flos"),
         "peak_memory_mib": metrics.get("train_peak_memory_mib"),
         "curve": history,
         "blocks": [json.loads(row) for row in rows],
+        "landscapes": read_json(model / "landscapes.json"),
     }
     write_json(run.folder / "result.json", result)
     if not comparison.keep_models:

@@ -33,7 +33,7 @@ RECIPES = Path(__file__).resolve().parent
 CODE = [
     *RECIPES.parent.glob("hf_lsam/*.py"),
     # What run_glue.py imports, but for the model card.
-    *(RECIPES / f"{name}.py" for name in ("run_glue", "adapters", "common", "loading", "tables")),
+    *(RECIPES / f"{name}.py" for name in ("run_glue", "adapters", "common", "loading", "measures", "tables")),
     *(RECIPES / f"glue_{name}.py" for name in ("data", "sampling", "tasks")),
 ]
 
@@ -259,7 +259,7 @@ def demo(output_dir: Path, seeds: list[int], model: Path | None, reviews: Path |
             bar.update(begin + steps - bar.n)
 
     # Only here: the memory of this process counts into the peak of those that it starts.
-    from plot import draw
+    from plot_demo import draw
     from run_glue import main as run_glue
     from stamp import stamp
 

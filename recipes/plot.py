@@ -1,112 +1,88 @@
 """
-The picture of the demo: learning curves, what a step costs, and which blocks were perturbed when.
+The figures of a comparison, a folder for each task, as SVG and PNG.
 
-    python recipes/plot.py demo/results.json demo/results.png
+    python recipes/plot.py outputs/compare/glue_small figures/
+
+They are the paper's Figures 1 to 5 (gradient norms of the layers, landscapes of the layers, learning curves, gradient
+norm of the whole model, perturbations of each layer), and accuracy over cost. One that the results do not allow is
+left out, and the reason is said.
 """
 
 import argparse
-import json
+import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from statistics import fmean
-from typing import Any
 
 import matplotlib
-import numpy as np
-from matplotlib.axes import Axes
+from compare_plan import slug
+from compare_series import ResultsError, TaskResults, read_results
+from compare_statistics import COSTS
 from matplotlib.figure import Figure
-
-matplotlib.use("Agg")
-
-# Okabe and Ito's palette, told apart with any colour vision; line styles say the same once more.
-COLOURS = ["#555555", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
-LINES = ["--", "-.", "-", "-", ":", "--", "-."]
-MARKERS = ["s", "^", "o", "D", "v", "P", "X"]
-
-
-def draw(results: dict[str, Any], path: Path):
-    """Write the picture of `results` (the form of the demo's results.json) to `path`, as wide as a README shows it."""
-    methods = list(dict.fromkeys(run["method"] for run in results["runs"]))
-    runs = {method: [run for run in results["runs"] if run["method"] == method] for method in methods}
-    mapped = [method for method in methods if any(sum(row["counts"].values()) for row in runs[method][0]["blocks"])]
-    figure = Figure(figsize=(12, 7.2), dpi=150, layout="constrained")
-    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.2, 1])[:, 0]
-    accuracy, loss, cost = top.subplots(1, 3, width_ratios=[1, 1, 1.1])
-    _learning_curves(accuracy, runs, "accuracy")
-    _learning_curves(loss, runs, "loss")
-    accuracy.legend(fontsize=9)
-    _cost_bars(cost, runs)
-    if mapped:
-        blocks = max((list(runs[method][0]["blocks"][0]["counts"]) for method in mapped), key=len)
-        maps = bottom.subplots(1, len(mapped), sharey=True, squeeze=False)[0]
-        for axes, method in zip(maps, mapped, strict=True):
-            image = _block_map(axes, method, runs[method], blocks)
-        maps[0].set_ylabel("block (first to last)")
-        bottom.colorbar(image, ax=list(maps), label="share of steps", fraction=0.04, pad=0.01)
-        bottom.suptitle("What was perturbed, and when", fontsize=11)
-    figure.savefig(path)
+from plot_figures import (
+    NotDrawnError,
+    accuracy_over_cost,
+    gradient_norm,
+    layer_gradient_norms,
+    layer_landscapes,
+    learning_curves,
+    perturbations,
+)
 
 
-def _learning_curves(axes: Axes, runs: dict[str, list[dict]], metric: str):
-    """A metric on the validation part: the mean over seeds, and the range between them."""
-    for index, (method, repeats) in enumerate(runs.items()):
-        steps = [point["step"] for point in repeats[0]["curve"]]
-        values = np.array([[point[metric] for point in run["curve"]] for run in repeats])
-        colour, line, marker = COLOURS[index % 7], LINES[index % 7], MARKERS[index % 7]
-        axes.plot(steps, values.mean(0), label=method, c=colour, ls=line, lw=1.8, marker=marker, markersize=4)
-        axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.12, linewidth=0)
-    seeds = len(next(iter(runs.values())))
-    axes.set_title(f"Validation {metric} ({seeds} seed{'s' * (seeds > 1)})", fontsize=11)
-    axes.set_xlabel("optimizer step")
-    axes.grid(alpha=0.3)
+def draw(results: TaskResults, cost: str) -> dict[str, Figure]:
+    """Every figure of a task that the results allow, by its name; why the others are not drawn is said on stderr."""
+    figures: dict[str, Callable[[TaskResults], Figure]] = {
+        "layer_gradient_norms": layer_gradient_norms,
+        "layer_landscapes": layer_landscapes,
+        "learning_curves": learning_curves,
+        "gradient_norm": gradient_norm,
+        "perturbations": perturbations,
+        "accuracy_over_cost": partial(accuracy_over_cost, cost=cost),
+    }
+    drawn: dict[str, Figure] = {}
+    if len(results.seeds) == 1:
+        _say(f"{results.task}: there is one seed, so nothing is said about the spread between seeds.")
+    if cost.endswith("seconds") and any(run["processes"] > 1 for runs in results.runs.values() for run in runs):
+        _say(f"{results.task}: several runs shared the machine, so times are rough. --cost flops does without them.")
+    for name, figure in figures.items():
+        try:
+            drawn[name] = figure(results)
+        except NotDrawnError as reason:
+            _say(f"{results.task}: {name} is not drawn: {reason}.")
+    return drawn
 
 
-def _cost_bars(axes: Axes, runs: dict[str, list[dict]]):
-    """Training time over that of the first method, with the time of a median step and the peak memory beside."""
-    plain = {run["seed"]: run for run in next(iter(runs.values()))}
-
-    def ratio(repeats: list[dict], time: str) -> float:
-        return fmean(run[time] / plain[run["seed"]][time] for run in repeats)
-
-    for index, repeats in enumerate(runs.values()):
-        whole, step = ratio(repeats, "training_seconds"), ratio(repeats, "step_seconds")
-        memory = fmean(run["peak_memory_mib"] for run in repeats)
-        axes.barh(index, whole, color=COLOURS[index % 7], height=0.6)
-        axes.text(whole + 0.03, index, f"{whole:.2f}x (step {step:.2f}x)\n{memory:,.0f} MiB", va="center", fontsize=9)
-    axes.set_yticks(range(len(runs)), [method.replace(", ", ",\n") for method in runs], fontsize=9)
-    axes.invert_yaxis()
-    axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
-    axes.set_xlim(0, axes.get_xlim()[1] * 1.8)
-    axes.set_xlabel(f"training time, {next(iter(runs))} = 1")
-    axes.set_title("Cost: training time and peak memory", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """Write a figure as SVG and PNG; the same figure gives the same bytes."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("svg", "png")]
+    with matplotlib.rc_context({"svg.hashsalt": stem.name}):
+        figure.savefig(paths[0], metadata={"Date": None})
+        figure.savefig(paths[1])
+    return paths
 
 
-def _block_map(axes: Axes, method: str, repeats: list[dict], blocks: list[str]):
-    """Blocks by time: the share of the steps in which each block was perturbed, over all seeds."""
-    rows = repeats[0]["blocks"]
-    shares = np.zeros((len(blocks), len(rows)))
-    for run in repeats:
-        for column, row in enumerate(run["blocks"]):
-            counts = row["counts"]
-            # Full SAM has one candidate, "all", that holds every block.
-            shares[:, column] += [
-                counts.get(block, counts.get("all")) / row["steps"] / len(repeats) for block in blocks
-            ]
-    edges = [0, *(row["step"] for row in rows)]
-    image = axes.pcolormesh(edges, np.arange(len(blocks) + 1), shares, cmap="cividis", vmin=0, vmax=1)
-    axes.set_yticks(np.arange(len(blocks)) + 0.5, [block.rpartition(".")[2] for block in blocks])
-    axes.invert_yaxis()
-    axes.set_xlabel("optimizer step")
-    axes.set_title(method, fontsize=10)
-    return image
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.strip().partition("\n")[0])
-    parser.add_argument("results", type=Path, help="results.json of the demo")
-    parser.add_argument("picture", type=Path, help="the PNG to write")
-    args = parser.parse_args()
-    draw(json.loads(args.results.read_text()), args.picture)
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line `argv`."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").strip().partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("results", type=Path, help="output_dir of compare.py")
+    parser.add_argument("figures", type=Path, help="folder that the pictures go to")
+    parser.add_argument(
+        "--cost", choices=list(COSTS), default="training_seconds", help="what accuracy is drawn over (default: time)"
+    )
+    args = parser.parse_args(argv)
+    try:
+        for results in read_results(args.results):
+            for name, figure in draw(results, args.cost).items():
+                for path in save(figure, args.figures / slug(results.task) / name):
+                    print(path)
+    except ResultsError as error:
+        sys.exit(f"plot.py: {error}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from plot import COLOURS, MARKERS
+from palette import style
 
 matplotlib.use("Agg")
 
@@ -41,14 +41,8 @@ def _draw_run(axes: Axes, run: dict[str, Any]) -> None:
         row = figures[name]
         x = row["first_block"] if name in placed else column
         error = [[row["ratio"] - row["lowest"]], [row["highest"] - row["ratio"]]]
-        style: dict[str, Any] = {
-            "color": COLOURS[index % 7],
-            "marker": MARKERS[(index // 7 + index) % 7],
-            "markersize": 6,
-        }
-        axes.errorbar(
-            x, row["ratio"], error, lw=0, elinewidth=1, label=f"{name} {row['ratio']:.2f}", zorder=2, **style
-        )
+        drawn = style(index) | {"linestyle": "none", "markersize": 6, "elinewidth": 1}
+        axes.errorbar(x, row["ratio"], error, label=f"{name} {row['ratio']:.2f}", zorder=2, **drawn)
     axes.axhline(1, color="black", lw=0.8)
     places = [*range(0, column - 1, max(1, (column - 1) // 6)), column]
     axes.set_xticks(places, [*(str(place) for place in places[:-1]), "none\nor peer"])

@@ -4,11 +4,12 @@ Fine-tune a text classifier, or a regression, with layer-wise SAM: on a task of 
     python recipes/run_glue.py recipes/glue/rte.yaml --rho 0.1
 
 The first argument may be a YAML of settings; any later `--setting value` overrides it. `null` stands for "not set".
-The settings are those of `ModelArguments`, `AdapterArguments`, `DataArguments`, `LSAMConfig` and `TrainingArguments`;
-`--help` lists them.
+The settings are those of `ModelArguments`, `AdapterArguments`, `DataArguments`, `MeasureArguments`, `LSAMConfig` and
+`TrainingArguments`; `--help` lists them.
 """
 
 import dataclasses
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from datasets import Dataset
 from glue_data import TextData, load_text_data
 from glue_tasks import DRAWN, GLUE_TASKS, HUB_NAME, PREDICTIONS, STSB_RANGE, DataArguments
 from loading import ModelArguments, find_model, load_model
+from measures import MeasureArguments, measure_landscapes, set_up_measures
 from model_card import OWN_FILES, Subject, write_model_card
 from peft import TaskType
 from transformers import (
@@ -34,7 +36,7 @@ from transformers import (
 from hf_lsam import LSAMConfig, LSAMTrainer
 from hf_lsam.glue_metric import GlueMetric
 
-SETTINGS = (ModelArguments, AdapterArguments, DataArguments, LSAMConfig, TrainingArguments)
+SETTINGS = (ModelArguments, AdapterArguments, DataArguments, MeasureArguments, LSAMConfig, TrainingArguments)
 
 
 @dataclass
@@ -44,6 +46,7 @@ class Run:
     model_args: ModelArguments
     adapter_args: AdapterArguments
     data_args: DataArguments
+    measure_args: MeasureArguments
     args: TrainingArguments
     labels: tuple[str, ...] | None
     datasets: dict[str, Dataset]
@@ -60,7 +63,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 def prepare(argv: list[str]) -> Run:
     """Check settings, output directory and data, then build model and trainer; no file is written."""
     description = (__doc__ or "").strip().splitlines()[0]
-    model_args, adapter_args, data_args, lsam_config, args = parse_arguments(SETTINGS, argv, description)
+    model_args, adapter_args, data_args, measure_args, lsam_config, args = parse_arguments(SETTINGS, argv, description)
     splits = [
         split
         for split, wanted in (("train", args.do_train), ("validation", args.do_eval), ("test", args.do_predict))
@@ -100,7 +103,8 @@ def prepare(argv: list[str]) -> Run:
         compute_loss_func=make_compute_loss(args.label_smoothing_factor, data_args.is_regression),
         callbacks=[timer],
     )
-    return Run(model_args, adapter_args, data_args, args, data.labels, datasets, trainer, timer, resume)
+    set_up_measures(trainer, measure_args)
+    return Run(model_args, adapter_args, data_args, measure_args, args, data.labels, datasets, trainer, timer, resume)
 
 
 def execute(run: Run) -> dict[str, float]:
@@ -118,6 +122,10 @@ def execute(run: Run) -> dict[str, float]:
         trainer.log_metrics("train", train_metrics)
         trainer.save_metrics("train", train_metrics)
         metrics |= train_metrics
+        landscapes = measure_landscapes(trainer, run.measure_args)
+        if landscapes and trainer.is_world_process_zero():
+            text = json.dumps(landscapes, indent=1) + "\n"
+            (Path(run.args.output_dir) / "landscapes.json").write_text(text, encoding="utf-8")
 
     # Evaluate
     if run.args.do_eval:

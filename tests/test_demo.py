@@ -16,7 +16,7 @@ import demo
 import demo_assets
 import pytest
 from demo_assets import AssetError, Splits
-from plot import draw
+from plot_demo import draw
 
 RATED = [(2.25, "a joy"), (-1.5, "dull \x85 and long"), (0.25, "so so"), (-0.5, 'a "9 inch" screen'), (3.0, "a joy")]
 

@@ -229,6 +229,9 @@ def test_the_callback_logs_and_changes_nothing_of_the_training(tmp_path):
         results.append(trainer)
     plain, watched = results
     assert_equal(weights(plain.model), weights(watched.model))
+    losses = [[line for line in t.state.log_history if "loss" in line] for t in results]
+    assert [line["step"] for line in losses[1]] == [1, 2, 3, 4, 5, 6]
+    assert [line["loss"] for line in losses[0]] == [line["loss"] for line in losses[1]]
     lines = [line for line in watched.state.log_history if "sharpness/top_eigenvalue" in line]
     assert [line["step"] for line in lines] == [3, 6]
     names = [f"bert.encoder.layer.{i}" for i in range(4)]

@@ -1,0 +1,124 @@
+"""
+Two claims of the paper on the results of a comparison, with 95 % intervals over the seeds.
+
+    python recipes/claims.py outputs/compare/glue_small
+
+- Penalising a few layers lowers the gradient norm of the whole model: its mean over the last third of the training, as
+  a ratio to the baseline with the same seed. Less than 1 supports the claim.
+- Layers with large gradients are the same ones throughout: of the layers' mean gradient norms in the first, second and
+  last third of the training, Kendall's W (1: one ranking in all three, 1/3: by chance), Spearman's rank correlation of
+  the first with the last (by chance 0), and the share of the top k of the first that is in the top k of the last (by
+  chance k / layers).
+
+Set `gradient_norm_steps` in the comparison's settings: both are then about the plain loss on the same rows in every
+run. Without it, the first is about the gradients that the optimizer got, which SAM takes at perturbed weights, and the
+second about the perturbed steps of layer-wise methods. A method that has fitted the rows it is measured on, as plain
+training of small data soon does, has next to no gradient there: read the first beside the training loss.
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from compare_series import Curve, ResultsError, TaskResults, block_norms, read_results, whole_norms
+from compare_statistics import mean_interval
+from scipy import stats
+
+PARTS = 3
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """How alike the layers' gradient norms rank in the parts of a training; see above."""
+
+    kendall_w: float
+    spearman: float
+    overlap: float
+
+
+def late_mean(curve: Curve) -> float | None:
+    """The mean of a curve over the last third of the steps, or `None` where it has no point there."""
+    late = [value for step, value in curve.items() if step > max(curve) * (PARTS - 1) / PARTS]
+    return float(np.mean(late)) if late else None
+
+
+def norm_ratios(results: TaskResults, method: str) -> list[float]:
+    """For each seed, the late gradient norm of the whole model over that of the baseline."""
+    measured = results.measured()
+
+    def late(name: str) -> dict[int, float]:
+        means = {run["seed"]: late_mean(whole_norms(run, measured)) for run in results.runs[name]}
+        return {seed: mean for seed, mean in means.items() if mean is not None}
+
+    own, base = late(method), late(results.baseline)
+    return [own[seed] / base[seed] for seed in own if base.get(seed)]
+
+
+def consistency(norms: dict[str, Curve], k: int) -> Consistency | None:
+    """
+    Of the gradient norms of a training's layers; `None` where they have no ranking: with fewer than 2 layers, or a
+    step for each part, or if all are alike.
+    """
+    steps = sorted(set.intersection(*map(set, norms.values()))) if norms else []
+    if len(steps) < PARTS or len(norms) < 2:
+        return None
+    parts = np.array_split(steps, PARTS)
+    means = np.array([[np.mean([curve[step] for step in part]) for curve in norms.values()] for part in parts])
+    if (means == means[:, :1]).all(axis=1).any():
+        return None
+    pairs = [stats.spearmanr(one, other).statistic for one, other in itertools.combinations(means, 2)]
+    first, last = (set(np.argsort(-means[part], kind="stable")[:k].tolist()) for part in (0, -1))
+    return Consistency(
+        # What W is, by the mean of the rank correlations of all pairs.
+        kendall_w=float((1 + (PARTS - 1) * np.mean(pairs)) / PARTS),
+        spearman=float(stats.spearmanr(means[0], means[-1]).statistic),
+        overlap=len(first & last) / k,
+    )
+
+
+def table(results: TaskResults, k: int) -> str:
+    """Markdown: a row for each method."""
+    measured = results.measured()
+    head = ["method", f"late gradient norm / {results.baseline}", "Kendall's W", "Spearman", f"top {k} kept", "n"]
+    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    for method, runs in results.runs.items():
+        found = [consistency(block_norms(run, measured), k) for run in runs]
+        rankings = [one for one in found if one is not None]
+        ratios = norm_ratios(results, method) if method != results.baseline else []
+        figures = [ratios] + [
+            [getattr(one, name) for one in rankings] for name in ("kendall_w", "spearman", "overlap")
+        ]
+        cells = [method.replace("|", r"\|"), *map(_with_interval, figures), str(len(runs))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _with_interval(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    interval = mean_interval(values)
+    return f"{interval.mean:.3f}" + ("" if interval.ends is None else " [{:.3f}, {:.3f}]".format(*interval.ends))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line `argv`."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").strip().partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("results", type=Path, help="output_dir of compare.py")
+    parser.add_argument("--top_k", type=int, default=2, help="how many layers count as critical (default: 2)")
+    args = parser.parse_args(argv)
+    if args.top_k < 1:
+        parser.error(f"--top_k counts layers and must be at least 1, but is {args.top_k}.")
+    try:
+        for results in read_results(args.results):
+            what = "measured on the same rows" if results.measured() else "as logged, not measured on the same rows"
+            print(f"## {results.task}\n\nGradient norms {what}.\n\n{table(results, args.top_k)}\n")
+    except ResultsError as error:
+        sys.exit(f"claims.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""What `run_glue.py` measures on demand: gradient norms while it trains, and the loss around the trained weights."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from hf_lsam.sharpness_callback import SharpnessCallback, block_surfaces
+
+
+@dataclass
+class MeasureArguments:
+    """
+    Measurements of the plain loss, without dropout and on the same training rows in every run; they change nothing of
+    the training, but their memory counts into its peak.
+
+    Args:
+        gradient_norm_steps (`int`, *optional*):
+            Log the gradient norm of each block and of the whole model after every so many optimizer steps.
+        landscape_points (`int`, *optional*):
+            After training, write the loss along one random direction of each block, and of the whole model, at so
+            many points to `landscapes.json`.
+        measured_samples (`int`, *optional*, defaults to `64`):
+            How many training rows both are measured on.
+    """
+
+    gradient_norm_steps: int | None = field(
+        default=None, metadata={"help": "Log each block's gradient norm after every so many steps."}
+    )
+    landscape_points: int | None = field(
+        default=None, metadata={"help": "Points of each block's landscape, which is measured after training."}
+    )
+    measured_samples: int = field(default=64, metadata={"help": "Training rows that both are measured on."})
+
+    def __post_init__(self):
+        for name, least in (("gradient_norm_steps", 1), ("landscape_points", 2), ("measured_samples", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, but is {value}.")
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anything is to be measured."""
+        return self.gradient_norm_steps is not None or self.landscape_points is not None
+
+
+def set_up_measures(trainer: Trainer, arguments: MeasureArguments) -> None:
+    """Check that what is wanted can be measured, and let the trainer log gradient norms."""
+    if not arguments.wanted:
+        return
+    if trainer.train_dataset is None:
+        raise ValueError("gradient_norm_steps and landscape_points measure on training rows: set do_train.")
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "gradient_norm_steps and landscape_points need the whole model in each process, which FSDP and DeepSpeed "
+            "share out: leave them out, or train without FSDP and DeepSpeed."
+        )
+    if arguments.gradient_norm_steps is not None:
+        batches = _measured_batches(trainer, arguments.measured_samples)
+        trainer.add_callback(SharpnessCallback(trainer, batches, arguments.gradient_norm_steps, rho=None))
+
+
+def measure_landscapes(trainer: Trainer, arguments: MeasureArguments) -> dict[str, dict[str, Any]]:
+    """The places and losses of each block's landscape, and of the whole model's, by name."""
+    if arguments.landscape_points is None:
+        return {}
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    surfaces = block_surfaces(model, _measured_batches(trainer, arguments.measured_samples))
+    return {name: asdict(surface.landscape(points=arguments.landscape_points)) for name, surface in surfaces.items()}
+
+
+def _measured_batches(trainer: Trainer, count: int) -> Iterable[Any]:
+    rows = trainer.train_dataset
+    drawn = np.random.default_rng(0).permutation(len(rows))[:count]
+    return DataLoader(
+        rows.select(drawn), batch_size=trainer.args.per_device_eval_batch_size, collate_fn=trainer.data_collator
+    )
