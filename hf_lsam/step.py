@@ -136,7 +136,9 @@ class LSAMStep:
                 return self._micro_batch_step(pass_1, pass_2, is_last)
             return self._batch_step(pass_1, pass_2, is_last)
         except BaseException:
-            self.window.clear()
+            # A trainer may leave out a micro-batch that fails; the gradients of those before it still count.
+            if is_last:
+                self.window.clear()
             raise
 
     def _batch_step(self, pass_1: Pass, pass_2: Pass, is_last: bool) -> Tensor:
@@ -153,10 +155,12 @@ class LSAMStep:
         sums = {p: p.grad for p in self.model.parameters() if p.grad is not None}
         for parameter in sums:
             parameter.grad = None
-        micro_batch = self.second_pass.record(pass_1, pass_2)
-        self._perturb_and_rerun([micro_batch])
-        for parameter, total in sums.items():
-            parameter.grad = total if parameter.grad is None else total + parameter.grad
+        try:
+            micro_batch = self.second_pass.record(pass_1, pass_2)
+            self._perturb_and_rerun([micro_batch])
+        finally:
+            for parameter, total in sums.items():
+                parameter.grad = total if parameter.grad is None else total + parameter.grad
         if is_last:
             average_gradients([p for p in self.model.parameters() if p.requires_grad])
         return micro_batch.loss
