@@ -152,10 +152,14 @@ class StepLog:
 
 
 def append_row(output_dir: str, row: dict[str, Any]) -> None:
-    """Add `row` to the blocks file of `output_dir`."""
-    os.makedirs(output_dir, exist_ok=True)
-    with open(Path(output_dir) / BLOCKS_FILE, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    """Add `row` to the blocks file of `output_dir`; training goes on where it cannot be written, with a warning."""
+    path = Path(output_dir) / BLOCKS_FILE
+    try:
+        os.makedirs(output_dir, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        logger.warning_once(f"{path} cannot be written ({error}), so it lacks rows. Training goes on without them.")
 
 
 def drop_rows_after(output_dir: str, step: int) -> None:

@@ -182,8 +182,12 @@ def memory() -> dict[str, float]:
 
 
 def growth(stretches: list[dict[str, Any]], name: str) -> dict[str, float]:
-    """Of the stretches after the first quarter: a line through a figure, per 1,000 steps, and its standard error."""
-    rest = stretches[len(stretches) // 4 :]
+    """
+    A line through a figure, per 1,000 steps, with its standard error.
+
+    Of the second half of the stretches: what a feature allocates when it is first used is no growth.
+    """
+    rest = stretches[len(stretches) // 2 :]
     if len(rest) < 3:
         return {}
     steps, values = ([float(row[key]) for row in rest] for key in ("end", name))
