@@ -1,5 +1,5 @@
 """
-Run by test_faults.py as `ranks_faults.py FOLDER`: trainings whose process, or whose disk, comes to an end.
+Run by test_ended.py as `ranks_faults.py FOLDER`: trainings whose process, or whose disk, comes to an end.
 
 Every process is a fork of this one, so that libraries are imported once. Writes `reports.json` to the folder: how each
 process ended, and with which error.
