@@ -58,7 +58,6 @@ def save_state(step: LSAMStep, checkpoint: str, global_step: int, should_save: b
     try:
         save_file(tensors, draft, metadata={"lsam": json.dumps(contents)})
     except (SafetensorError, OSError) as error:
-        draft.unlink(missing_ok=True)
         raise OSError(
             f"{draft.with_suffix('')} could not be written ({error}), so {checkpoint} cannot be resumed from. See to "
             "it that there is room and that the folder may be written to, remove the checkpoint, and resume from the "
