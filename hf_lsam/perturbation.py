@@ -1,8 +1,9 @@
 """Move the selected weights, and put them back exactly."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,6 +32,18 @@ class Perturbation:
     def __init__(self) -> None:
         self.seed = 0
         self._memory: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._undo: Callable[[], None] | None = None
+
+    def put_back(self) -> None:
+        """
+        Put back the weights that are moved, if there are any.
+
+        To be called where a step ends as well: Ctrl-C may come just as a `with` block is entered or left, which then
+        cannot do it.
+        """
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
 
     @contextmanager
     def moved(self, weights: Sequence[Tensor], direction: Sequence[Tensor], scale: float) -> Iterator[list[Tensor]]:
@@ -66,25 +79,25 @@ class Perturbation:
     @contextmanager
     def _exchanged(self, weights, buffers, direction, scale) -> Iterator[list[Tensor]]:
         before = [weight.data for weight in weights]
+        self._undo = partial(_refer, weights, before)
         try:
             add_into(buffers, before, direction, scale, self.seed)
             del direction
             _refer(weights, buffers)
             yield before
         finally:
-            _refer(weights, before)
+            self.put_back()
 
     @contextmanager
     def _in_place(self, parts, buffers, direction, scale) -> Iterator[list[Tensor]]:
-        with torch.no_grad():
-            torch._foreach_copy_(buffers, parts)
+        _copy(buffers, parts)
+        self._undo = partial(_copy, parts, buffers)
         try:
             add_into(parts, buffers, direction, scale, self.seed)
             del direction
             yield buffers
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(parts, buffers)
+            self.put_back()
 
     def _buffers(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Room for as many tensors of the same kinds, shapes and strides, as slices of the kept memory."""
@@ -101,6 +114,11 @@ class Perturbation:
             self._memory[key].as_strided(tensor.shape, _dense_strides(tensor), start)
             for (key, start), tensor in zip(places, tensors, strict=True)
         ]
+
+
+@torch.no_grad()
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    torch._foreach_copy_(targets, sources)
 
 
 def _refer(weights: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:

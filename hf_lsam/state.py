@@ -26,6 +26,9 @@ def save_state(step: LSAMStep, checkpoint: str, global_step: int, should_save: b
     Every process has to call it, since sharded tensors are gathered from all; those that `should_save` write. The
     Trainer writes `trainer_state.json` afterwards and cannot resume without it, so a run that is killed in here leaves
     no checkpoint that resumes without this state.
+
+    Raises:
+        OSError: if the file cannot be written, as where the disk is full.
     """
     kept = step.kept(global_step)
     reshard(step.model)
@@ -52,7 +55,14 @@ def save_state(step: LSAMStep, checkpoint: str, global_step: int, should_save: b
     if not should_save:
         return
     draft = Path(checkpoint) / f"{STATE_FILE}.draft"
-    save_file(tensors, draft, metadata={"lsam": json.dumps(contents)})
+    try:
+        save_file(tensors, draft, metadata={"lsam": json.dumps(contents)})
+    except (SafetensorError, OSError) as error:
+        raise OSError(
+            f"{draft.with_suffix('')} could not be written ({error}), so {checkpoint} cannot be resumed from. See to "
+            "it that there is room and that the folder may be written to, remove the checkpoint, and resume from the "
+            "one before."
+        ) from error
     draft.replace(draft.with_suffix(""))
 
 

@@ -124,24 +124,31 @@ class LSAMStep:
             The loss of pass 1.
         """
         self.current = (step, self.kept(step))
-        is_perturbed = self.perturbs(step)
         self.perturbation.seed = step
         self.log.steps += is_last
         self.log.chances += is_last or self.config.sharpness_scope == "micro_batch"
+        try:
+            return self._run(pass_1, pass_2, step, is_last)
+        except BaseException:
+            # A trainer may leave out a micro-batch that fails; the gradients of those before it still count.
+            if is_last:
+                self.window.clear()
+            raise
+        finally:
+            self.perturbation.put_back()
+
+    def _run(self, pass_1: Pass, pass_2: Pass, step: int, is_last: bool) -> Tensor:
+        is_perturbed = self.perturbs(step)
         if self.config.ascent_gradient == "previous":
             return self._one_pass(pass_1, step, is_perturbed, is_last)
-        if not is_perturbed:
-            loss = pass_1()
-            if is_last and self.config.is_active(step, self.max_steps):
-                self._reuse_correction()
-            return loss
-        try:
-            if self.config.sharpness_scope == "micro_batch":
-                return self._micro_batch_step(pass_1, pass_2, is_last)
+        if is_perturbed and self.config.sharpness_scope == "micro_batch":
+            return self._micro_batch_step(pass_1, pass_2, is_last)
+        if is_perturbed:
             return self._batch_step(pass_1, pass_2, is_last)
-        except BaseException:
-            self.window.clear()
-            raise
+        loss = pass_1()
+        if is_last and self.config.is_active(step, self.max_steps):
+            self._reuse_correction()
+        return loss
 
     def _batch_step(self, pass_1: Pass, pass_2: Pass, is_last: bool) -> Tensor:
         """Pass 1 of every micro-batch, then, at the last one, pass 2 of all of them."""
@@ -157,10 +164,12 @@ class LSAMStep:
         sums = {p: p.grad for p in self.model.parameters() if p.grad is not None}
         for parameter in sums:
             parameter.grad = None
-        micro_batch = self.second_pass.record(pass_1, pass_2, alone=True)
-        self._perturb_and_rerun([micro_batch])
-        for parameter, total in sums.items():
-            parameter.grad = total if parameter.grad is None else total + parameter.grad
+        try:
+            micro_batch = self.second_pass.record(pass_1, pass_2, alone=True)
+            self._perturb_and_rerun([micro_batch])
+        finally:
+            for parameter, total in sums.items():
+                parameter.grad = total if parameter.grad is None else total + parameter.grad
         if is_last:
             average_gradients([p for p in self.model.parameters() if p.requires_grad])
         return micro_batch.loss

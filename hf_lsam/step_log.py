@@ -18,6 +18,8 @@ BLOCKS_FILE = "lsam_blocks.jsonl"
 # A run counts as stuck if the logged losses of this share of the training, and of at least so many log lines, stay
 # within this distance of the first (a fresh classifier's loss is log(classes), and noise moves it by less than that).
 _STUCK_SHARE, _STUCK_LINES, _STUCK_DISTANCE = 0.25, 5, 0.02
+# Perturbations that wait to be summed up: a run that logs nothing would keep them all.
+_MOST_PENDING = 256
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,13 @@ class StepLog:
     pending: list[Perturbed] = field(default_factory=list)
 
     def add(self, perturbation: Perturbed) -> None:
-        """Note a perturbation. Whether it was applied may still be on its way from the device: nobody waits here."""
+        """Note a perturbation. Whether it was applied may still be on its way from the device: nobody waits for it."""
+        if len(self.pending) == _MOST_PENDING:
+            self.settle()
         self.pending.append(perturbation)
 
     def settle(self) -> None:
-        """Sum up what was noted: one wait for the device a log line."""
+        """Sum up what was noted: one wait for the device a log line, or where lines are far between, a few."""
         if not self.pending:
             return
         applied = torch.stack([perturbation.applied for perturbation in self.pending]).tolist()
@@ -151,10 +155,14 @@ class StepLog:
 
 
 def append_row(output_dir: str, row: dict[str, Any]) -> None:
-    """Add `row` to the blocks file of `output_dir`."""
-    os.makedirs(output_dir, exist_ok=True)
-    with open(Path(output_dir) / BLOCKS_FILE, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    """Add `row` to the blocks file of `output_dir`; training goes on where it cannot be written, with a warning."""
+    path = Path(output_dir) / BLOCKS_FILE
+    try:
+        os.makedirs(output_dir, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        logger.warning_once(f"{path} cannot be written ({error}), so it lacks rows. Training goes on without them.")
 
 
 def drop_rows_after(output_dir: str, step: int) -> None:

@@ -1,6 +1,7 @@
 """Promise 5: weights are put back by copy, bitwise, whatever happens in between; nothing else ever sees them moved."""
 
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from transformers.utils.logging import warning_once
 
 from hf_lsam import LSAMConfig, LSAMTrainer
 from hf_lsam.perturbation import Perturbation, where
+from hf_lsam.step import LSAMStep
 
 METHODS = {
     "top 2": LSAMConfig(rho=0.5),
@@ -191,6 +193,59 @@ def test_move_and_restore_are_exact(dtype):
             weights_[0].fill_(math.nan)
             raise Stop
         assert all(torch.equal(weight, old) for weight, old in zip(weights_, before, strict=True))
+
+
+WATCHED = ("/hf_lsam/perturbation.py", "/hf_lsam/second_pass.py", "/contextlib.py")
+
+
+class Interrupts:
+    """A trace that counts the interpreter's steps in some files, and raises Ctrl-C at the `at`-th of them."""
+
+    def __init__(self, at=None):
+        self.count, self.at = 0, at
+
+    def __call__(self, frame, event, arg):
+        path, name = frame.f_code.co_filename, frame.f_code.co_name
+        if not path.endswith(WATCHED) and name not in ("_moved", "_perturb_and_rerun", "_one_pass"):
+            return None
+        frame.f_trace_opcodes = True
+        self.count += 1
+        if self.count == self.at:
+            raise KeyboardInterrupt
+        return self
+
+
+@pytest.mark.parametrize("ascent", ["current", "previous"])
+def test_an_interrupt_at_any_step_of_the_interpreter_leaves_the_weights_as_they_were(ascent):
+    """Also where a `with` block is entered or left; the error is kept, and with it what its frames refer to."""
+
+    def interrupted(at):
+        model, batch = bert(blocks=2).train(), Examples(4).batch(0, 4)
+
+        def run():
+            loss = model(**batch).loss
+            loss.backward()
+            return loss.detach()
+
+        step = LSAMStep(model, LSAMConfig(rho=0.5, block_selection="all", ascent_gradient=ascent), max_steps=2)
+        if ascent == "previous":
+            step(run, run, 0, True)
+        before, interrupts, error = weights(model), Interrupts(at), None
+        sys.settrace(interrupts)
+        try:
+            step(run, run, int(ascent == "previous"), True)
+        except KeyboardInterrupt as raised:
+            error = raised
+        finally:
+            sys.settrace(None)
+        assert (error is None) == (at is None)
+        assert_equal(weights(model), before)
+        return interrupts.count
+
+    steps = interrupted(None)
+    assert steps > 500
+    for at in range(1, steps, steps // 60):
+        interrupted(at)
 
 
 def test_moved_weights_reuse_their_memory():

@@ -56,9 +56,9 @@ def test_an_overflow_of_pass_1_runs_no_pass_2():
     assert step.log.line()["lsam/skipped"] == 1
 
 
-def test_micro_batches_left_over_from_a_pass_that_failed_are_forgotten():
+def test_micro_batches_left_over_from_a_step_whose_last_pass_failed_are_forgotten():
     model = bert().train()
-    step = LSAMStep(model, LSAMConfig(rho=0.3), 1)
+    step = LSAMStep(model, LSAMConfig(rho=0.3), 2)
 
     def fail():
         raise torch.OutOfMemoryError
@@ -74,10 +74,10 @@ def test_micro_batches_left_over_from_a_pass_that_failed_are_forgotten():
 
     step(run, run, step=0, is_last=False)
     try:
-        step(fail, fail, step=0, is_last=False)
+        step(fail, fail, step=0, is_last=True)
     except torch.OutOfMemoryError:
         model.zero_grad()
     run_step_done.clear()
-    step(run, run, step=0, is_last=True)
+    step(run, run, step=1, is_last=True)
     # Pass 1, the self-check and one pass 2.
     assert len(run_step_done) == 3

@@ -1,0 +1,331 @@
+"""
+Promise 5 at random: whatever model, settings and failure are drawn, a step leaves what it should, bitwise.
+
+After every micro-batch, whether it failed or not: each weight is where it was, in its own memory, no forward of a
+block is replaced, `requires_grad` is as it was, and the random state is that of a plain pass. `.grad` holds after a
+failure what a plain Trainer would have; else what a step has that replays nothing and, in float64, the reference.
+"""
+
+import copy
+import functools
+import math
+import random
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+from soak_twin import Seeded
+from tiny import without_replay
+from torch import nn
+from transformers.modeling_outputs import ModelOutput
+
+from hf_lsam import LSAMConfig, reference
+from hf_lsam.blocks import find_blocks
+from hf_lsam.step import LSAMStep
+
+WIDTH, VOCABULARY, STEPS = 4, 8, 3
+
+
+class Injected(Exception):
+    pass
+
+
+@dataclass
+class Fault:
+    """What happens once, in a pass over a micro-batch of a step, at a block: an error, or numbers that are no more."""
+
+    kind: str
+    step: int
+    micro_batch: int
+    in_pass: int
+    block: int
+    where: str
+    fired: bool = False
+    # Whether the weights were elsewhere when it did.
+    moved: bool = False
+    now: tuple[int, int, int] = (-1, -1, -1)
+    model: nn.Module | None = None
+    places: list[int] = field(default_factory=list)
+
+    def visit(self, block: int, output: torch.Tensor) -> torch.Tensor:
+        if self.fired or self.block != block or self.now != (self.step, self.micro_batch, self.in_pass):
+            return output
+        if self.where == "forward":
+            return self.strike(output)
+        if output.requires_grad:
+            output.register_hook(self.strike)
+        return output
+
+    def strike(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.fired, self.moved = True, self.places != places(self.model)
+        if self.kind in ("error", "interrupt"):
+            raise Injected if self.kind == "error" else KeyboardInterrupt
+        return tensor * {"nan": math.nan, "inf": math.inf}[self.kind]
+
+
+def places(model: nn.Module) -> list[int]:
+    return [p.data_ptr() for p in model.parameters()]
+
+
+class Block(nn.Module):
+    def __init__(self, index: int, dropout: float, fault: Fault):
+        super().__init__()
+        self.index, self.fault, self.dropout = index, fault, nn.Dropout(dropout)
+        self.up, self.down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.fault.visit(self.index, x + self.dropout(self.down(torch.tanh(self.up(x)))))
+
+
+class Net(nn.Module):
+    def __init__(self, blocks: int, dropout: float, tied: bool, fault: Fault):
+        super().__init__()
+        self.fault = fault
+        fault.model = self
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.blocks = nn.ModuleList([Block(index, dropout, fault) for index in range(blocks)])
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return ModelOutput(loss=nn.functional.cross_entropy(self.head(x).double().flatten(0, 1), tokens.flatten()))
+
+
+@dataclass
+class Case:
+    seed: int
+    dtype: torch.dtype
+    blocks: int
+    dropout: float
+    tied: bool
+    frozen: list[str]
+    config: dict[str, Any]
+    accumulation: int
+    optimizer_fails: bool
+    checked: bool
+    fault: Fault
+
+
+@st.composite
+def cases(draw, kind: str) -> Case:
+    pick = lambda *values: draw(st.sampled_from(values))  # noqa: E731
+    blocks, accumulation = draw(st.integers(2, 4)), draw(st.integers(1, 4))
+    selection = pick("top_k", "last", "budget", "all")
+    method = pick("two passes", "two passes", "one pass", "looksam")
+    config = {"block_selection": selection, "rho": 10.0 ** draw(st.integers(-3, 1))}
+    if selection != "all":
+        config["num_perturbed_blocks"] = pick(1, 2, None)
+    if selection == "budget":
+        config["max_overhead"] = pick(0.9, 1.5)
+    if method == "one pass":
+        config["ascent_gradient"] = "previous"
+    elif method == "looksam":
+        config |= {"perturb_interval": 2, "reuse_correction": 0.7}
+    else:
+        config |= {"alpha": pick(1.0, 0.3), "sharpness_scope": pick("batch", "micro_batch")}
+        config["perturb_interval"] = pick(1, 1, 2)
+    config["adaptive"] = pick(False, False, True)
+    # Of the blocks only single weights, so that each of them stays a candidate.
+    names = ["embedding.weight", "head.bias", *(f"blocks.{index}.up.bias" for index in range(blocks))]
+    fault = Fault(
+        kind=kind,
+        step=draw(st.integers(0, STEPS - 1)),
+        micro_batch=draw(st.integers(0, accumulation - 1)),
+        in_pass=1 if method == "one pass" else pick(2, 2, 1),
+        block=draw(st.integers(0, blocks - 1)),
+        where=pick("forward", "backward"),
+    )
+    return Case(
+        seed=draw(st.integers(0, 99)),
+        dtype=pick(torch.float64, torch.float32, torch.bfloat16),
+        blocks=blocks,
+        dropout=pick(0.3, 0.3, 0.0),
+        tied=draw(st.booleans()),
+        frozen=draw(st.lists(st.sampled_from(names), unique=True, max_size=3)),
+        config=config,
+        accumulation=accumulation,
+        optimizer_fails=draw(st.booleans()),
+        checked=draw(st.booleans()),
+        fault=fault,
+    )
+
+
+class Run:
+    """A model with its steps; copies of it go on from where it stands."""
+
+    def __init__(self, case: Case):
+        torch.manual_seed(case.seed)
+        self.case = case
+        fault = replace(case.fault, fired=case.fault.kind == "none")
+        self.model = Net(case.blocks, case.dropout, case.tied, fault).to(case.dtype).train()
+        for name in case.frozen:
+            self.model.get_parameter(name).requires_grad_(False)
+        self.step = LSAMStep(self.model, LSAMConfig(**case.config), STEPS)
+        self.step.second_pass.checked = case.checked
+
+    def pass_over(self, number: int, micro_batch: int, in_pass: int = 1) -> torch.Tensor:
+        """A pass as the Trainer makes it."""
+        self.model.fault.now = (number, micro_batch, in_pass)
+        loss = self.model(tokens(self.case, number, micro_batch)).loss / self.case.accumulation
+        loss.backward()
+        return loss.detach()
+
+    def micro_batch(self, number: int, micro_batch: int) -> None:
+        """Both passes of a micro-batch, as far as the settings ask for them."""
+        pass_1, pass_2 = (functools.partial(self.pass_over, number, micro_batch, in_pass) for in_pass in (1, 2))
+        self.step(pass_1, pass_2, number, micro_batch == self.case.accumulation - 1)
+
+    def gradients(self) -> list[torch.Tensor | None]:
+        return [None if p.grad is None else p.grad.clone() for p in self.model.parameters()]
+
+
+def without_replay_of(run: Run) -> Run:
+    """A copy of a run that replays nothing from here on."""
+    clean = copy.deepcopy(run)
+    without_replay(clean.step)
+    return clean
+
+
+def tokens(case: Case, number: int, micro_batch: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(100 * number + micro_batch)
+    return torch.randint(0, VOCABULARY, (2, 3), generator=generator)
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """All that a step must leave as it is."""
+    return {
+        "bits": [p.detach().clone() for p in model.parameters()],
+        "places": places(model),
+        "requires_grad": [p.requires_grad for p in model.parameters()],
+        "forwards": [sorted(vars(module)) for module in model.modules()],
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()],
+        "host": (random.getstate(), np.random.get_state()[1].tolist()),
+    }
+
+
+def assert_left_alone(model: nn.Module, before: dict[str, Any]) -> None:
+    after = snapshot(model)
+    assert same(after.pop("bits"), before["bits"])
+    for name, value in after.items():
+        assert value == before[name], name
+
+
+def same(left: list, right: list) -> bool:
+    """Bitwise, where a NaN is a NaN."""
+    return all(
+        one is other or (one is not None and other is not None and torch.equal(one.nan_to_num(7), other.nan_to_num(7)))
+        for one, other in zip(left, right, strict=True)
+    )
+
+
+def added(totals: list, gradients: list) -> list:
+    pairs = zip(totals, gradients, strict=True)
+    return [new if old is None else old if new is None else old + new for old, new in pairs]
+
+
+def literal(run: Run, number: int, states: list[torch.Tensor]) -> list[torch.Tensor | None]:
+    """The gradient of a step of two passes by the reference."""
+    config, model = run.step.config, run.model
+    seeded = Seeded(model)
+    batches = [{"inputs": {"tokens": tokens(run.case, number, i)}, "state": state} for i, state in enumerate(states)]
+    blocks = [list(block.parameters()) for block in find_blocks(model).values()]
+    rule = (reference.last if config.block_selection == "last" else reference.top_k)(
+        config.num_perturbed_blocks or len(blocks)
+    )
+    if config.block_selection == "all":
+        blocks, rule = [reference.trainable(model)], reference.top_k(1)
+    if config.is_perturbed(number, STEPS):
+        parts = [batches] if config.sharpness_scope == "batch" else [[batch] for batch in batches]
+        options = (blocks, config.rho, config.alpha, rule, config.adaptive)
+        climbed = [reference.lsam_gradient(seeded, part, *options) for part in parts]
+        mixed = {p: torch.stack([part[p] for part in climbed]).mean(0) for p in climbed[0]}
+    else:
+        mixed = reference.gradient(seeded, batches)
+    return [mixed.get(p) for p in model.parameters()]
+
+
+def fail(*args) -> None:
+    raise Injected
+
+
+def raises(call, *args) -> bool:
+    """Whether what was injected came through."""
+    try:
+        call(*args)
+    except (Injected, KeyboardInterrupt):
+        return True
+    return False
+
+
+@pytest.mark.parametrize("kind", ["error", "interrupt", "nan", "inf", "none"])
+@settings(derandomize=True, deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_a_step_leaves_what_it_should_whatever_happens(kind, data):
+    case = data.draw(cases(kind))
+    run = Run(case)
+    one_pass = run.step.config.ascent_gradient == "previous"
+    has_literal = case.dtype == torch.float64 and not one_pass and case.config["block_selection"] != "budget"
+    has_literal = has_literal and run.step.config.reuse_correction == 0
+    optimizer = torch.optim.SGD(run.model.parameters(), lr=0.1)
+    before = snapshot(run.model)
+    for number in range(STEPS):
+        start, clean = copy.deepcopy(run), without_replay_of(run)
+        moves_at_once = one_pass and run.step.previous is not None
+        states, faulty = [], False
+        for micro_batch in range(case.accumulation):
+            fault, totals, state = run.model.fault, run.gradients(), torch.get_rng_state()
+            states.append(state)
+            fault.places, had_fired = places(run.model), fault.fired
+            raised = raises(run.micro_batch, number, micro_batch)
+            after, fires = torch.get_rng_state(), fault.fired and not had_fired
+            faulty |= fires
+            assert_left_alone(run.model, before)
+            if fires:
+                event(f"{fault.kind}, {fault.where}, pass {fault.in_pass}, {'raises' * raised or 'goes on'}")
+
+            # What a plain Trainer would have now.
+            plain = copy.deepcopy(start)
+            plain.model.fault.fired = not (fires and fault.in_pass == 1)
+            torch.set_rng_state(state)
+            plain_raised = raises(plain.pass_over, number, micro_batch)
+            if not moves_at_once:
+                assert torch.equal(torch.get_rng_state(), after)
+            if raised:
+                assert plain_raised == (fault.in_pass == 1)
+                assert moves_at_once or same(run.gradients(), added(totals, plain.gradients()))
+                return
+
+            # What a step without replay has; where only the check of the replay fails, nothing is lost but the replay.
+            clean.model.fault.fired = not (fires and (fault.in_pass == 1 or fault.moved))
+            torch.set_rng_state(state)
+            clean.micro_batch(number, micro_batch)
+            assert torch.equal(torch.get_rng_state(), after)
+            assert same(run.gradients(), clean.gradients())
+            left_out = bool(run.step.log.pending) and not run.step.log.pending[-1].applied
+            if fires and left_out:
+                assert same(run.gradients(), added(totals, plain.gradients()))
+        torch.set_rng_state(after)
+        if has_literal and not faulty:
+            start.model.fault.fired = True
+            for gradient, exact in zip(run.gradients(), literal(start, number, states), strict=True):
+                assert (gradient is None) == (exact is None)
+                assert gradient is None or torch.allclose(gradient, exact, rtol=1e-9, atol=1e-12)
+            torch.set_rng_state(after)
+        if not all(gradient is None or bool(gradient.isfinite().all()) for gradient in run.gradients()):
+            return
+        if case.optimizer_fails and number == STEPS - 1:
+            optimizer.register_step_pre_hook(fail)
+            assert raises(optimizer.step)
+            assert_left_alone(run.model, before)
+            return
+        optimizer.step()
+        optimizer.zero_grad()
+        before = snapshot(run.model)

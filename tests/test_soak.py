@@ -1,0 +1,46 @@
+"""A run may be as long as it likes: nothing that it keeps grows, and its weights stay those of the reference."""
+
+import json
+
+import pytest
+import soak
+import soak_twin
+import torch
+
+from hf_lsam.step_log import Perturbed, StepLog
+
+
+def test_a_short_soak_agrees_with_the_reference(tmp_path):
+    """With faults of each kind among its steps."""
+    path = tmp_path / "soak.json"
+    soak.main(["--steps", "60", "--longest", "24", "--seed", "8", "--output_file", str(path)])
+    results = json.loads(path.read_text())
+    assert results["steps"] == 60 and results["stamp"]["seeds"] == [8]
+    assert results["largest_difference"] == max(row["largest_difference"] for row in results["stretches"]) < 1e-12
+    assert results["faults"] == sum(row["faults"] for row in results["stretches"]) > 0
+    assert set(results["growth"]) == {"rss_mib", "objects", "tensors"}
+    assert len({row["tensors"] for row in results["stretches"]}) == 1
+
+
+def test_a_soak_that_drifts_ends_with_an_error(monkeypatch):
+    gradient = soak_twin.reference.gradient
+    wrong = lambda *args: {p: g * (1 + 1e-6) for p, g in gradient(*args).items()}  # noqa: E731
+    monkeypatch.setattr(soak_twin.reference, "gradient", wrong)
+    with pytest.raises(SystemExit, match="Weights drifted from the reference: by up to"):
+        soak.main(["--steps", "8", "--longest", "12"])
+
+
+def test_a_line_through_what_grows():
+    rows = [{"end": end, "objects": 100 + 3 * end / 1000} for end in range(0, 8000, 1000)]
+    grown = soak.growth(rows, "objects")
+    assert grown["per_1000_steps"] == pytest.approx(3) and grown["standard_error"] == pytest.approx(0, abs=1e-9)
+    assert (grown["first"], grown["last"]) == (112, 121)
+
+
+def test_a_run_that_logs_nothing_does_not_keep_every_step():
+    log = StepLog(["a", "b"])
+    for step in range(1000):
+        log.add(Perturbed(torch.tensor(step % 10 != 0), [step % 2], [1.0, 3.0], 0.1, 0, 0.5))
+        assert len(log.pending) <= 256
+    row = log.row(1000, 1.0)
+    assert (row["perturbed"], row["skipped"], row["counts"]) == (900, 100, {"a": 400, "b": 500})
