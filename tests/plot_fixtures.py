@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import compare
+import compare_config
 import pytest
 import yaml
 from tiny_compare import LOGGING_RECIPE, STAMP
@@ -21,7 +22,7 @@ def compared(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("compared")
     (root / "recipe.py").write_text(LOGGING_RECIPE)
     content = {
-        "recipe": str(root / "recipe.py"),
+        "recipe": "recipe.py",
         "output_dir": str(root / "out"),
         "tasks": {"T 1": {"metric": "predict_accuracy"}},
         "methods": METHODS,
@@ -30,6 +31,7 @@ def compared(tmp_path_factory) -> Path:
     }
     (root / "compare.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare_config, "RECIPES", root)
         patch.setattr(compare, "make_stamp", lambda: STAMP)
         assert compare.main([str(root / "compare.yaml")]) == 0
     return root / "out"
