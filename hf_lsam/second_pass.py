@@ -73,7 +73,8 @@ class SecondPass:
         Run pass 1 of a micro-batch, and record what pass 2 needs of it.
 
         Args:
-            pass_1, pass_2: Forward and backward.
+            pass_1: Forward and backward.
+            pass_2: The same again, for later.
             alone: Whether the optimizer step has no other micro-batch. If it has, the records of all of them lie in
                 memory together, so only every second output is kept: a block more may run again, forward only.
         """

@@ -122,6 +122,10 @@ class LSAMStep:
 
         Returns:
             The loss of pass 1.
+
+        Raises:
+            Whatever a pass raises; the weights are then where they were. If it was pass 2, the selected ones may have
+            lost their gradient of this call.
         """
         self.current = (step, self.kept(step))
         self.perturbation.seed = step

@@ -5,8 +5,9 @@ peers that one would pick instead.
     python recipes/benchmark.py
     python recipes/benchmark.py --hidden_size 768 --methods plain,sam,last-2 --output_file cost.json --picture cost.svg
 
-The methods take turns in one process, a few steps each, over and over: what the machine does meanwhile hits all of
-them alike. Memory is that of a process of its own for each method. The bound is 1 + the predicted overhead, counted
+The methods take turns in one process, a few steps each, over and over, and between any two of them the plain Trainer
+takes one: each is compared with the plain turns right before and after it, so that a machine whose speed changes hits
+both alike. Memory is that of a process of its own for each method. The bound is 1 + the predicted overhead, counted
 from the model's parameters (hf_lsam/selection.py).
 """
 
@@ -140,28 +141,41 @@ def measure_times(args: BenchmarkArguments, names: list[str]) -> dict[str, dict[
     The figures of each method that have to do with time.
 
     Returns:
-        By name: `ratio` (median over the rounds of its step's time over the plain one's in the same round), `lowest`
-        and `highest` ratio, `seconds` of a step (median), `bound`, `first_block` and `captured` (of the last turn).
+        By name: `ratio` (median over the rounds of its step's time over the mean of the plain turns before and after
+        it), `lowest` and `highest` ratio (of the plain one: a turn over the one before, which is the noise), `seconds`
+        of a step (median), `bound`, `first_block` and `captured` (of the last turn).
     """
+    others = [name for name in names if name != "plain"]
     times: dict[str, list[float]] = {name: [] for name in names}
+    ratios: dict[str, list[float]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         contenders = {name: Contender(name, args, folder) for name in names}
-        with tqdm(total=(args.rounds + 1) * len(names), unit="turn") as bar:
+        with tqdm(total=(args.rounds + 1) * (2 * len(others) + 1), unit="turn") as bar:
+
+            def turn(name: str, counts: bool) -> float:
+                seconds = contenders[name].take_turn()
+                if counts:
+                    times[name].append(seconds)
+                bar.update()
+                return seconds
+
             for number in range(args.rounds + 1):
-                for name, contender in contenders.items():
-                    seconds = contender.take_turn()
-                    # The first round warms up.
-                    if number > 0:
-                        times[name].append(seconds)
-                    bar.update()
+                # The first round warms up.
+                counts = number > 0
+                before = turn("plain", counts)
+                for name in others:
+                    seconds, after = turn(name, counts), turn("plain", counts)
+                    if counts:
+                        ratios[name].append(2 * seconds / (before + after))
+                        ratios["plain"].append(after / before)
+                    before = after
     figures = {}
     for name, contender in contenders.items():
-        ratios = [mine / plain for mine, plain in zip(times[name], times["plain"], strict=True)]
         line = contender.figures.line
         figures[name] = {
-            "ratio": statistics.median(ratios),
-            "lowest": min(ratios),
-            "highest": max(ratios),
+            "ratio": 1.0 if name == "plain" else statistics.median(ratios[name]),
+            "lowest": min(ratios[name], default=1.0),
+            "highest": max(ratios[name], default=1.0),
             "seconds": statistics.median(times[name]),
             "bound": None if name in PEERS else 1 + line.get("lsam/overhead", 0.0),
             "first_block": line.get("lsam/first_block"),
