@@ -35,7 +35,8 @@ def test_where_one_rank_ends_in_pass_2_the_other_ends_with_an_error(fault, ended
     first, second = reports[fault]
     assert second["status"] == (-9 if fault == "killed" else 1)
     assert first["status"] == 1 and first["step"] == 3 and first["moved"] is False
-    assert "peer" in first["error"] and "Check the logs of the remote worker" in first["error"]
+    # In the words of gloo, which differ between versions of torch.
+    assert "peer" in first["error"]
     assert {"model.safetensors", "rng_state_0.pth", "rng_state_1.pth"} < files(folder / fault / "checkpoint-2").keys()
     assert not (folder / fault / "checkpoint-4").exists()
 
