@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from packaging import version
 from tiny import VOCABULARY, Examples, arguments, assert_equal, largest_difference, weights
 from torch import nn
 from torch._dynamo.utils import counters
@@ -112,7 +113,9 @@ def test_equals_eager_and_compiles_nothing_anew_for_another_selection(how, added
     torch._dynamo.reset()
     counters.clear()
     plain = train(tmp_path / "plain", how, LSAMConfig(block_selection="none"), steps=3)
-    assert plain.graphs[2] <= compiled.graphs[STEPS - 1] <= plain.graphs[2] + added
+    more = compiled.graphs[STEPS - 1] - plain.graphs[2]
+    # Older torch needs fewer.
+    assert more == added if version.parse(torch.__version__) >= version.parse("2.13") else 0 <= more <= added
 
 
 def test_compiled_blocks_are_replayed(tmp_path):
