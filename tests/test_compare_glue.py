@@ -13,20 +13,16 @@ import pytest
 import run_glue
 import torch
 import yaml
-from adapters import AdapterArguments
 from common import parse_arguments
 from compare_config import read_comparison
 from compare_plan import slug
 from tiny_glue import write_task
-from transformers import BertModel, TrainingArguments
-
-from hf_lsam import LSAMConfig
+from transformers import BertModel
 
 pytest_plugins = ["glue_fixtures"]
 
 RECIPES = Path(compare.__file__).parent
 TINY = RECIPES / "compare" / "tiny.yaml"
-KINDS = (run_glue.ModelArguments, AdapterArguments, run_glue.DataArguments, LSAMConfig, TrainingArguments)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +47,7 @@ def test_every_yaml_is_one_that_the_recipe_accepts():
         comparison = read_comparison(path, {}, {})
         for run in [*comparison.tuning_runs(), *comparison.final_runs()]:
             options = [f"--{name}={value}" for name, value in run.settings.items() if name != "recipe"]
-            parse_arguments(KINDS, [*options, "--output_dir", "out"], "")
+            parse_arguments(run_glue.SETTINGS, [*options, "--output_dir", "out"], "")
         assert comparison.tuning_runs() or comparison.final_runs()
 
 
