@@ -1,12 +1,11 @@
 """Under `torch.compile` a step is that of eager, bit for bit, and no selection of blocks compiles anything anew."""
 
-import json
 from functools import partial
 
 import pytest
 import torch
 from packaging import version
-from tiny import VOCABULARY, Examples, arguments, assert_equal, largest_difference, weights
+from tiny import VOCABULARY, Examples, arguments, assert_equal, block_rows, largest_difference, training_lines, weights
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
@@ -88,10 +87,6 @@ def train(*args, **kwargs):
     return trainer
 
 
-def rows(folder):
-    return [json.loads(line) for line in (folder / "lsam_blocks.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("how, added", [("whole", 0), ("regional", 4)])
 def test_equals_eager_and_compiles_nothing_anew_for_another_selection(how, added, tmp_path):
     """
@@ -102,14 +97,14 @@ def test_equals_eager_and_compiles_nothing_anew_for_another_selection(how, added
     eager = train(tmp_path / "eager", "eager")
     assert_equal(weights(compiled.model), weights(eager.model))
     assert compiled.graphs[4] == compiled.graphs[STEPS - 1]
-    for left, right in zip(rows(tmp_path / how), rows(tmp_path / "eager"), strict=True):
+    for left, right in zip(block_rows(tmp_path / how), block_rows(tmp_path / "eager"), strict=True):
         assert left == right
-    assert len({tuple(row["counts"].values()) for row in rows(tmp_path / how)}) > 8
-    overheads = [line["lsam/overhead"] for line in compiled.state.log_history if "loss" in line]
+    assert len({tuple(row["counts"].values()) for row in block_rows(tmp_path / how)}) > 8
+    overheads = [line["lsam/overhead"] for line in training_lines(compiled)]
     if how == "whole":
         assert set(overheads) == {1.0}
     else:
-        assert overheads == [line["lsam/overhead"] for line in eager.state.log_history if "loss" in line]
+        assert overheads == [line["lsam/overhead"] for line in training_lines(eager)]
     torch._dynamo.reset()
     counters.clear()
     plain = train(tmp_path / "plain", how, LSAMConfig(block_selection="none"), steps=3)
@@ -158,7 +153,7 @@ def test_parts_of_compiled_blocks_take_their_gradients_with_the_block(tmp_path):
     assert_equal(weights(compiled.model), weights(eager.model))
     assert compiled.graphs[6] == compiled.graphs[STEPS - 1]
     block, head = 16 * 16 + 3 * 16, 16 * 3 + 3
-    line = next(line for line in compiled.state.log_history if "loss" in line)
+    line = training_lines(compiled)[0]
     left = BLOCKS - line["lsam/first_block"]
     expected = (2 * (left * block + head) + block) / (3 * (BLOCKS * block + head))
     assert line["lsam/overhead"] == pytest.approx(expected)
@@ -184,11 +179,11 @@ def test_a_compiled_run_is_resumed_without_compiling(how, tmp_path):
     options = dict(save_strategy="steps", save_steps=3, steps=6)
     eager = train(tmp_path / "eager", "eager", config, **options)
     train(tmp_path / how, how, config, **options)
-    assert list(rows(tmp_path / how)[0]["counts"]) == [f"blocks.{index}" for index in range(BLOCKS)]
+    assert list(block_rows(tmp_path / how)[0]["counts"]) == [f"blocks.{index}" for index in range(BLOCKS)]
     resumed = trainer_for(tmp_path / how, "eager", config, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / how / "checkpoint-3"))
     assert_equal(weights(resumed.model), weights(eager.model))
-    assert rows(tmp_path / how) == rows(tmp_path / "eager")
+    assert block_rows(tmp_path / how) == block_rows(tmp_path / "eager")
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -213,7 +208,7 @@ def test_a_budget_below_a_whole_step_needs_regional_compilation(tmp_path):
     with pytest.raises(ValueError, match="costs 1.000 of a plain step"):
         train(tmp_path, "eager", config, model)
     trainer = train(tmp_path, "regional", config, steps=4)
-    assert all(line["lsam/overhead"] <= 0.6 for line in trainer.state.log_history if "loss" in line)
+    assert all(line["lsam/overhead"] <= 0.6 for line in training_lines(trainer))
 
 
 def test_micro_batches_of_several_processes_need_regional_compilation(tmp_path, monkeypatch):

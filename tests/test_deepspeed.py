@@ -7,9 +7,6 @@ What trains needs DeepSpeed, which no extra of this project installs: `pip insta
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +16,7 @@ import torch
 from accelerate import DeepSpeedPlugin
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
+from launching import launch
 from tiny import Examples, arguments, assert_equal, bert, largest_difference, weights
 
 from hf_lsam import LSAMConfig, LSAMTrainer
@@ -80,15 +78,7 @@ def launched(request, tmp_path_factory) -> tuple[int, list[dict]]:
     folder = tmp_path_factory.mktemp("deepspeed")
     trained = {name: (options, ONE_PASS) for name, options in BF16.items()} if request.param == 1 else {}
     (folder / "cases.json").write_text(json.dumps(dict(equal=cases(), resumed=RESUMED, trained=trained)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(request.param)]
-    result = subprocess.run(
-        [*command, ranks_deepspeed.__file__, str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    launch(ranks_deepspeed.__file__, folder, request.param, timeout=600, DS_ACCELERATOR="cpu")
     return request.param, [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 

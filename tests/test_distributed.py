@@ -2,15 +2,13 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import accelerate
 import pytest
 import ranks
 import torch
+from launching import launch
 from packaging import version
 from tiny import checkpointed, largest_difference
 
@@ -145,15 +143,7 @@ def trained(tmp_path_factory) -> Path:
     """What two processes saved of each case, all of them trained in one launch."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "cases.json").write_text(json.dumps(cases() | fault_cases() | {"agreed": agreed_case()}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [*command, ranks.__file__, str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    launch(ranks.__file__, folder)
     return folder
 
 

@@ -1,9 +1,6 @@
 """Two processes that shard the model with FSDP2 equal one process on the union of their batches."""
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +8,7 @@ import pytest
 import ranks_fsdp
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from launching import launch
 from tiny import Examples, arguments, assert_equal, bert, largest_difference
 
 from hf_lsam import LSAMConfig, LSAMTrainer
@@ -78,15 +76,7 @@ def trained(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     in_full = {f"{name}-in-full": case | dict(replay=False) for name, case in replayed().items()}
     (folder / "cases.json").write_text(json.dumps(cases() | replayed() | in_full | trainings()))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [*command, ranks_fsdp.__file__, str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    launch(ranks_fsdp.__file__, folder)
     return folder
 
 

@@ -5,8 +5,8 @@ import warnings
 
 import pytest
 import torch
-from test_precision import METHODS, Replays, Watch
-from tiny import VOCABULARY, Examples, arguments, assert_equal, bert, largest_difference, weights
+from tiny import VOCABULARY, Examples, arguments, assert_equal, bert, largest_difference, training_lines, weights
+from tiny_precision import METHODS, Replays, Watch
 from transformers import BertConfig, BertForSequenceClassification, Trainer, set_seed
 
 from hf_lsam import LSAMConfig, LSAMTrainer
@@ -38,7 +38,7 @@ def make(kind, folder, settings, model=None, rows=64, **options):
 
 
 def losses(trainer):
-    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    return [line["loss"] for line in training_lines(trainer)]
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

@@ -1,11 +1,10 @@
 """Promise 9: what is reported is what happened."""
 
 import collections
-import json
 
 import pytest
 import torch
-from tiny import Examples, arguments, bert, llama
+from tiny import Examples, arguments, bert, block_rows, training_lines
 from transformers import Trainer
 
 from hf_lsam import LSAMConfig, LSAMMixin, LSAMTrainer
@@ -24,10 +23,6 @@ def run(config, folder, trainer_class=LSAMTrainer, model=None, **options):
     )
     trainer.train()
     return trainer
-
-
-def training_lines(trainer):
-    return [line for line in trainer.state.log_history if "loss" in line]
 
 
 @pytest.mark.parametrize("scope", ["batch", "micro_batch"])
@@ -75,7 +70,7 @@ def test_grad_norm_and_captured_are_those_of_the_plain_gradient(tmp_path):
     line = training_lines(trainer)[0]
     assert line["lsam/grad_norm"] == pytest.approx(sum(squares) ** 0.5, rel=1e-5)
     assert line["lsam/captured"] == pytest.approx(sum(sorted(squares)[-2:]) / sum(squares), rel=1e-5)
-    row = json.loads((tmp_path / "lsam_blocks.jsonl").read_text())
+    (row,) = block_rows(tmp_path)
     assert list(row["norms"].values()) == pytest.approx([square**0.5 for square in squares], rel=1e-5)
     assert list(row["counts"].values()) == [int(s in sorted(squares)[-2:]) for s in squares]
 
@@ -98,7 +93,7 @@ def test_rows_of_the_blocks_file(tmp_path):
     trainer = run(
         LSAMConfig(rho=0.3), tmp_path, gradient_accumulation_steps=2, per_device_train_batch_size=2, max_steps=5
     )
-    rows = [json.loads(line) for line in (tmp_path / "lsam_blocks.jsonl").read_text().splitlines()]
+    rows = block_rows(tmp_path)
     assert [row["step"] for row in rows] == [2, 4]
     names = [f"bert.encoder.layer.{index}" for index in range(4)]
     for row in rows:
@@ -108,7 +103,7 @@ def test_rows_of_the_blocks_file(tmp_path):
         assert all(norm > 0 for norm in row["norms"].values())
     # A run that starts anew writes the file anew.
     trainer.train()
-    assert len((tmp_path / "lsam_blocks.jsonl").read_text().splitlines()) == 2
+    assert len(block_rows(tmp_path)) == 2
 
 
 @pytest.mark.parametrize(
@@ -177,28 +172,3 @@ def test_counters_of_a_subclass_count_once(scope, tmp_path):
 def test_input_tokens_count_once(tmp_path):
     trainer = run(LSAMConfig(rho=0.3), tmp_path, include_num_input_tokens_seen="all")
     assert trainer.state.num_input_tokens_seen == 24 * 8
-
-
-def test_blocks_are_found_anew_at_each_train(tmp_path):
-    """A second `train()` on another model perturbs that model."""
-    trainer = run(LSAMConfig(rho=0.3), tmp_path, max_steps=2)
-    trainer.model = trainer.model_wrapped = bert(blocks=6, seed=3)
-    trainer.optimizer = None
-    trainer.train()
-    row = json.loads((tmp_path / "lsam_blocks.jsonl").read_text())
-    assert len(row["counts"]) == 6 and sum(row["counts"].values()) == 4
-
-
-def test_model_init_is_called_for_each_train(tmp_path):
-    trainer = LSAMTrainer(
-        model_init=lambda: llama(blocks=3),
-        args=arguments(tmp_path, max_steps=2, logging_steps=1),
-        train_dataset=Examples(8, language_model=True),
-        lsam_config=LSAMConfig(rho=0.3),
-    )
-    losses = []
-    for _ in range(2):
-        trainer.train()
-        losses.append([line["loss"] for line in training_lines(trainer)])
-        assert training_lines(trainer)[-1]["lsam/active"] == 1
-    assert losses[0] == losses[1]

@@ -1,107 +1,41 @@
 """Adapters of PEFT: every promise holds for what they train, and the base never moves."""
 
-import functools
-import json
-
 import pytest
 import torch
 from tiny import (
     Examples,
-    arguments,
+    Unreplayed,
     assert_equal,
     bert,
+    block_rows,
     checkpointed,
     largest_difference,
-    llama,
     qwen2,
+    training_lines,
     weights,
-    without_replay,
 )
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, set_seed
+from tiny_peft import (
+    ADAPTERS,
+    ATTENTION,
+    METHODS,
+    OUTSIDE_BLOCKS,
+    STEPS,
+    adapted,
+    frozen,
+    train_literally,
+    trainer_for,
+)
+from transformers import Trainer, TrainerCallback
 
-from hf_lsam import LSAMConfig, LSAMTrainer, reference
+from hf_lsam import LSAMConfig, LSAMTrainer
 from hf_lsam.blocks import find_blocks
 from hf_lsam.step import LSAMStep
 
 peft = pytest.importorskip("peft")
 
-STEPS, BATCH = 4, 4
-MODELS = {"bert": bert, "llama": llama, "qwen2": qwen2}
-ATTENTION = {"bert": ["query", "value"], "llama": ["q_proj", "v_proj"], "qwen2": ["q_proj", "v_proj"]}
-EMBEDDINGS = {"bert": "word_embeddings", "llama": "embed_tokens", "qwen2": "embed_tokens"}
-FEEDFORWARD = {"bert": "intermediate.dense", "llama": "down_proj", "qwen2": "down_proj"}
-HEAD = {"bert": "classifier", "llama": "lm_head", "qwen2": "lm_head"}
 
-# An adapter's configuration for a model's name.
-ADAPTERS = {
-    "lora": lambda name: peft.LoraConfig(r=2, target_modules=ATTENTION[name]),
-    "lora and head": lambda name: peft.LoraConfig(r=2, target_modules=ATTENTION[name], modules_to_save=[HEAD[name]]),
-    "lora, embeddings too": lambda name: peft.LoraConfig(r=2, target_modules=[*ATTENTION[name], EMBEDDINGS[name]]),
-    "dora": lambda name: peft.LoraConfig(r=2, target_modules=ATTENTION[name], use_dora=True),
-    "ia3": lambda name: peft.IA3Config(
-        target_modules=[*ATTENTION[name], FEEDFORWARD[name]], feedforward_modules=[FEEDFORWARD[name]]
-    ),
-}
-OUTSIDE_BLOCKS = {
-    "prompt tuning": lambda task: peft.PromptTuningConfig(num_virtual_tokens=3, task_type=task),
-    "prefix tuning": lambda task: peft.PrefixTuningConfig(num_virtual_tokens=3, task_type=task),
-    "p-tuning": lambda task: peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8, task_type=task),
-}
-
-
-def top_2(model):
-    return functools.partial(reference.lsam_step, blocks=blocks_of(model), rho=0.1, alpha=0.8, rule=reference.top_k(2))
-
-
-def one_pass(model):
-    return functools.partial(
-        reference.one_pass_lsam_step, blocks=blocks_of(model), rho=0.1, rule=reference.top_k(2), state={}
-    )
-
-
-# name: (settings, the literal step for a model)
-METHODS = {
-    "top 2": (dict(rho=0.1, alpha=0.8), top_2),
-    "sam": (dict(rho=0.1, block_selection="all"), lambda model: functools.partial(reference.sam_step, rho=0.1)),
-    "one pass": (dict(rho=0.1, ascent_gradient="previous"), one_pass),
-}
-
-
-def blocks_of(model):
-    return [[p for p in block.parameters() if p.requires_grad] for block in find_blocks(model).values()]
-
-
-def adapted(name, adapter, **options):
-    """A tiny model with an adapter whose weights are not at their starting point, where half of them have no use."""
-    model = MODELS[name](**options)
-    model = peft.get_peft_model(model, adapter, autocast_adapter_dtype=False)
-    set_seed(1)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def sgd(model):
-    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.2)
-
-
-def trainer_for(model, folder, settings, trainer_class=LSAMTrainer, **options):
-    own = {"lsam_config": LSAMConfig(**settings)} if trainer_class is LSAMTrainer else {}
-    options = {"max_steps": STEPS, "max_grad_norm": 0.0, **options}
-    return trainer_class(
-        model=model,
-        args=arguments(folder, **options),
-        train_dataset=Examples(
-            STEPS * BATCH, language_model="CausalLM" in type(model.get_base_model()).__name__[-10:]
-        ),
-        optimizers=(sgd(model), None),
-        **own,
-    )
-
-
-def frozen(model):
-    return {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+class Full(Unreplayed, LSAMTrainer):
+    pass
 
 
 # The steps
@@ -117,13 +51,7 @@ def test_equals_the_reference_and_leaves_the_base_alone(name, adapter, method, t
     fast, slow = (adapted(name, ADAPTERS[adapter](name)) for _ in range(2))
     start, base = weights(fast), frozen(fast)
     trainer_for(fast, tmp_path, settings).train()
-
-    literal_step, optimizer = literal(slow), sgd(slow)
-    examples = Examples(STEPS * BATCH, language_model=name != "bert")
-    slow.train()
-    for step in range(STEPS):
-        literal_step(slow, [examples.batch(step * BATCH, BATCH)], optimizer)
-
+    train_literally(slow, literal)
     assert largest_difference(weights(slow), start) > 1e-3
     assert largest_difference(weights(fast), weights(slow)) < 1e-12
     assert_equal(frozen(fast), base)
@@ -143,12 +71,7 @@ def test_adalora_with_its_reallocation_equals_the_reference(tmp_path):
     trainer = trainer_for(fast, tmp_path, METHODS["top 2"][0])
     trainer.add_callback(Reallocate())
     trainer.train()
-
-    literal_step, optimizer, examples = top_2(slow), sgd(slow), Examples(STEPS * BATCH)
-    slow.train()
-    for step in range(STEPS):
-        literal_step(slow, [examples.batch(step * BATCH, BATCH)], optimizer)
-        slow.base_model.update_and_allocate(step + 1)
+    train_literally(slow, METHODS["top 2"][1], lambda step: slow.base_model.update_and_allocate(step + 1))
     assert largest_difference(weights(fast), weights(slow)) < 1e-12
     values = torch.cat([p.flatten() for n, p in fast.named_parameters() if "lora_E" in n])
     assert int((values == 0).sum()) == 3 * len(values) // 4
@@ -162,23 +85,19 @@ def test_replay_is_exact_and_used(name, checkpointing, tmp_path):
     """With dropout in the adapter, and under activation checkpointing; the base's embeddings are frozen."""
     config = peft.LoraConfig(r=2, target_modules=ATTENTION[name], lora_dropout=0.3)
     results, ran = [], []
-    for replayed in (True, False):
+    options = {"logging_steps": 1} | ({} if checkpointing is None else checkpointed(**checkpointing))
+    for trainer_class in (LSAMTrainer, Full):
         model = adapted(name, config, dropout=0.1)
-        options = {} if checkpointing is None else checkpointed(**checkpointing)
-        trainer = trainer_for(model, tmp_path, dict(rho=0.5, block_selection="last"), logging_steps=1, **options)
+        trainer = trainer_for(model, tmp_path, dict(rho=0.5, block_selection="last"), trainer_class, **options)
         first_layer = next(m for n, m in model.named_modules() if n.endswith(f"{ATTENTION[name][0]}.lora_A.default"))
         calls = []
         first_layer.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        if not replayed:
-            new_step = trainer._new_step
-            trainer._new_step = lambda model, max_steps, new=new_step: without_replay(new(model, max_steps))
         trainer.train()
-        assert trainer._lsam.second_pass.replays == replayed
+        assert trainer._lsam.second_pass.replays == (trainer_class is LSAMTrainer)
         results.append(weights(model))
         ran.append(len(calls))
-        losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        assert len(training_lines(trainer)) == STEPS
     assert_equal(*results)
-    assert len(losses) == STEPS
     assert ran[1] > ran[0]
     # Replayed, the first block runs in pass 1 only. (Before transformers 5.23, a reentrant checkpoint ran it again for
     # the gradients of the frozen embeddings.)
@@ -218,10 +137,7 @@ def test_the_way_out_of_that_refusal_equals_the_reference(kind, tmp_path):
     base = frozen(fast)
     settings, literal = METHODS["sam"]
     trainer_for(fast, tmp_path, settings).train()
-    literal_step, optimizer, examples = literal(slow), sgd(slow), Examples(STEPS * BATCH)
-    slow.train()
-    for step in range(STEPS):
-        literal_step(slow, [examples.batch(step * BATCH, BATCH)], optimizer)
+    train_literally(slow, literal)
     assert largest_difference(weights(fast), weights(slow)) < 1e-12
     assert_equal(frozen(fast), base)
 
@@ -232,7 +148,7 @@ def test_the_way_out_of_that_refusal_equals_the_reference(kind, tmp_path):
 def test_names_are_those_of_the_model_that_the_trainer_was_given(tmp_path):
     model = adapted("bert", ADAPTERS["lora"]("bert"))
     trainer_for(model, tmp_path, dict(rho=0.1), logging_steps=1).train()
-    counts = json.loads((tmp_path / "lsam_blocks.jsonl").read_text().splitlines()[0])["counts"]
+    counts = block_rows(tmp_path)[0]["counts"]
     assert list(counts) == [f"base_model.model.bert.encoder.layer.{index}" for index in range(4)]
     assert set(counts) < {name for name, _ in model.named_modules()}
     pattern = r"base_model\.model\.bert\.encoder\.layer\.\d\.attention\.self\.query"
@@ -292,67 +208,3 @@ def test_resume_equals_the_uninterrupted_run(method, tmp_path):
     trainer_for(again, tmp_path, settings, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_equal(weights(again), weights(whole))
     assert largest_difference(weights(again), start) > 1e-3
-
-
-# A quantised base
-
-
-class Int8Linear(torch.nn.Linear):
-    """A linear layer as quantisation leaves it: integers that take no gradient, made numbers when they are used."""
-
-    def __init__(self, linear):
-        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None)
-        self.scale = float(linear.weight.detach().abs().max()) / 127
-        self.weight = torch.nn.Parameter((linear.weight / self.scale).round().to(torch.int8), requires_grad=False)
-        self.bias = linear.bias
-
-    def forward(self, hidden):
-        return torch.nn.functional.linear(hidden, self.weight.to(hidden.dtype) * self.scale, self.bias)
-
-
-@pytest.mark.usefixtures("float64")
-def test_a_base_of_integers_equals_the_reference(tmp_path):
-    """Only adapters are perturbed and take gradients, so that it does not matter what the base is made of."""
-
-    def build():
-        model = llama()
-        for layer in model.model.layers:
-            for name, module in list(layer.named_modules()):
-                if isinstance(module, torch.nn.Linear):
-                    parent, _, child = name.rpartition(".")
-                    setattr(layer.get_submodule(parent), child, Int8Linear(module))
-        set_seed(1)
-        return peft.get_peft_model(model, ADAPTERS["lora"]("llama"), autocast_adapter_dtype=False)
-
-    settings, literal = METHODS["top 2"]
-    fast, slow = build(), build()
-    base = frozen(fast)
-    assert sum(value.dtype == torch.int8 for value in base.values()) == 4 * 7
-    trainer_for(fast, tmp_path, settings).train()
-    literal_step, optimizer, examples = literal(slow), sgd(slow), Examples(STEPS * BATCH, language_model=True)
-    slow.train()
-    for step in range(STEPS):
-        literal_step(slow, [examples.batch(step * BATCH, BATCH)], optimizer)
-    assert largest_difference(weights(fast), weights(slow)) < 1e-12
-    assert_equal(frozen(fast), base)
-
-
-def test_a_base_of_bitsandbytes(tmp_path):
-    pytest.importorskip("bitsandbytes")
-    from transformers import BitsAndBytesConfig
-
-    set_seed(0)
-    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=2)
-    LlamaForCausalLM(LlamaConfig(vocab_size=64, pad_token_id=0, **sizes)).save_pretrained(tmp_path / "model")
-    quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=quantised, device_map="cpu")
-    model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=ATTENTION["llama"], lora_dropout=0.1))
-    base = frozen(model)
-    assert torch.uint8 in {value.dtype for value in base.values()}
-    trainer = trainer_for(model, tmp_path / "out", dict(rho=0.5, block_selection="last"), logging_steps=1)
-    trainer.train()
-    assert_equal(frozen(model), base)
-    assert trainer._lsam.second_pass.replays
-    assert trainer.state.log_history[0]["lsam/active"] == 1
-    assert trainer.state.log_history[0]["lsam/first_block"] == 2

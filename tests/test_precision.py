@@ -1,28 +1,26 @@
-"""Precision: bf16 autocast, fp16 with a gradient scaler, and weights of 16 bits."""
+"""Precision: bf16 autocast, and fp16 with a gradient scaler."""
 
-import collections
 import functools
 from contextlib import contextmanager
 
 import pytest
 import torch
 from accelerate.utils import AutocastKwargs
-from tiny import MODELS, Examples, arguments, assert_equal, bert, largest_difference, weights
-from transformers import Trainer, TrainerCallback
+from tiny import (
+    MODELS,
+    Examples,
+    arguments,
+    assert_equal,
+    bert,
+    blocks_of,
+    largest_difference,
+    training_lines,
+    weights,
+)
+from tiny_precision import METHODS, Replays, Watch
+from transformers import Trainer
 
 from hf_lsam import LSAMConfig, LSAMTrainer, reference
-from hf_lsam.blocks import find_blocks
-from hf_lsam.perturbation import Perturbation, adaptive_scores, norms, orthogonal_part
-from hf_lsam.rounding import round_stochastically
-
-METHODS = {
-    "top 2": dict(rho=0.2, alpha=0.6),
-    "adaptive": dict(rho=2.0, adaptive=True),
-    "all": dict(rho=0.2, block_selection="all"),
-    "micro-batch": dict(rho=0.2, alpha=0.6, sharpness_scope="micro_batch"),
-    "looksam": dict(rho=0.2, block_selection="all", perturb_interval=2, reuse_correction=0.7),
-    "one pass": dict(rho=0.2, ascent_gradient="previous"),
-}
 
 
 class Overflowing(LSAMTrainer):
@@ -34,23 +32,6 @@ class Overflowing(LSAMTrainer):
         loss = super().compute_loss(*args, **kwargs)
         now = (self.state.global_step, self.watch.count_pass(self.state.global_step))
         return loss * float("inf") if now == self.overflow else loss
-
-
-class Watch(TrainerCallback):
-    """The weights, and the scale, at the end of each step, and how many passes it had."""
-
-    def __init__(self, trainer):
-        self.trainer, self.weights, self.scales = trainer, [weights(trainer.model)], []
-        self.passes = collections.Counter()
-
-    def count_pass(self, step):
-        self.passes[step] += 1
-        return self.passes[step]
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.weights.append(weights(self.trainer.model))
-        if self.trainer.accelerator.scaler is not None:
-            self.scales.append(self.trainer.accelerator.scaler.get_scale())
 
 
 @contextmanager
@@ -83,7 +64,7 @@ def run(folder, settings, scaler=None, autocast=False, overflow=None, steps=6, d
     else:
         with scaled(trainer, scaler, autocast):
             trainer.train()
-    trainer.lines = [line for line in trainer.state.log_history if "loss" in line]
+    trainer.lines = training_lines(trainer)
     return trainer
 
 
@@ -187,10 +168,6 @@ LITERAL = {
 }
 
 
-def blocks_of(model):
-    return [list(block.parameters()) for block in find_blocks(model).values()]
-
-
 @pytest.mark.parametrize("method", list(LITERAL))
 def test_bf16_autocast_equals_the_reference_under_bf16_autocast(method, tmp_path):
     fast = run(tmp_path, METHODS[method], dropout=0, steps=4, bf16=True, optim="sgd", max_grad_norm=0.0)
@@ -225,16 +202,6 @@ def test_replay_is_exact_under_bf16_autocast(name, scope, tmp_path):
     assert_equal(*results)
 
 
-class Replays(TrainerCallback):
-    """Switches replay off, unless it is wanted."""
-
-    def __init__(self, trainer, wanted):
-        self.trainer, self.wanted = trainer, wanted
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.trainer._lsam.second_pass.replays &= self.wanted
-
-
 @pytest.mark.parametrize("options", [dict(bf16=True), dict(dtype=torch.bfloat16), dict(dtype=torch.float16)])
 def test_off_is_the_plain_trainer_bitwise(options, tmp_path):
     options = dict(options)
@@ -247,75 +214,3 @@ def test_off_is_the_plain_trainer_bitwise(options, tmp_path):
         trainer.train()
         results.append(weights(trainer.model))
     assert_equal(*results)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_stochastic_rounding_gives_a_neighbour_and_is_right_in_the_mean(dtype):
-    generator = torch.Generator().manual_seed(0)
-    for value in (1.0, 1.001, -0.3333, 0.9999, -2.0001, 1e-8, -3e-8, 0.0, 100.123):
-        values = torch.full((100_000,), value)
-        rounded = round_stochastically(values, dtype, generator).double()
-        below, above = rounded.min(), rounded.max()
-        assert below <= values[0].double() <= above
-        assert torch.equal(below.to(dtype).double(), below) and len(rounded.unique()) <= 2
-        assert abs(rounded.mean() - values[0].double()) <= 5 * (above - below) / 2 / 100_000**0.5
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_move_that_weights_of_16_bits_would_swallow_is_right_in_the_mean(dtype):
-    """To the nearest, no weight would move at all; the draws are the seed's and not those of the training."""
-    weight = torch.full((200_000,), 1.0).to(dtype)
-    slope = torch.ones_like(weight)
-    perturbation, state = Perturbation(), torch.get_rng_state()
-    length = torch.finfo(dtype).eps / 16
-    moves = []
-    for perturbation.seed in (0, 0, 1):
-        with perturbation.moved([weight], [slope], length):
-            moves.append(weight.double() - 1)
-        assert bool((weight == 1).all())
-    assert moves[0].mean() == pytest.approx(length, rel=0.05)
-    assert torch.equal(moves[0], moves[1]) and not torch.equal(moves[0], moves[2])
-    assert torch.equal(state, torch.get_rng_state())
-
-
-def test_products_of_fp16_gradients_neither_underflow_nor_overflow():
-    torch.manual_seed(0)
-    for size in (1e-5, 1e3):
-        plain, perturbed = ([(torch.randn(500) * size).half()] for _ in range(2))
-        part = orthogonal_part(perturbed, plain)[0].double()
-        along = (perturbed[0].double() * plain[0].double()).sum() / plain[0].double().square().sum()
-        exact = perturbed[0].double() - along * plain[0].double()
-        assert float((part - exact / exact.norm()).abs().max()) < 1e-6
-        assert float(norms(plain)[0]) == pytest.approx(float(plain[0].double().norm()), rel=1e-6)
-        scores = adaptive_scores([(torch.ones(500) / 1000).half()], plain)
-        assert float(norms(scores)[0]) == pytest.approx(float(plain[0].double().norm()) / 1000, rel=1e-3)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("method", ["top 2", "adaptive", "looksam", "one pass"])
-def test_models_of_16_bits_train(method, dtype, tmp_path):
-    trainer = LSAMTrainer(
-        model=bert().to(dtype),
-        args=arguments(tmp_path, learning_rate=1e-3),
-        train_dataset=Examples(16),
-        lsam_config=LSAMConfig(**METHODS[method]),
-    )
-    trainer.train()
-    assert trainer.model.dtype == dtype
-    assert all(bool(tensor.isfinite().all()) for tensor in weights(trainer.model).values())
-    line = trainer._lsam.log.line()
-    assert line["lsam/active"] > 0 and line["lsam/skipped"] == 0
-
-
-def test_adapters_over_a_bf16_base_are_in_float32_and_are_not_rounded(tmp_path, caplog):
-    peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(MODELS["llama"]().to(torch.bfloat16), peft.LoraConfig(target_modules=["q_proj"]))
-    trainer = LSAMTrainer(
-        model=model,
-        args=arguments(tmp_path),
-        train_dataset=Examples(16, language_model=True),
-        lsam_config=LSAMConfig(rho=0.001),
-    )
-    trainer.train()
-    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
-    assert trainer._lsam.log.chances == 4 and "resolve" not in caplog.text

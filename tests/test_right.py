@@ -4,17 +4,12 @@ import functools
 
 import pytest
 import torch
-from tiny import MODELS, Examples, arguments, largest_difference, weights
+from tiny import MODELS, Examples, arguments, blocks_of, largest_difference, weights
 
 from hf_lsam import LSAMConfig, LSAMTrainer, reference
-from hf_lsam.blocks import find_blocks
 
 STEPS, BATCH = 20, 4
 HEAD = {"bert": ("bert.pooler", "classifier"), "llama": ("model.norm", "lm_head")}
-
-
-def blocks_of(model):
-    return [list(block.parameters()) for block in find_blocks(model).values()]
 
 
 def one_pass(model, name, rule, rho=0.1):

@@ -9,13 +9,15 @@ import transformers.trainer
 from tiny import (
     MODELS,
     Examples,
+    Unreplayed,
     arguments,
     assert_equal,
     bert,
+    blocks_of,
     checkpointed,
     largest_difference,
+    training_lines,
     weights,
-    without_replay,
 )
 from tokenizers import Tokenizer, models
 from torch import nn
@@ -24,7 +26,6 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast, Train
 from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_lsam import LSAMConfig, LSAMMixin, LSAMTrainer, reference
-from hf_lsam.blocks import find_blocks
 
 TOP_2 = LSAMConfig(rho=0.3)
 LAST_2 = LSAMConfig(rho=0.3, block_selection="last")
@@ -49,11 +50,8 @@ class NotedLSAM(LSAMMixin, Noted):
     pass
 
 
-class Unreplayed(LSAMTrainer):
-    """Pass 2 runs every block."""
-
-    def _new_step(self, model, max_steps):
-        return without_replay(super()._new_step(model, max_steps))
+class Full(Unreplayed, LSAMTrainer):
+    pass
 
 
 def train(folder, trainer_class=LSAMTrainer, config=TOP_2, model=None, **options):
@@ -72,10 +70,6 @@ def train(folder, trainer_class=LSAMTrainer, config=TOP_2, model=None, **options
     return trainer
 
 
-def log_lines(trainer):
-    return [line for line in trainer.state.log_history if "loss" in line]
-
-
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("name", list(MODELS))
 def test_activation_checkpointing_changes_nothing(name, reentrant, tmp_path):
@@ -87,8 +81,8 @@ def test_activation_checkpointing_changes_nothing(name, reentrant, tmp_path):
     )
     assert saving._lsam.second_pass.replays and saving._lsam.second_pass.checked is not None
     assert_equal(weights(plain.model), weights(saving.model))
-    assert [line["lsam/captured"] for line in log_lines(plain)] == [
-        line["lsam/captured"] for line in log_lines(saving)
+    assert [line["lsam/captured"] for line in training_lines(plain)] == [
+        line["lsam/captured"] for line in training_lines(saving)
     ]
 
 
@@ -125,7 +119,7 @@ def test_neftune_adds_the_same_noise_in_both_passes(tmp_path):
     clean = nn.functional.embedding(trainer.noted.batches[0], bert().get_input_embeddings().weight)
     assert 0 < float((first - clean).detach().abs().max()) <= 5.0 / (8 * 16) ** 0.5
     # A full second pass draws the same, and the noise ends with the training.
-    full = train(tmp_path / "full", Unreplayed, LAST_2, bert(), **options)
+    full = train(tmp_path / "full", Full, LAST_2, bert(), **options)
     assert_equal(weights(trainer.model), weights(full.model))
     tokens = trainer.noted.batches[0]
     assert torch.equal(embedding(tokens), nn.functional.embedding(tokens, embedding.weight))
@@ -151,7 +145,7 @@ def test_label_smoothing_equals_the_reference(name, tmp_path):
     start = weights(slow)
     options = dict(label_smoothing_factor=0.2, max_steps=10, optim="sgd", learning_rate=0.05, max_grad_norm=0.0)
     train(tmp_path, config=LSAMConfig(rho=0.1, alpha=0.7), model=fast, train_dataset=examples, **options)
-    blocks = [list(block.parameters()) for block in find_blocks(slow).values()]
+    blocks = blocks_of(slow)
     smoothed, optimizer = Smoothed(slow.train(), name == "llama"), torch.optim.SGD(slow.parameters(), lr=0.05)
     for step in range(10):
         batches = [examples.batch(step * 4, 4)]
@@ -227,21 +221,21 @@ def test_out_of_memory_in_pass_2_starts_anew_with_a_smaller_batch(at, error, tmp
     assert rows[0] == rows[1] and len(rows[0].splitlines()) == 2
     assert [json.loads(row)["steps"] for row in rows[0].splitlines()] == [2, 2]
     times = ("train_runtime", "epoch")
-    for left, right in zip(log_lines(found), log_lines(small), strict=True):
+    for left, right in zip(training_lines(found), training_lines(small), strict=True):
         assert {k: v for k, v in left.items() if k not in times} == {k: v for k, v in right.items() if k not in times}
 
 
 @pytest.mark.usefixtures("float64")
 def test_the_norm_that_is_clipped_and_logged_is_that_of_the_mixed_gradient(tmp_path):
     fast, slow = bert(), bert()
-    blocks = [list(block.parameters()) for block in find_blocks(slow).values()]
+    blocks = blocks_of(slow)
     batches = [Examples(32).batch(0, 4)]
     mixed = reference.lsam_gradient(slow.train(), batches, blocks, 3.0, 0.7, reference.top_k(2))
     norm, plain_norm = reference.norm(mixed.values()), reference.norm(reference.gradient(slow, batches).values())
     assert abs(norm - plain_norm) > 0.05 * plain_norm
     options = dict(max_steps=1, optim="sgd", learning_rate=0.5, max_grad_norm=0.1)
     trainer = train(tmp_path, config=LSAMConfig(rho=3.0, alpha=0.7), model=fast, **options)
-    assert log_lines(trainer)[0]["grad_norm"] == pytest.approx(norm, rel=1e-9)
+    assert training_lines(trainer)[0]["grad_norm"] == pytest.approx(norm, rel=1e-9)
     with torch.no_grad():
         for parameter, gradient in mixed.items():
             parameter.sub_(0.5 * gradient * 0.1 / (norm + 1e-6))

@@ -14,7 +14,15 @@ from sentence_transformers import (
     SentenceTransformerTrainingArguments,
 )
 from sentence_transformers.sentence_transformer import losses, modules
-from tiny import assert_equal, largest_difference, weights, without_replay
+from tiny import (
+    Unreplayed,
+    arguments,
+    assert_equal,
+    assert_lines_hold,
+    largest_difference,
+    training_lines,
+    weights,
+)
 from tiny_glue import WORDS, save_bert
 from torch import nn
 
@@ -29,11 +37,8 @@ class LiteralSentence(LiteralLSAM, SentenceTransformerTrainer):
     pass
 
 
-class Full(LSAMSentence):
-    """Runs all of pass 2."""
-
-    def _new_step(self, model, max_steps):
-        return without_replay(super()._new_step(model, max_steps))
+class Full(Unreplayed, LSAMSentence):
+    pass
 
 
 class TwoParts(torch.nn.Module):
@@ -88,25 +93,10 @@ def train(trainer_class, name, folder, config=None, dropout=0.0, **options):
     data, loss_of = LOSSES[name]
     torch.manual_seed(3)
     loss = loss_of(model)
-    defaults = dict(
-        output_dir=str(folder),
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
-        max_steps=3,
-        learning_rate=1e-2,
-        lr_scheduler_type="constant",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        logging_steps=1,
-        use_cpu=True,
-        seed=1,
-        optim="sgd",
-        max_grad_norm=0.0,
-    )
+    defaults = dict(max_steps=3, gradient_accumulation_steps=2, optim="sgd", max_grad_norm=0.0, logging_steps=1)
     trainer = trainer_class(
         model=model,
-        args=SentenceTransformerTrainingArguments(**{**defaults, **options}),
+        args=arguments(folder, SentenceTransformerTrainingArguments, **{**defaults, **options}),
         train_dataset=data(),
         loss=loss,
         **({} if config is None else {"lsam_config": config}),
@@ -133,9 +123,8 @@ def test_it_composes_and_counts_once(name, tmp_path):
     assert largest_difference(lsam_weights, plain_weights) > 1e-6
     assert_equal(faint_weights, plain_weights)
     assert lsam._lsam.second_pass.replays
-    for line, plain_line in zip(faint.state.log_history[:-1], plain.state.log_history[:-1], strict=True):
-        assert {key: line[key] for key in plain_line} == plain_line
-        assert line["lsam/active"] == 1
+    assert_lines_hold(faint, plain)
+    assert [line["lsam/active"] for line in training_lines(faint)] == [1] * 3
 
 
 @pytest.mark.parametrize("name", ["ranking", "cached"])

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import Examples, arguments, bert
+from tiny import Examples, arguments, bert, training_lines
 
 from hf_lsam import LSAMConfig, LSAMTrainer
 
@@ -22,7 +22,7 @@ def trained(folder, tracker, **options):
         lsam_config=LSAMConfig(rho=0.3),
     )
     trainer.train()
-    return [line for line in trainer.state.log_history if "loss" in line]
+    return training_lines(trainer)
 
 
 def test_tensorboard_shows_every_figure(tmp_path, monkeypatch):

@@ -3,7 +3,19 @@
 import pytest
 import torch
 from literal import LiteralLSAM
-from tiny import Examples, arguments, assert_equal, bart, bert, largest_difference, t5, weights, without_replay
+from tiny import (
+    Examples,
+    Unreplayed,
+    arguments,
+    assert_equal,
+    assert_lines_hold,
+    bart,
+    bert,
+    blocks_of,
+    largest_difference,
+    t5,
+    weights,
+)
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
 
 from hf_lsam import LSAMConfig, LSAMMixin, LSAMTrainer, reference
@@ -20,11 +32,8 @@ class LiteralSeq2Seq(LiteralLSAM, Seq2SeqTrainer):
     pass
 
 
-class Full(LSAMSeq2Seq):
-    """Runs all of pass 2."""
-
-    def _new_step(self, model, max_steps):
-        return without_replay(super()._new_step(model, max_steps))
+class Full(Unreplayed, LSAMSeq2Seq):
+    pass
 
 
 class Calls:
@@ -69,14 +78,10 @@ class Collator:
 
 def translate(trainer_class, model, folder, config=None, **options):
     """Train a model on sequences to sequences; returns the trainer."""
-    shared = vars(arguments(folder))
-    names = ("output_dir", "per_device_train_batch_size", "learning_rate", "lr_scheduler_type", "save_strategy")
-    names += ("train_sampling_strategy", "report_to", "disable_tqdm", "use_cpu", "seed")
     defaults = dict(optim="sgd", max_steps=5, max_grad_norm=0.0, logging_steps=1)
-    args = Seq2SeqTrainingArguments(**{**{name: shared[name] for name in names}, **defaults, **options})
     trainer = trainer_class(
         model=model,
-        args=args,
+        args=arguments(folder, Seq2SeqTrainingArguments, **{**defaults, **options}),
         data_collator=Collator(model),
         train_dataset=Examples(20, language_model=True),
         eval_dataset=Examples(4, language_model=True, seed=1),
@@ -107,7 +112,7 @@ def test_seq2seq_takes_one_pass(name, tmp_path):
     """Against the reference: the gradient of the step before is climbed, in the blocks of encoder and decoder."""
     fast, slow = SEQ2SEQ[name](), SEQ2SEQ[name]()
     translate(LSAMSeq2Seq, fast, tmp_path, LSAMConfig(rho=0.1, ascent_gradient="previous"))
-    blocks = [list(block.parameters()) for block in find_blocks(slow).values()]
+    blocks = blocks_of(slow)
     assert len(blocks) == 6
     examples, state = Examples(20, language_model=True), {}
     optimizer = torch.optim.SGD(slow.parameters(), lr=1e-2)
@@ -127,9 +132,8 @@ def test_replay_over_encoder_and_decoder_equals_a_full_pass_2(name, selection, t
         model = SEQ2SEQ[name](dropout=0.1)
         pattern = rf"(model\.)?{selection[:7]}\.(block|layers)\.2"
         config = LSAMConfig(rho=0.5, block_pattern=pattern, num_perturbed_blocks=1)
-        options = dict(full_pass_2=not is_replayed, max_steps=3)
         calls = Calls(model)
-        trainer = translate(Full if options.pop("full_pass_2") else LSAMSeq2Seq, model, tmp_path, config, **options)
+        trainer = translate(LSAMSeq2Seq if is_replayed else Full, model, tmp_path, config, max_steps=3)
         assert trainer._lsam.second_pass.replays == is_replayed
         ran.append(calls.count)
         results.append(weights(model))
@@ -232,8 +236,7 @@ def test_a_users_trainer_keeps_its_loss_and_counts_once(trainer_class, accumulat
     assert (faint.steps, faint.tokens, faint.line_at) == (plain.steps, plain.tokens, plain.line_at)
     assert torch.equal(faint.seen["train"]["confusion"], plain.seen["train"]["confusion"])
     assert faint.seen["train"]["losses"] == plain.seen["train"]["losses"]
-    for line, plain_line in zip(faint.state.log_history[:-1], plain.state.log_history[:-1], strict=True):
-        assert plain_line.items() <= line.items()
+    assert_lines_hold(faint, plain)
 
 
 @pytest.mark.usefixtures("float64")

@@ -13,7 +13,7 @@ import trl.trainer
 from datasets import Dataset
 from literal import LiteralLSAM
 from peft import LoraConfig
-from tiny import largest_difference, llama, weights
+from tiny import arguments, assert_lines_hold, largest_difference, llama, training_lines, weights
 from tiny_glue import WORDS, save_tokenizer
 from transformers import AutoTokenizer, LlamaForCausalLM, LlamaForSequenceClassification, Trainer, set_seed
 from trl import (
@@ -97,27 +97,11 @@ def tokenizer(tmp_path_factory):
 
 
 def build(trainer_class, config_class, data, model, keywords, options, tokenizer, folder, config=None):
-    defaults = dict(
-        output_dir=str(folder),
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        max_steps=2,
-        learning_rate=1e-2,
-        lr_scheduler_type="constant",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        logging_steps=1,
-        use_cpu=True,
-        seed=1,
-        optim="sgd",
-        max_grad_norm=0.0,
-        bf16=False,
-        gradient_checkpointing=False,
-    )
+    own = dict(max_steps=2, optim="sgd", max_grad_norm=0.0, logging_steps=1, bf16=False, gradient_checkpointing=False)
+    micro_batches = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2)
     return trainer_class(
         model=model,
-        args=config_class(**{**defaults, **options}),
+        args=arguments(folder, config_class, **{**own, **micro_batches, **options}),
         train_dataset=data,
         processing_class=tokenizer,
         **keywords,
@@ -156,12 +140,11 @@ def test_a_trainer_with_a_fixed_batch_composes_and_counts_once(name, tokenizer, 
     assert largest_difference(after["lsam"], after["plain"]) > 1e-6
     assert largest_difference(after["faint"], after["plain"]) == largest_difference(after["off"], after["plain"]) == 0
     assert runs["lsam"]._lsam.second_pass.replays
-    plain_lines = runs["plain"].state.log_history[:-1]
+    plain_lines = training_lines(runs["plain"])
     assert len(plain_lines) == 2
     assert plain_lines[-1]["num_tokens"] > plain_lines[0]["num_tokens"] > 0
-    for run in ("off", "faint"):
-        for line, plain_line in zip(runs[run].state.log_history[:-1], plain_lines, strict=True):
-            assert {key: line[key] for key in plain_line} == plain_line
+    assert_lines_hold(runs["off"], runs["plain"])
+    assert_lines_hold(runs["faint"], runs["plain"])
     assert runs["faint"].state.log_history[0]["lsam/active"] == 1
 
 

@@ -1,5 +1,10 @@
-"""Tiny models with random weights, and batches for them."""
+"""Tiny models with random weights, batches for them, and what tests read off a model or a run."""
 
+import json
+import random
+from pathlib import Path
+
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 from transformers import (
@@ -14,9 +19,12 @@ from transformers import (
     Qwen2ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    Trainer,
     TrainingArguments,
     set_seed,
 )
+
+from hf_lsam.blocks import find_blocks
 
 VOCABULARY = 64
 
@@ -146,8 +154,8 @@ class Examples(Dataset):
         return torch.utils.data.default_collate([self[index] for index in range(start, start + size)])
 
 
-def arguments(folder, **options) -> TrainingArguments:
-    """Training arguments for a short quiet run that takes the examples in their order."""
+def arguments(folder, kind: type[TrainingArguments] = TrainingArguments, **options) -> TrainingArguments:
+    """Training arguments, of the class `kind`, for a short quiet run that takes the examples in their order."""
     defaults = dict(
         output_dir=str(folder),
         per_device_train_batch_size=4,
@@ -162,7 +170,7 @@ def arguments(folder, **options) -> TrainingArguments:
         use_cpu=True,
         seed=1,
     )
-    return TrainingArguments(**{**defaults, **options})
+    return kind(**{**defaults, **options})
 
 
 # Called gradient checkpointing before transformers 5.23.
@@ -187,14 +195,64 @@ def without_replay(step):
     return step
 
 
+class Unreplayed:
+    """For classes such as `class Full(Unreplayed, LSAMTrainer)`: pass 2 runs every block."""
+
+    def _new_step(self, model, max_steps):
+        return without_replay(super()._new_step(model, max_steps))
+
+
+def blocks_of(model: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
+    """What a literal step perturbs: the trainable parameters of each block."""
+    return [[p for p in block.parameters() if p.requires_grad] for block in find_blocks(model).values()]
+
+
+def training_lines(trainer: Trainer) -> list[dict]:
+    """The lines that a run logged while it trained."""
+    return [line for line in trainer.state.log_history if "loss" in line]
+
+
+def assert_lines_hold(trainer: Trainer, plain: Trainer) -> None:
+    """Each line that a run logged while it trained holds what the plain run logged there."""
+    assert training_lines(plain)
+    for line, plain_line in zip(training_lines(trainer), training_lines(plain), strict=True):
+        assert {key: line[key] for key in plain_line} == plain_line
+
+
+def block_rows(folder: Path) -> list[dict]:
+    """What a run wrote on its blocks."""
+    return [json.loads(row) for row in (folder / "lsam_blocks.jsonl").read_text().splitlines()]
+
+
+def passes(model, batch):
+    """A pass over the batch, and the gradients that it left on the parameters, which it takes away."""
+
+    def run():
+        loss = model(**batch).loss
+        loss.backward()
+        return loss.detach()
+
+    def take_gradients():
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return gradients
+
+    return run, take_gradients
+
+
+def random_states() -> tuple:
+    """The random states of torch, Python and NumPy, to be compared."""
+    return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
+
+
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Copies of all parameters and buffers, by name."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
-    """Every tensor is bitwise that of the other side."""
-    assert left.keys() == right.keys()
+    """There are tensors, and every one is bitwise that of the other side."""
+    assert left.keys() == right.keys() and left
     different = [name for name in left if not torch.equal(left[name], right[name])]
     assert not different, f"not bitwise equal: {different}"
 
