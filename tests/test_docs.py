@@ -66,7 +66,7 @@ def test_every_setting_and_figure_is_on_the_page_of_settings():
 
 
 def test_every_test_file_of_the_table_of_features_is_there():
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "features.md").read_text()
     assert text.count("| feature |") == 1
     table = text.split("| feature |")[1].split("\n\n")[0].splitlines()[2:]
     assert len(table) > 30
