@@ -63,6 +63,7 @@ UNSUPPORTED = {
     "DataParallel": (lambda t: setattr(t.args, "_n_gpu", 2), {}),
     "optim=": (lambda t: None, {"optim": "lomo"}),
     "torch_compile_mode": (lambda t: None, {"torch_compile_mode": "reduce-overhead"}),
+    "device_map": (lambda t: setattr(t.model, "hf_device_map", {"bert": 0, "classifier": 1}), {}),
 }
 
 
