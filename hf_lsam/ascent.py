@@ -13,7 +13,6 @@ from .config import LSAMConfig
 from .distributed import average_over_ranks, is_distributed
 from .perturbation import adaptive_scores, norms
 from .selection import CostModel, select
-from .step_log import StepLog
 
 
 @dataclass
@@ -44,19 +43,12 @@ class Ascent:
             weight.grad = None
 
 
-@dataclass
-class Kept:
-    """What goes from step to step: the gradient to climb (one pass), the direction to reuse (LookSAM), the log."""
-
-    previous: Ascent | None
-    correction: tuple[list[Tensor], list[Tensor]] | None
-    log: StepLog
-
-
 @torch.no_grad()
 def find_ascent(candidates: Sequence[Candidate], costs: CostModel, config: LSAMConfig) -> Ascent | None:
     """
-    Select on the gradients in `.grad`. The norms come to the host together, in one wait for the device.
+    Select S on the gradients in `.grad`: `eps_i = rho * direction_i / norm` for i in S.
+
+    The norms come to the host together, in one wait for the device.
 
     Processes select the same: with `sharpness_scope="batch"` their gradients are the same, and with `"micro_batch"`
     they select on the mean of their squared norms, while each climbs its own gradient.

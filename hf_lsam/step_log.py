@@ -16,8 +16,8 @@ logger = logging.get_logger(__name__)
 BLOCKS_FILE = "lsam_blocks.jsonl"
 
 # A run counts as stuck if the logged losses of this share of the training, and of at least so many log lines with
-# perturbed steps, stay within this distance of the first (a fresh classifier's loss is log(classes), and noise moves it
-# by less than that).
+# perturbed steps, stay within this distance of the first. (A fresh classifier's loss is log(classes), and noise moves
+# it by less than that.)
 _STUCK_SHARE, _STUCK_LINES, _STUCK_DISTANCE = 0.25, 5, 0.02
 # Perturbations that wait to be summed up: a run that logs nothing would keep them all.
 _MOST_PENDING = 256
