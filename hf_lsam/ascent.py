@@ -54,7 +54,8 @@ def find_ascent(candidates: Sequence[Candidate], costs: CostModel, config: LSAMC
     they select on the mean of their squared norms, while each climbs its own gradient.
 
     Returns:
-        The ascent, or `None` where there is nothing to climb: a norm is not finite, or all of them are zero.
+        The ascent, or `None` where there is nothing to climb: a norm is not finite, all of them are zero, or no
+        candidate that has a gradient fits the budget.
     """
     with_gradient = [[p for p in candidate.parameters if p.grad is not None] for candidate in candidates]
     weights: list[Tensor] = [p for parameters in with_gradient for p in parameters]
