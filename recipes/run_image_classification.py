@@ -252,13 +252,13 @@ def describe_architecture(config: PreTrainedConfig) -> str:
 
 def describe(model_args: ModelArguments, data_args: DataArguments) -> Subject:
     """What the model card says about the task and its data."""
-    name = data_args.dataset_name
+    name, config = data_args.dataset_name, data_args.dataset_config_name
     on_hub = name is not None and not Path(name).is_dir()
     return Subject(
         recipe="run_image_classification.py",
         kind="image classification",
         pipeline_tag="image-classification",
-        data=f"{name} (Hub)" if on_hub else OWN_FILES,
+        data=f"{name} {config or ''}".strip() + " (Hub)" if on_hub else OWN_FILES,
         dataset=name if on_hub else None,
         from_scratch=model_args.from_scratch,
     )
