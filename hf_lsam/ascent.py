@@ -13,7 +13,6 @@ from .config import LSAMConfig
 from .distributed import average_over_ranks, is_distributed
 from .perturbation import adaptive_scores, norms
 from .selection import CostModel, select
-from .step_log import StepLog
 
 
 @dataclass
@@ -44,25 +43,19 @@ class Ascent:
             weight.grad = None
 
 
-@dataclass
-class Kept:
-    """What goes from step to step: the gradient to climb (one pass), the direction to reuse (LookSAM), the log."""
-
-    previous: Ascent | None
-    correction: tuple[list[Tensor], list[Tensor]] | None
-    log: StepLog
-
-
 @torch.no_grad()
 def find_ascent(candidates: Sequence[Candidate], costs: CostModel, config: LSAMConfig) -> Ascent | None:
     """
-    Select on the gradients in `.grad`. The norms come to the host together, in one wait for the device.
+    Select S on the gradients in `.grad`: `eps_i = rho * direction_i / norm` for i in S.
+
+    The norms come to the host together, in one wait for the device.
 
     Processes select the same: with `sharpness_scope="batch"` their gradients are the same, and with `"micro_batch"`
     they select on the mean of their squared norms, while each climbs its own gradient.
 
     Returns:
-        The ascent, or `None` where there is nothing to climb: a norm is not finite, or all of them are zero.
+        The ascent, or `None` where there is nothing to climb: a norm is not finite, all of them are zero, or no
+        candidate that has a gradient fits the budget.
     """
     with_gradient = [[p for p in candidate.parameters if p.grad is not None] for candidate in candidates]
     weights: list[Tensor] = [p for parameters in with_gradient for p in parameters]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import logging
+from transformers.utils import is_peft_available, logging
 
 logger = logging.get_logger(__name__)
 
@@ -123,6 +123,16 @@ def multiplied_parameters(model: nn.Module) -> set[nn.Parameter]:
         if not isinstance(module, nn.Embedding)
         for parameter in module.parameters(recurse=False)
     }
+
+
+def idle_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters that no pass uses: those of the originals that PEFT keeps beside the copies that it trains."""
+    if not is_peft_available():
+        return set()
+    from peft.utils import ModulesToSaveWrapper
+
+    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    return {parameter for wrapper in wrappers for parameter in wrapper.original_module.parameters()}
 
 
 def _outermost(module: nn.Module, wanted, name: str = "") -> Iterator[tuple[str, nn.Module]]:

@@ -63,7 +63,7 @@ def check_deepspeed(trainer: Trainer, config: LSAMConfig, way_out: str) -> None:
 
 
 @contextmanager
-def update_held_back(engine, readers: Sequence[Tensor]) -> Iterator[None]:
+def update_held_back(engine, parameters: Sequence[Tensor]) -> Iterator[None]:
     """
     Inside, what asks `engine` for its step only gets the gradients; the step is taken at the end.
 
@@ -72,7 +72,7 @@ def update_held_back(engine, readers: Sequence[Tensor]) -> Iterator[None]:
 
     Args:
         engine: The `DeepSpeedEngine`.
-        readers: Parameters whose `.grad` holds, from the engine's last backward pass on, the mean over all
+        parameters: Those whose `.grad` holds, from the engine's last backward pass on, the mean over all
             micro-batches and processes, as it would without DeepSpeed. It is gathered from the shards that ZeRO keeps,
             by one all-reduce each, so all processes must give the same ones.
     """
@@ -83,7 +83,7 @@ def update_held_back(engine, readers: Sequence[Tensor]) -> Iterator[None]:
     def gather() -> None:
         nonlocal asked
         asked = True
-        for parameter in readers:
+        for parameter in parameters:
             # Left there on weights that the engine does not train, and then only that of this process.
             parameter.grad = None
             gradient = safe_get_full_grad(parameter)
@@ -97,6 +97,6 @@ def update_held_back(engine, readers: Sequence[Tensor]) -> Iterator[None]:
         # Back to the method of the class.
         del engine.step
     if asked:
-        for parameter in readers:
+        for parameter in parameters:
             parameter.grad = None
         engine.step()

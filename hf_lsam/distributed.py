@@ -120,6 +120,13 @@ def check_supported(trainer: Trainer, config: LSAMConfig) -> None:
             f"torch.nn.DataParallel copies the model to {args.n_gpu} GPUs in each pass, so blocks cannot be replayed. "
             f"Make one GPU visible (CUDA_VISIBLE_DEVICES=0). {way_out}"
         )
+    devices = {str(device) for device in getattr(trainer.model, "hf_device_map", {}).values()} - {"cpu", "disk"}
+    if len(devices) > 1:
+        raise NotImplementedError(
+            f"device_map spreads the model over the devices {', '.join(sorted(devices))}, and pass 2 repeats the "
+            "random numbers of one device only. Load it without device_map, and let FSDP2 shard it if it does not fit "
+            f"one device. {way_out}"
+        )
     if args.optim in _UPDATE_IN_BACKWARD:
         raise NotImplementedError(
             f"optim={args.optim} updates the weights inside the backward pass, so there is no gradient left to "

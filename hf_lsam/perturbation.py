@@ -7,9 +7,15 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
-from .rounding import add_into, wide
+from .rounding import add_into, is_coarse, wide
 from .shards import from_parts, is_sharded, local_parts, sum_over_parts
+
+logger = logging.get_logger(__name__)
+
+# Below this cosine between what the weights moved by and what they should have, a user is told.
+_ROUNDED = 0.95
 
 
 class Perturbation:
@@ -201,3 +207,22 @@ def move_cosine(weights: Sequence[Tensor], before: Sequence[Tensor], direction: 
     along = float(sum_over_parts(torch.stack(products), weights).sum())
     length = float(norms(from_parts(moves, weights)).square().sum().sqrt() * norms(direction).square().sum().sqrt())
     return along / length if length > 0 else 0.0
+
+
+def check_rounding(
+    weights: Sequence[Tensor], before: Sequence[Tensor], direction: Sequence[Tensor], rho: float
+) -> bool:
+    """
+    Whether any of `weights` has 16 bits; warns if they have, and could not follow `direction` from `before` by `rho`.
+    """
+    coarse = next((weight.dtype for weight in weights if is_coarse(weight)), None)
+    if coarse is None:
+        return False
+    cosine = move_cosine(weights, before, direction)
+    if cosine < _ROUNDED:
+        logger.warning(
+            f"rho={rho} moves the {coarse} weights by less than they resolve: rounded stochastically, it is right in "
+            f"the mean but noisy (cosine with its direction {cosine:.2f}). Raise rho, or keep the weights in float32 "
+            "and train with bf16=True."
+        )
+    return True

@@ -4,7 +4,7 @@ Every method, literally: the equations as plain loops. The page to read first, a
 Nothing here is fast or robust, and nothing here is used by the trainer. Each function performs one optimizer step of
 one method on a list of micro-batches whose losses are averaged. `blocks` is a list of lists of parameters.
 
-    L_S(w) + lambda * ||grad L_S(w')||,  alpha = lambda / rho                                 (Lee, KDD 2024)
+    L(w) + lambda * ||grad_S L(w)||,  alpha = lambda / rho                                    (Lee, KDD 2024)
     selected i:  g_i = (1 - alpha) * grad_i L(w) + alpha * grad_i L(w + eps)
     others:      g_i = grad_i L(w)
     eps_i = rho * grad_i L(w) / ||grad_S L(w)||  for i in S, 0 elsewhere

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .blocks import Candidate, multiplied_parameters
+from .blocks import Candidate, idle_parameters, multiplied_parameters
 from .config import LSAMConfig
 
 
@@ -20,7 +20,9 @@ class CostModel:
 
         overhead = (2 * (weights from block s on, and of the head) + weights of S) / plain
 
-    For N equal blocks, k of them selected, and nothing else that is (2 (N - s) + k) / (3 N).
+    For N equal blocks, k of them selected, and nothing else that is (2 (N - s) + k) / (3 N). Products without weights,
+    as those of attention, are left out. A weight counts once a pass: too little where a block runs several times, and
+    for a convolution, whose weights meet more places in early blocks than in late ones.
 
     Attributes:
         passed: For each model block s, the weights from s to the loss, frozen ones included. Embeddings look up and do
@@ -39,8 +41,9 @@ class CostModel:
         inside = {module for block in blocks.values() for module in block.modules()}
         embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
         outside = [module for module in model.modules() if module not in inside and module not in embeddings]
-        head_size = sum(p.numel() for module in outside for p in module.parameters(recurse=False))
-        sizes = [sum(p.numel() for p in block.parameters()) for block in blocks.values()]
+        idle = idle_parameters(model)
+        head_size = sum(p.numel() for module in outside for p in module.parameters(recurse=False) if p not in idle)
+        sizes = [sum(p.numel() for p in block.parameters() if p not in idle) for block in blocks.values()]
         passed = tuple(sum(sizes[first:]) + head_size for first in range(len(sizes))) or (head_size,)
         trained = sum(p.numel() for p in multiplied_parameters(model) if p.requires_grad)
         if any(p.requires_grad for module in embeddings for p in module.parameters()):

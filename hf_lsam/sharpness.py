@@ -90,7 +90,7 @@ class LossSurface:
         if adaptive:
             scores = adaptive_scores(self.parameters, gradient)
             norm = math.sqrt(_dot(scores, scores))
-            direction = list(torch._foreach_mul(torch._foreach_abs(self.parameters), scores))
+            direction = adaptive_scores(self.parameters, scores)
         if norm == 0:
             return 0.0
         return self.loss_along(direction, rho / norm) - self.loss()

@@ -48,7 +48,7 @@ class SharpnessCallback(TrainerCallback):
         interval (`int`): Measure after every so many optimizer steps.
         rho (`float` or `None`, *optional*, defaults to `0.05`): Length of the perturbation. `None` leaves out
             `sharpness/sam`: what is left costs a single backward pass. Default: SAM's.
-        top_eigenvalue (`bool`, *optional*, defaults to `False`): Whether to log it: up to 100 Hessian products.
+        top_eigenvalue (`bool`, *optional*, defaults to `False`): Whether to log it: up to 200 Hessian products.
         loss_function (`Callable`, *optional*): See [`LossSurface`].
 
     Raises:

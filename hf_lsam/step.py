@@ -1,25 +1,33 @@
 """
-The algorithm: pass 1, select, perturb, pass 2, mix.
+The algorithm (Lee, KDD 2024, with `alpha` = lambda / rho): pass 1, select, perturb, pass 2, restore, mix.
 
-Nothing here knows a Trainer. A step is given two callables for each micro-batch, "run pass 1" and "run pass 2", both
-of which run forward and backward and return the loss.
+    pass 1     g = grad L(w), of every weight                            `_batch_step`
+    select     S, the k blocks with the largest ||g_i||                  `_find_ascent`
+    perturb    w_i + eps_i with eps_i = rho * g_i / ||g_S|| for i in S   `_moved`
+    pass 2     p_i = grad_i L(w + eps) for i in S                        `_gradients`
+    restore    w                                                         the end of `_moved`
+    mix        (1 - alpha) * g_i + alpha * p_i for i in S, else g_i      `_perturb_and_rerun`
+
+The optimizer of the Trainer steps along the result, which is left in `.grad`. Nothing here knows a Trainer. A step is
+given two callables for each micro-batch, "run pass 1" and "run pass 2", both of which run forward and backward and
+return the loss.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from transformers.utils import logging
 
-from .ascent import Ascent, Kept, find_ascent
+from .ascent import Ascent, find_ascent
 from .blocks import everything, find_blocks, find_candidates
 from .compiled import CompiledRegions
 from .config import LSAMConfig
 from .distributed import average_gradients, average_over_ranks
-from .perturbation import Perturbation, add_along, mix, move_cosine, norms, orthogonal_part, where
-from .rounding import is_coarse
+from .perturbation import Perturbation, add_along, check_rounding, mix, norms, orthogonal_part, where
 from .second_pass import MicroBatch, Pass, SecondPass
 from .selection import CostModel, check_selection, earliest_block
 from .shards import reshard
@@ -27,8 +35,21 @@ from .step_log import Perturbed, StepLog
 
 logger = logging.get_logger(__name__)
 
-# Below this cosine between what the weights moved by and what they should have, a user is told.
-_ROUNDED = 0.95
+
+@dataclass
+class Kept:
+    """
+    What an optimizer step begins with.
+
+    Attributes:
+        previous: What it climbs, found in the step before (one pass).
+        correction: Weights, and for each the orthogonal part of the last perturbed gradient, to reuse (LookSAM).
+        log: Sums since the last log line.
+    """
+
+    previous: Ascent | None
+    correction: tuple[list[Tensor], list[Tensor]] | None
+    log: StepLog
 
 
 class LSAMStep:
@@ -80,13 +101,14 @@ class LSAMStep:
         self.keeps_plain = config.alpha < 1 or config.reuse_correction > 0 or config.adaptive
         self.rounding_checked = False
         self.perturbation = Perturbation()
+        # Micro-batches of this step that wait for its last one.
         self.window: list[MicroBatch] = []
+        # What goes from step to step (see `Kept`), and the step that runs with what it began with.
         self.previous: Ascent | None = None
         self.correction: tuple[list[Tensor], list[Tensor]] | None = None
         self.reset_log()
-        # The step that runs and what it began with.
         self.current: tuple[int, Kept] | None = None
-        # What each run of pass 2 cost in the last step, in plain passes over the same micro-batch.
+        # Predicted cost of the last pass 2 over a micro-batch, in plain passes over the same one.
         self.overhead = 0.0
 
     def reset_log(self) -> None:
@@ -179,14 +201,16 @@ class LSAMStep:
         return micro_batch.loss
 
     def _perturb_and_rerun(self, window: Sequence[MicroBatch]) -> None:
-        """Select on the gradient of pass 1, move the selected blocks, take their gradient there, and mix."""
+        """From the gradient of pass 1 in `.grad` to the mixed one: select, perturb, pass 2, restore, mix."""
+        # S, and for each i in S: grad_i L(w).
         ascent = self._find_ascent()
         if ascent is None:
             self._skip()
             return
-        chosen = [self.candidates[index] for index in ascent.chosen]
-        blocks = set().union(*(candidate.blocks for candidate in chosen))
+        selected = [self.candidates[index] for index in ascent.chosen]
+        blocks = set().union(*(candidate.blocks for candidate in selected))
         self.second_pass.check(window)
+        # For each i in S: grad_i L(w + eps).
         with self._moved(ascent):
             if not self.keeps_plain:
                 ascent.release()
@@ -195,19 +219,16 @@ class LSAMStep:
         if self.config.reuse_correction > 0:
             parts = orthogonal_part(perturbed, ascent.gradients)
             self.correction = (ascent.weights, where(finite, parts, [torch.zeros_like(part) for part in parts]))
+        # Where it is not finite, the plain gradient takes its place. A scaler has to see it, and skips the step.
         if self.scaler is None and self.keeps_plain:
             perturbed = where(finite, perturbed, ascent.gradients)
         elif self.scaler is None and not finite:
             perturbed = self._gradients(window, ascent, blocks)
+        # For each i in S: (1 - alpha) * grad_i L(w) + alpha * grad_i L(w + eps). Of the others, `.grad` stays.
         for weight, mixed in zip(ascent.weights, mix(ascent.gradients, perturbed, self.config.alpha), strict=True):
             weight.grad = mixed
-        self.overhead = self.costs.overhead(chosen, replayed=self.second_pass.replays)
+        self.overhead = self.costs.overhead(selected, replayed=self.second_pass.replays)
         self._count(ascent, self.overhead, finite)
-
-    def _gradients(self, window: Sequence[MicroBatch], ascent: Ascent, blocks: set[int]) -> list[Tensor]:
-        """The gradients of the window with respect to the selected weights, where they are now."""
-        gradients = self.second_pass.gradients(window, ascent.weights, blocks)
-        return average_over_ranks(gradients) if self.config.sharpness_scope == "batch" else gradients
 
     def _find_ascent(self) -> Ascent | None:
         """The ascent along `.grad`. A scaler's scale is in its direction and norm, not in `squared_norms`."""
@@ -220,20 +241,17 @@ class LSAMStep:
 
     @contextmanager
     def _moved(self, ascent: Ascent) -> Iterator[None]:
-        """Inside, the selected weights are at w + eps."""
+        """Inside, the weights of S are at w + eps, eps_i = rho * grad_i L(w) / ||grad_S L(w)||; then at w again."""
         reshard(self.model)
         with self.perturbation.moved(ascent.weights, ascent.direction, self.config.rho / ascent.norm) as before:
-            coarse = next((weight.dtype for weight in ascent.weights if is_coarse(weight)), None)
-            if coarse is not None and not self.rounding_checked:
-                self.rounding_checked = True
-                cosine = move_cosine(ascent.weights, before, ascent.direction)
-                if cosine < _ROUNDED:
-                    logger.warning(
-                        f"rho={self.config.rho} moves the {coarse} weights by less than they resolve: rounded "
-                        f"stochastically, it is right in the mean but noisy (cosine with its direction {cosine:.2f}). "
-                        "Raise rho, or keep the weights in float32 and train with bf16=True."
-                    )
+            if not self.rounding_checked:
+                self.rounding_checked = check_rounding(ascent.weights, before, ascent.direction, self.config.rho)
             yield
+
+    def _gradients(self, window: Sequence[MicroBatch], ascent: Ascent, blocks: set[int]) -> list[Tensor]:
+        """Pass 2: the gradients of the window with respect to the selected weights, where they are now."""
+        gradients = self.second_pass.gradients(window, ascent.weights, blocks)
+        return average_over_ranks(gradients) if self.config.sharpness_scope == "batch" else gradients
 
     def _one_pass(self, pass_1: Pass, step: int, is_perturbed: bool, is_last: bool) -> Tensor:
         """Forward and backward at weights moved along the gradient of the step before."""
@@ -259,7 +277,7 @@ class LSAMStep:
 
     @torch.no_grad()
     def _reuse_correction(self) -> None:
-        """LookSAM between two perturbed steps: g + scale * ||g|| * (the last orthogonal part, of unit length)."""
+        """LookSAM between two perturbed steps: g + scale * ||g|| * v, v the last orthogonal part, of unit length."""
         if self.correction is None:
             return
         kept = [(w.grad, part) for w, part in zip(*self.correction, strict=True) if w.grad is not None]

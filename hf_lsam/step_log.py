@@ -15,8 +15,9 @@ logger = logging.get_logger(__name__)
 
 BLOCKS_FILE = "lsam_blocks.jsonl"
 
-# A run counts as stuck if the logged losses of this share of the training, and of at least so many log lines, stay
-# within this distance of the first (a fresh classifier's loss is log(classes), and noise moves it by less than that).
+# A run counts as stuck if the logged losses of this share of the training, and of at least so many log lines with
+# perturbed steps, stay within this distance of the first. (A fresh classifier's loss is log(classes), and noise moves
+# it by less than that.)
 _STUCK_SHARE, _STUCK_LINES, _STUCK_DISTANCE = 0.25, 5, 0.02
 # Perturbations that wait to be summed up: a run that logs nothing would keep them all.
 _MOST_PENDING = 256
@@ -183,23 +184,28 @@ def drop_rows_after(output_dir: str, step: int) -> None:
 
 
 class StuckWatch:
-    """Warns once if the loss stays at its initial value while steps are perturbed."""
+    """
+    Warns once if the loss stays at its initial value while steps are perturbed.
 
-    def __init__(self) -> None:
-        self.first_loss: float | None = None
+    Args:
+        first_loss: The first loss that the training logged, where it is resumed; `None` at its beginning.
+    """
+
+    def __init__(self, first_loss: float | None = None) -> None:
+        self.first_loss = first_loss
         self.lines = 0
         self.done = False
 
     def see(self, loss: float, perturbed: int, step: int, max_steps: int) -> None:
-        """A log line's mean loss, with the perturbed steps in it, at `step` of `max_steps`."""
-        if self.done or perturbed == 0:
+        """A log line's mean loss, with the number of perturbed steps in it, at `step` of `max_steps`."""
+        if self.done:
             return
         if self.first_loss is None:
             self.first_loss = loss
-        self.lines += 1
+        self.lines += perturbed > 0
         if abs(loss - self.first_loss) > _STUCK_DISTANCE * abs(self.first_loss):
             self.done = True
-        elif self.lines >= _STUCK_LINES and step >= _STUCK_SHARE * max_steps:
+        elif perturbed > 0 and self.lines >= _STUCK_LINES and step >= _STUCK_SHARE * max_steps:
             self.done = True
             logger.warning(
                 f"The loss has stayed at its initial value ({self.first_loss:.4g}) for {step} steps while the weights "

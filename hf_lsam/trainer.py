@@ -189,14 +189,14 @@ class LSAMMixin(_AnyTrainer):
             return self._lsam
         self._lsam = self._new_step(model, self.state.max_steps)
         self._lsam_run = self.state
-        self._lsam_watch = StuckWatch()
         self._lsam_flops = 0.0
         if self._lsam_checkpoint is not None:
             load_state(self._lsam, self._lsam_checkpoint)
+        logged = [line for line in self.state.log_history if "loss" in line]
+        self._lsam_watch = StuckWatch(logged[0]["loss"] if logged else None)
         if self.is_world_process_zero():
             # Not those up to `global_step`: a checkpoint may have been saved between a step and its log line.
-            logged = [line["step"] for line in self.state.log_history if "loss" in line]
-            drop_rows_after(self._get_output_dir(self._trial), max(logged, default=0))
+            drop_rows_after(self._get_output_dir(self._trial), logged[-1]["step"] if logged else 0)
         return self._lsam
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -92,16 +92,10 @@ def table(results: TaskResults, k: int) -> str:
         figures = [ratios] + [
             [getattr(one, name) for one in rankings] for name in ("kendall_w", "spearman", "overlap")
         ]
-        cells = [method.replace("|", r"\|"), *map(_with_interval, figures), str(len(runs))]
+        intervals = [f"{mean_interval(values):.3f}" if values else "" for values in figures]
+        cells = [method.replace("|", r"\|"), *intervals, str(len(runs))]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _with_interval(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    interval = mean_interval(values)
-    return f"{interval.mean:.3f}" + ("" if interval.ends is None else " [{:.3f}, {:.3f}]".format(*interval.ends))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

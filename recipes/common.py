@@ -1,4 +1,4 @@
-"""What the recipes share: settings from a YAML and the command line, a guarded output directory, and a step timer."""
+"""What the recipes share: settings from a YAML and the command line, a guarded output directory, timer and metrics."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -150,6 +150,13 @@ def run_script(prepare: Callable[[list[str]], Any], execute: Callable[[Any], Any
         if prepared is not None and (prepared.timer.started or not prepared.args.do_train):
             raise
         sys.exit(f"{Path(sys.argv[0]).name}: error: {problem}")
+
+
+def report(trainer: Trainer, split: str, metrics: dict[str, float]) -> dict[str, float]:
+    """Print `metrics`, write them to `<split>_results.json` and add them to `all_results.json`; returns them."""
+    trainer.log_metrics(split, metrics)
+    trainer.save_metrics(split, metrics)
+    return metrics
 
 
 def make_compute_loss(label_smoothing: float, is_regression: bool = False):

@@ -74,15 +74,12 @@ def cells(row: Row) -> dict[str, str]:
     """A row of the table, as text, by the titles of the columns."""
     values, difference = list(row.values.values()), row.difference
     mean = f"{fmean(values):.4f} ({min(values):.4f} to {max(values):.4f})" if values else "missing"
-    against = "" if difference is None else f"{difference.mean:+.4f}"
-    if difference is not None and difference.ends is not None:
-        against += " [{:+.4f}, {:+.4f}]".format(*difference.ends)
     return {
         "method": row.method,
         "chosen": ", ".join(f"{name}={value}" for name, value in row.chosen.items()),
         "tried": str(row.tried),
         "mean (range)": mean,
-        "difference [95 %]": against,
+        "difference [95 %]": f"{difference:+.4f}" if difference is not None else "",
         "wins / losses": f"{row.wins} / {row.losses}" if difference is not None else "",
         **{title: _times(row.costs[name]) for name, title in COSTS.items()},
         "n": str(len(values)),

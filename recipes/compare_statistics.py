@@ -25,6 +25,11 @@ class Interval:
     mean: float
     ends: tuple[float, float] | None
 
+    def __format__(self, form: str) -> str:
+        """The mean and, in brackets, the ends, each number in `form`."""
+        ends = "" if self.ends is None else f" [{self.ends[0]:{form}}, {self.ends[1]:{form}}]"
+        return f"{self.mean:{form}}{ends}"
+
 
 @dataclass(frozen=True)
 class Row:

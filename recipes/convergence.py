@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from compare_statistics import mean_interval
+from compare_statistics import Interval, mean_interval
 from matplotlib.figure import Figure
 from palette import style
 from plot import save
@@ -214,7 +214,7 @@ def draw(result: dict[str, Any]) -> Figure:
     axes = figure.subplots()
     for index, (name, rows) in enumerate(result["mean_squared_norms"].items()):
         values, slope, drawn = np.array(rows), result["slopes"][name], style(index)
-        label = f"{name}: slope {_with_ends(slope)}"
+        label = f"{name}: slope {Interval(**slope):.3f}"
         axes.plot(steps, values.mean(0), label=label, linewidth=1.6, markersize=6, **drawn)
         axes.fill_between(steps, values.min(0), values.max(0), color=drawn["color"], alpha=0.12, linewidth=0)
     axes.plot(steps, np.mean(result["bound_of_sgd"], 0), color="#999999", label="bound of SGD: slope -1/2")
@@ -231,11 +231,6 @@ def draw(result: dict[str, Any]) -> Figure:
     return figure
 
 
-def _with_ends(interval: dict[str, Any]) -> str:
-    ends = interval["ends"]
-    return f"{interval['mean']:.3f}" + ("" if ends is None else f" [{ends[0]:.3f}, {ends[1]:.3f}]")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line `argv`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").strip().partition("\n")[0], allow_abbrev=False)
@@ -248,9 +243,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = json.dumps(result, indent=1) + "\n"
     (args.output_dir / "convergence.json").write_text(text, encoding="utf-8")
     for name, slope in result["slopes"].items():
-        print(f"{name}: slope {_with_ends(slope)}")
-    print(f"layer-wise less SAM: slope {_with_ends(result['slope_of_layer_wise_less_that_of_sam'])}")
-    print(f"layer-wise over SAM after most steps: {_with_ends(result['layer_wise_over_sam_after_most_steps'])}")
+        print(f"{name}: slope {Interval(**slope):.3f}")
+    less, last = result["slope_of_layer_wise_less_that_of_sam"], result["layer_wise_over_sam_after_most_steps"]
+    print(f"layer-wise less SAM: slope {Interval(**less):.3f}")
+    print(f"layer-wise over SAM after most steps: {Interval(**last):.3f}")
     print(f"SGD within its bound: {result['sgd_within_its_bound']}")
     for path in save(draw(result), args.output_dir / "convergence"):
         print(path)

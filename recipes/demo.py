@@ -278,6 +278,7 @@ def demo(output_dir: Path, seeds: list[int], model: Path | None, reviews: Path |
 
 
 def main():
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.strip().partition("\n")[0])
     parser.add_argument("--output_dir", type=Path, default=Path("demo"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])

@@ -19,6 +19,7 @@ class PastedSAM(torch.optim.Optimizer):
 
     @torch.no_grad()
     def first_step(self) -> None:
+        """From w to w + rho * g / ||g||."""
         norm = torch.stack([weight.grad.norm() for _, weight in self._weights()]).norm()
         for rho, weight in self._weights():
             self.state[weight]["before"] = weight.clone()
@@ -26,11 +27,13 @@ class PastedSAM(torch.optim.Optimizer):
 
     @torch.no_grad()
     def second_step(self) -> None:
+        """Back to w, and a step of the base optimizer along the gradient that is there by now."""
         for _, weight in self._weights():
             weight.copy_(self.state[weight]["before"])
         self.base_optimizer.step()
 
     def step(self, closure: Callable[[], Any]) -> None:  # type: ignore[override]
+        """Both, with `closure`, a forward and a backward pass from gradients of zero, in between."""
         self.first_step()
         closure()
         self.second_step()

@@ -60,6 +60,7 @@ def _draw_run(axes: Axes, run: dict[str, Any]) -> None:
 
 
 def main():
+    """Draw what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.strip().partition("\n")[0])
     parser.add_argument("results", type=Path, help="output_file of the benchmark")
     parser.add_argument("picture", type=Path, help="the picture to write, for instance .svg or .png")

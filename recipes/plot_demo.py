@@ -98,6 +98,7 @@ def _block_map(axes: Axes, method: str, repeats: list[dict], blocks: list[str]):
 
 
 def main():
+    """Draw what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.strip().partition("\n")[0])
     parser.add_argument("results", type=Path, help="results.json of the demo")
     parser.add_argument("picture", type=Path, help="the PNG to write")

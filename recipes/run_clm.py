@@ -33,7 +33,7 @@ from clm_metrics import (
     same_answer,
     sum_losses,
 )
-from common import StepTimer, check_output_dir, parse_arguments, run_script
+from common import StepTimer, check_output_dir, parse_arguments, report, run_script
 from loading import ModelArguments, ModelSource, find_model, load_model
 from model_card import OWN_FILES, Subject, write_model_card
 from peft import TaskType
@@ -150,9 +150,7 @@ def execute(run: Run) -> dict[str, float]:
         trainer.save_model()
         trainer.save_state()
         train_metrics = result.metrics | run.timer.metrics() | count(run, "train", "train")
-        trainer.log_metrics("train", train_metrics)
-        trainer.save_metrics("train", train_metrics)
-        metrics |= train_metrics
+        metrics |= report(trainer, "train", train_metrics)
 
     # Evaluate
     if run.args.do_eval:
@@ -160,9 +158,7 @@ def execute(run: Run) -> dict[str, float]:
         if run.questions is not None:
             eval_metrics["eval_exact_match"] = answer(run, run.questions)
             eval_metrics["eval_generation_samples"] = len(run.questions.prompts)
-        trainer.log_metrics("eval", eval_metrics)
-        trainer.save_metrics("eval", eval_metrics)
-        metrics |= eval_metrics
+        metrics |= report(trainer, "eval", eval_metrics)
 
     # Describe
     if run.args.do_train and trainer.is_world_process_zero():

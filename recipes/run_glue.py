@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from adapters import AdapterArguments, save_model_config
-from common import StepTimer, check_output_dir, make_compute_loss, parse_arguments, read_logits, run_script
+from common import StepTimer, check_output_dir, make_compute_loss, parse_arguments, read_logits, report, run_script
 from datasets import Dataset
 from glue_data import TextData, load_text_data
 from glue_tasks import DRAWN, GLUE_TASKS, HUB_NAME, PREDICTIONS, STSB_RANGE, DataArguments
@@ -119,9 +119,7 @@ def execute(run: Run) -> dict[str, float]:
         trainer.save_model()
         trainer.save_state()
         train_metrics = result.metrics | run.timer.metrics() | {"train_samples": len(run.datasets["train"])}
-        trainer.log_metrics("train", train_metrics)
-        trainer.save_metrics("train", train_metrics)
-        metrics |= train_metrics
+        metrics |= report(trainer, "train", train_metrics)
         landscapes = measure_landscapes(trainer, run.measure_args)
         if landscapes and trainer.is_world_process_zero():
             text = json.dumps(landscapes, indent=1) + "\n"
@@ -134,9 +132,7 @@ def execute(run: Run) -> dict[str, float]:
             if split in run.datasets:
                 eval_metrics |= trainer.evaluate(run.datasets[split], metric_key_prefix=prefix)
                 eval_metrics[f"{prefix}_samples"] = len(run.datasets[split])
-        trainer.log_metrics("eval", eval_metrics)
-        trainer.save_metrics("eval", eval_metrics)
-        metrics |= eval_metrics
+        metrics |= report(trainer, "eval", eval_metrics)
 
     # Predict
     if run.args.do_predict:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import resnets
 import torch
-from common import StepTimer, check_output_dir, make_compute_loss, parse_arguments, read_logits, run_script
+from common import StepTimer, check_output_dir, make_compute_loss, parse_arguments, read_logits, report, run_script
 from image_data import DataArguments, ImageData, load_image_data
 from image_examples import Augmentation, EpochCallback, ImageExamples
 from model_card import OWN_FILES, Subject, write_model_card
@@ -170,24 +170,18 @@ def execute(run: Run) -> dict[str, float]:
         trainer.save_model()
         trainer.save_state()
         train_metrics = result.metrics | run.timer.metrics() | {"train_samples": len(run.examples["train"])}
-        trainer.log_metrics("train", train_metrics)
-        trainer.save_metrics("train", train_metrics)
-        metrics |= train_metrics
+        metrics |= report(trainer, "train", train_metrics)
 
     # Evaluate
     if run.args.do_eval:
         eval_metrics = trainer.evaluate() | {"eval_samples": len(run.examples["validation"])}
-        trainer.log_metrics("eval", eval_metrics)
-        trainer.save_metrics("eval", eval_metrics)
-        metrics |= eval_metrics
+        metrics |= report(trainer, "eval", eval_metrics)
 
     # Predict
     if run.args.do_predict:
         output = trainer.predict(run.examples["test"], metric_key_prefix="test")
         test_metrics = output.metrics | {"test_samples": len(run.examples["test"])}
-        trainer.log_metrics("test", test_metrics)
-        trainer.save_metrics("test", test_metrics)
-        metrics |= test_metrics
+        metrics |= report(trainer, "test", test_metrics)
         if trainer.is_world_process_zero():
             names = run.data.splits["test"]["name"]
             predictions = read_logits(output.predictions).argmax(axis=-1)
@@ -258,13 +252,13 @@ def describe_architecture(config: PreTrainedConfig) -> str:
 
 def describe(model_args: ModelArguments, data_args: DataArguments) -> Subject:
     """What the model card says about the task and its data."""
-    name = data_args.dataset_name
+    name, config = data_args.dataset_name, data_args.dataset_config_name
     on_hub = name is not None and not Path(name).is_dir()
     return Subject(
         recipe="run_image_classification.py",
         kind="image classification",
         pipeline_tag="image-classification",
-        data=f"{name} (Hub)" if on_hub else OWN_FILES,
+        data=f"{name} {config or ''}".strip() + " (Hub)" if on_hub else OWN_FILES,
         dataset=name if on_hub else None,
         from_scratch=model_args.from_scratch,
     )

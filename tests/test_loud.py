@@ -9,6 +9,7 @@ from tiny import Examples, arguments, assert_equal, bert, weights
 from transformers import AlbertConfig, AlbertForSequenceClassification
 
 from hf_lsam import LSAMConfig, LSAMTrainer
+from hf_lsam.step_log import StuckWatch
 
 
 def trainer_for(folder, config, model=None, **options):
@@ -62,6 +63,7 @@ UNSUPPORTED = {
     "DataParallel": (lambda t: setattr(t.args, "_n_gpu", 2), {}),
     "optim=": (lambda t: None, {"optim": "lomo"}),
     "torch_compile_mode": (lambda t: None, {"torch_compile_mode": "reduce-overhead"}),
+    "device_map": (lambda t: setattr(t.model, "hf_device_map", {"bert": 0, "classifier": 1}), {}),
 }
 
 
@@ -118,6 +120,33 @@ def test_a_run_that_is_stuck_warns_once(trainer_class, config, warns, tmp_path, 
     )
     trainer.train()
     assert caplog.text.count("The loss has stayed at its initial value (1.1)") == int(warns)
+
+
+@pytest.mark.parametrize("of_first_part, warns", [(2.0, False), (1.0, True)])
+def test_a_loss_that_fell_before_the_first_perturbation_is_not_stuck(of_first_part, warns, caplog):
+    """As that of plain steps up to `perturb_start`: later it may stay where it is, since that is not its start."""
+    watch = StuckWatch()
+    for step in range(10, 101, 10):
+        in_first_part = step <= 20
+        watch.see(of_first_part if in_first_part else 1.0, 0 if in_first_part else 10, step, 100)
+    assert caplog.text.count("The loss has stayed at its initial value") == int(warns)
+
+
+def test_a_resumed_run_whose_loss_had_fallen_is_not_stuck(tmp_path, caplog):
+    class Falls(LSAMTrainer):
+        """From 2 to 1 in the first half of the training, and not any further."""
+
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            return loss - loss.detach() + max(1.0, 2.0 - self.state.global_step / 10)
+
+    def trainer(max_steps):
+        args = arguments(tmp_path, max_steps=max_steps, logging_steps=1, save_strategy="steps", save_steps=12)
+        return Falls(model=bert(), args=args, train_dataset=Examples(16), lsam_config=LSAMConfig())
+
+    trainer(12).train()
+    trainer(24).train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+    assert "has stayed at its initial value" not in caplog.text
 
 
 def test_importing_the_package_needs_no_recipe_package():

@@ -265,3 +265,9 @@ def test_nothing_is_written_over(trained, images):
     with pytest.raises(ValueError, match=r"already holds predictions.tsv, test_results.json"):
         recipe.main([*images, "--model_name_or_path", str(trained), "--do_predict", "--output_dir", str(trained)])
     assert files_in(trained) == before
+
+
+def test_the_model_card_names_the_configuration_of_a_data_set():
+    data_args = recipe.DataArguments(dataset_name="some/images", dataset_config_name="fine")
+    subject = recipe.describe(recipe.ModelArguments(architecture="resnet"), data_args)
+    assert (subject.data, subject.dataset) == ("some/images fine (Hub)", "some/images")

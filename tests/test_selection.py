@@ -3,8 +3,9 @@
 import itertools
 import random
 
+import peft
 import pytest
-from tiny import bert, llama
+from tiny import bert, llama, qwen2
 
 from hf_lsam import LSAMConfig, reference
 from hf_lsam.blocks import Candidate, everything, find_blocks, find_candidates
@@ -61,6 +62,19 @@ def test_frozen_parameters_count_as_frozen():
     head = model.lm_head.weight.numel() + model.model.norm.weight.numel()
     assert costs.plain == 2 * (4 * block + head) + 4 * 16
     assert costs.overhead(candidates[2:3]) == pytest.approx((2 * (2 * block + head) + 16) / costs.plain)
+
+
+def test_the_original_beside_a_trained_copy_of_a_module_costs_nothing():
+    """PEFT keeps both of a module of `modules_to_save`, and runs the copy only."""
+    targets = ["q_proj", "v_proj"]
+    without = peft.get_peft_model(qwen2(), peft.LoraConfig(r=2, target_modules=targets))
+    copied = ["lm_head", "down_proj"]
+    model = peft.get_peft_model(qwen2(), peft.LoraConfig(r=2, target_modules=targets, modules_to_save=copied))
+    (_, costs, _), (_, costs_without, _) = costs_of(model), costs_of(without)
+    assert costs.passed == costs_without.passed
+    layers = model.base_model.model.model.layers
+    wrapped = [model.base_model.model.lm_head, *(layer.mlp.down_proj for layer in layers)]
+    assert costs.plain == costs_without.plain + sum(module.original_module.weight.numel() for module in wrapped)
 
 
 def test_frozen_bottom_needs_no_input_gradients():
