@@ -150,7 +150,12 @@ class LossSurface:
             tolerance (`float`, *optional*, defaults to `1e-3`): A round ends when its estimate changes by less than
                 this share of itself.
             seed (`int`, *optional*, defaults to `0`): Seed of the vector to begin with.
+
+        Raises:
+            ValueError: if `max_products` is below 1.
         """
+        if max_products < 1:
+            raise ValueError(f"max_products counts Hessian products and must be at least 1, but is {max_products}.")
         largest = self._power_iteration(0.0, max_products, tolerance, seed)
         if largest >= 0:
             return largest
@@ -166,7 +171,12 @@ class LossSurface:
 
         Returns:
             The estimate and its standard error (NaN for one sample). Costs `samples` Hessian products.
+
+        Raises:
+            ValueError: if `samples` is below 1.
         """
+        if samples < 1:
+            raise ValueError(f"samples counts random vectors and must be at least 1, but is {samples}.")
         generator = torch.Generator().manual_seed(seed)
         values = []
         for _ in range(samples):

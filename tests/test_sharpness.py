@@ -209,6 +209,10 @@ def test_bad_input_says_what_is_wrong():
         LossSurface(model, [rows(4)], cross_entropy).m_sharpness(0)
     with pytest.raises(ValueError, match="1 or 2 axes"):
         LossSurface(model, [rows(4)], cross_entropy).landscape(axes=3)
+    with pytest.raises(ValueError, match="max_products counts"):
+        LossSurface(model, [rows(4)], cross_entropy).top_eigenvalue(max_products=0)
+    with pytest.raises(ValueError, match="samples counts"):
+        LossSurface(model, [rows(4)], cross_entropy).trace(samples=0)
     with pytest.raises(ValueError, match="interval counts"):
         SharpnessCallback(None, [], interval=0)
 
