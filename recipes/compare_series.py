@@ -95,9 +95,9 @@ def read_results(folder: Path) -> list[TaskResults]:
 def over_seeds(curves: Sequence[Mapping[float, float]]) -> Band:
     """Mean and range of curves, one a seed; empty if there is none, or no place that all of them have."""
     places = sorted(set.intersection(*map(set, curves))) if curves else []
-    values = np.array([[curve[place] for place in places] for curve in curves]).reshape(-1, len(places))
     if not places:
         return Band(*(np.array([]) for _ in range(4)))
+    values = np.array([[curve[place] for place in places] for curve in curves])
     return Band(np.array(places), values.mean(0), values.min(0), values.max(0))
 
 

@@ -16,6 +16,8 @@ COSTS = {
     "flops": "FLOPs",
     "peak_memory_mib": "peak memory",
 }
+# Of many missing runs, the report names so many.
+_NAMED = 4
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ def warnings(comparison: Comparison, results: Sequence[dict[str, Any]], missing:
     found = []
     if missing:
         count = len(comparison.tasks) * len(comparison.methods) * len(comparison.seeds)
-        found.append(f"Runs that are missing, of {count}: {'; '.join(missing)}.")
+        rest = [f"and {len(missing) - _NAMED} more"] if len(missing) > _NAMED else []
+        found.append(f"Runs that are missing, of {count}: {'; '.join([*missing[:_NAMED], *rest])}.")
     tried = {method.name: len(method.candidates) for method in comparison.methods}
     if len(set(tried.values())) > 1:
         counts = ", ".join(f"{name} {count}" for name, count in tried.items())

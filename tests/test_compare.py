@@ -79,6 +79,12 @@ def test_a_run_that_fails_stops_no_other_and_is_missing_in_the_report(config, tm
     # It is tried again.
     assert compare.main([str(path)]) == 1
     assert calls(path).count("13 0 anew") == 2 and len(calls(path)) == 4
+    capsys.readouterr()
+    # Of many, the first few are named.
+    many = config(methods={"A": {"value": 1}, "B": {"value": 3}}, seeds=list(range(5)))
+    assert compare.main([str(many), "--report_only"]) == 1
+    named = "T, A, seed 1; T, A, seed 2; T, A, seed 3; T, A, seed 4; and 4 more"
+    assert f"Runs that are missing, of 10: {named}." in capsys.readouterr().out
 
 
 def test_a_metric_that_the_recipe_lacks_is_named(config, capsys):

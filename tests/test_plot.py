@@ -2,6 +2,7 @@
 
 import json
 import struct
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -64,6 +65,13 @@ def test_all_figures_are_files_that_can_be_opened(compared, tmp_path, capsys):
     # The same figure gives the same files.
     again = plot.save(plot_figures.perturbations(read_results(compared)[0]), tmp_path / "again" / "perturbations")
     assert all(path.read_bytes() == (folder / path.name).read_bytes() for path in again)
+
+
+def test_a_method_without_runs_yet_keeps_no_figure_from_being_drawn(results):
+    partial = replace(results, runs=results.runs | {"waits": []})
+    figures = plot.draw(partial, "flops")
+    assert sorted(figures) == FIGURES
+    assert "waits" not in legend_of(figures["learning_curves"])
 
 
 def test_gradient_norm_of_every_method_is_the_mean_over_seeds_with_its_range(results):
