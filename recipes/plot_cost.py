@@ -31,8 +31,8 @@ def draw_cost(runs: list[dict[str, Any]], path: Path) -> None:
 def _draw_run(axes: Axes, run: dict[str, Any]) -> None:
     figures = {name: row for name, row in run["figures"].items() if name != "plain" and "ratio" in row}
     for k, line in run["bounds"].items():
-        axes.plot(range(len(line)), line, color="#999999", lw=1.2, ls={"1": ":", "2": "-", "4": "--"}[k], zorder=1)
-        axes.annotate(f"bound, {k} blocks", (0, line[0]), fontsize=7, color="#666666", va="bottom")
+        label, dashes = f"bound, {k} block{'s' * (k != '1')}", {"1": ":", "2": "-", "4": "--"}[k]
+        axes.plot(range(len(line)), line, label=label, color="#999999", lw=1.2, ls=dashes, zorder=1)
     placed = {name: row for name, row in figures.items() if row.get("first_block") is not None}
     # What has no first block (one pass, or a peer) stands in a column of its own.
     column = len(next(iter(run["bounds"].values()))) + 1
