@@ -1,7 +1,9 @@
 """
-The picture of the benchmark: cost over the first perturbed block, beside the bound and the peers.
+Pictures of the benchmark: cost over the first perturbed block, beside the bound and the peers; and what is measured
+above the bound as the model or the step grows.
 
-    python recipes/plot_cost.py recipes/results/cost.json cost.svg
+    python recipes/plot_cost.py recipes/results/cost_12_blocks.json cost.svg
+    python recipes/plot_cost.py recipes/results/growth.json growth.svg --over num_hidden_layers
 """
 
 import argparse
@@ -26,6 +28,46 @@ def draw_cost(runs: list[dict[str, Any]], path: Path) -> None:
     for axes, run in zip(figure.subplots(1, len(timed), squeeze=False)[0], timed, strict=True):
         _draw_run(axes, run)
     figure.savefig(path)
+
+
+def growth(runs: list[dict[str, Any]], arguments: list[str]) -> Figure:
+    """
+    Step time minus the bound, over each of `arguments` of the benchmark: of the runs that differ from the first of
+    `runs` in that argument alone.
+
+    Raises:
+        ValueError: if the benchmark has no such argument, or a run has no times of a method of the first.
+    """
+    first = runs[0]
+    names = [name for name, row in first["figures"].items() if name != "plain" and row.get("bound") is not None]
+    figure = Figure(figsize=(4.2 * len(arguments), 3.4), dpi=150, layout="constrained")
+    for axes, argument in zip(
+        figure.subplots(1, len(arguments), squeeze=False, sharey=True)[0], arguments, strict=True
+    ):
+        if argument not in first["arguments"]:
+            raise ValueError(f"--over {argument}: the benchmark has {', '.join(first['arguments'])}.")
+        alike = [run for run in runs if run["arguments"] | {argument: None} == first["arguments"] | {argument: None}]
+        alike.sort(key=lambda run: run["arguments"][argument])
+        places = [run["arguments"][argument] for run in alike]
+        for index, name in enumerate(names):
+            rows = [run["figures"].get(name, {}) for run in alike]
+            if not all("ratio" in row for row in rows):
+                raise ValueError(
+                    f"Not every run over {argument} holds times of {name}: give them a file of their own."
+                )
+            error = [[row["ratio"] - row["lowest"] for row in rows], [row["highest"] - row["ratio"] for row in rows]]
+            above = [row["ratio"] - row["bound"] for row in rows]
+            axes.errorbar(places, above, error, label=name, elinewidth=1, markersize=5, **style(index))
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(places, [str(place) for place in places])
+        axes.minorticks_off()
+        axes.axhline(0, color="black", lw=0.8)
+        axes.set_xlabel(argument)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("step time minus bound\n(plain Trainer = 1)")
+    figure.axes[0].legend(fontsize=7)
+    return figure
 
 
 def _draw_run(axes: Axes, run: dict[str, Any]) -> None:
@@ -64,8 +106,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.strip().partition("\n")[0])
     parser.add_argument("results", type=Path, help="output_file of the benchmark")
     parser.add_argument("picture", type=Path, help="the picture to write, for instance .svg or .png")
+    parser.add_argument("--over", nargs="+", metavar="ARGUMENT", help="draw growth over these arguments instead")
     args = parser.parse_args()
-    draw_cost(json.loads(args.results.read_text(encoding="utf-8"))["runs"], args.picture)
+    runs = json.loads(args.results.read_text(encoding="utf-8"))["runs"]
+    if args.over:
+        growth(runs, args.over).savefig(args.picture)
+    else:
+        draw_cost(runs, args.picture)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 
 import benchmark
+import plot_cost
 import pytest
 import torch
 from benchmark import METHODS
@@ -90,3 +91,27 @@ def test_a_file_of_something_else_is_not_written_over(tmp_path):
 def test_unknown_methods_are_refused(methods):
     with pytest.raises(ValueError, match="it must hold plain and others of"):
         benchmark.main([*TINY, "--methods", methods])
+
+
+def grown(blocks: int, accumulation: int, ratio: float) -> dict:
+    """A run of the benchmark in which two blocks cost 0.1 more than their bound where `ratio` is 1.3."""
+    row = {"ratio": ratio, "lowest": ratio - 0.1, "highest": ratio + 0.2, "bound": 1.2}
+    arguments = {"num_hidden_layers": blocks, "gradient_accumulation_steps": accumulation, "rounds": 3}
+    return {
+        "arguments": arguments,
+        "figures": {"plain": row | {"bound": 1.0}, "last-2": row, "pasted-sam": row | {"bound": None}},
+    }
+
+
+def test_growth_is_drawn_over_runs_that_differ_in_one_argument(tmp_path):
+    runs = [grown(6, 1, 1.3), grown(24, 1, 1.4), grown(12, 1, 1.2), grown(6, 8, 1.25)]
+    figure = plot_cost.growth(runs, ["num_hidden_layers", "gradient_accumulation_steps"])
+    drawn = [axes.containers[0][0].get_xydata().round(6).tolist() for axes in figure.axes]
+    assert drawn == [[[6, 0.1], [12, 0.0], [24, 0.2]], [[1, 0.1], [8, 0.05]]]
+    assert [axes.get_xlabel() for axes in figure.axes] == ["num_hidden_layers", "gradient_accumulation_steps"]
+    assert [len(axes.containers) for axes in figure.axes] == [1, 1]
+    with pytest.raises(ValueError, match="--over blocks: the benchmark has num_hidden_layers"):
+        plot_cost.growth(runs, ["blocks"])
+    del runs[1]["figures"]["last-2"]
+    with pytest.raises(ValueError, match="Not every run over num_hidden_layers holds times of last-2"):
+        plot_cost.growth(runs, ["num_hidden_layers"])
