@@ -2,6 +2,7 @@
 #             more seeds: make demo SEEDS='0 1 2'; without downloads: make demo DEMO_MODEL=PATH DEMO_REVIEWS=PATH
 # make test   lint, types and tests, as the continuous integration runs them
 # make test-oldest  the tests with the oldest torch, transformers and accelerate that pyproject.toml allows
+# make audit  look up what constraints.txt names in the database of known vulnerabilities
 # make clean  remove the environment and the caches, but not demo/
 # Environments are made in .venv with PYTHON (python3.11); nothing is installed outside of it.
 SHELL := /bin/bash
@@ -11,7 +12,7 @@ PYTHON ?= python3.11
 SEEDS ?= 0 1
 DEMO_DIR ?= demo
 
-.PHONY: help demo test test-oldest format clean
+.PHONY: help demo test test-oldest audit format clean
 
 help:
 	@sed -n '/^[^#]/q; s/^# //p' $(MAKEFILE_LIST)
@@ -32,6 +33,11 @@ test-oldest:
 		--editable '.[test]'
 	.venv-oldest/bin/pytest -n 2 --dist loadfile
 
+audit:
+	'$(PYTHON)' -m venv .venv-audit
+	.venv-audit/bin/python -m pip install -qq --disable-pip-version-check pip-audit
+	.venv-audit/bin/pip-audit --disable-pip --no-deps --requirement constraints.txt
+
 format: .venv/.installed-test
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
@@ -46,4 +52,4 @@ format: .venv/.installed-test
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-oldest build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest .venv-audit build *.egg-info .mypy_cache .pytest_cache .ruff_cache

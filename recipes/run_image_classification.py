@@ -100,6 +100,9 @@ class ModelArguments:
         return resnets.WideResNetConfig(widen_factor=self.widen_factor, dropout=self.dropout, **depth)
 
 
+SETTINGS = (ModelArguments, DataArguments, LSAMConfig, TrainingArguments)
+
+
 @dataclass
 class Run:
     """Everything that is checked and built before the first step."""
@@ -121,8 +124,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 def prepare(argv: list[str]) -> Run:
     """Check settings, output directory and data, then build model and trainer; no file is written."""
-    kinds = (ModelArguments, DataArguments, LSAMConfig, TrainingArguments)
-    model_args, data_args, lsam_config, args = parse_arguments(kinds, argv, (__doc__ or "").strip().splitlines()[0])
+    model_args, data_args, lsam_config, args = parse_arguments(SETTINGS, argv, (__doc__ or "").strip().splitlines()[0])
     wanted = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
     splits = [split for split in wanted if wanted[split]]
     if not splits:

@@ -1,5 +1,6 @@
 """Comparisons by the GLUE recipe: what runs of one seed have in common, and real runs."""
 
+import importlib
 import json
 import os
 import shutil
@@ -41,13 +42,14 @@ def headless(bert, tmp_path_factory) -> str:
 
 
 def test_every_yaml_is_one_that_the_recipe_accepts():
-    files = sorted((RECIPES / "compare").glob("*.yaml"))
+    files = sorted(path for folder in ("compare", "evidence") for path in (RECIPES / folder).glob("*.yaml"))
     assert len(files) >= 2
     for path in files:
         comparison = read_comparison(path, {}, {})
+        settings = importlib.import_module(comparison.recipe.stem).SETTINGS
         for run in [*comparison.tuning_runs(), *comparison.final_runs()]:
             options = [f"--{name}={value}" for name, value in run.settings.items() if name != "recipe"]
-            parse_arguments(run_glue.SETTINGS, [*options, "--output_dir", "out"], "")
+            parse_arguments(settings, [*options, "--output_dir", "out"], "")
         assert comparison.tuning_runs() or comparison.final_runs()
 
 
