@@ -24,7 +24,7 @@ def draw_cost(runs: list[dict[str, Any]], path: Path) -> None:
     timed = [run for run in runs if any("ratio" in row for row in run["figures"].values())]
     if not timed:
         raise ValueError("There are no times to draw: rounds was 0.")
-    figure = Figure(figsize=(6.4 * len(timed), 4.8), dpi=150, layout="constrained")
+    figure = Figure(figsize=(7.2 * len(timed), 4.4), dpi=150, layout="constrained")
     for axes, run in zip(figure.subplots(1, len(timed), squeeze=False)[0], timed, strict=True):
         _draw_run(axes, run)
     figure.savefig(path)
@@ -96,7 +96,7 @@ def _draw_run(axes: Axes, run: dict[str, Any]) -> None:
     batch = f"{arguments['batch_size']} x {arguments['sequence_length']}"
     title = f"{name}{', LoRA' * arguments['lora']}, batch {batch}{f' x {accumulation}' * (accumulation > 1)}"
     axes.set_title(title, fontsize=10)
-    axes.legend(fontsize=7, ncols=2, loc="upper right")
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
