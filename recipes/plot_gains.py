@@ -1,7 +1,7 @@
 """
 Gain over cost, one panel for each task: from the `runs.csv` of one or several comparisons.
 
-    python recipes/plot_gains.py gains.svg outputs/evidence/reviews/runs.csv outputs/evidence/glue/runs.csv
+    python recipes/plot_gains.py gains.svg recipes/results/sentences.csv recipes/results/small_data.csv
 
 A point is the mean difference of the metric to the baseline (the first method of the file) with the same seed, with
 its 95 % interval, over the ratio of a cost to that of the baseline.
