@@ -182,9 +182,10 @@ def adaptive_scores(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> l
 def orthogonal_part(perturbed: Sequence[Tensor], plain: Sequence[Tensor]) -> list[Tensor]:
     """The part of the `perturbed` gradient orthogonal to the `plain` one, of unit length (zero if there is none)."""
     plain_parts, parts = wide(local_parts(plain)), wide(local_parts(perturbed))
-    products = [(part * other).sum() for part, other in zip(parts, plain_parts, strict=True)]
-    along = sum_over_parts(torch.stack(products), plain).sum() / norms(plain).square().sum()
-    parts = [torch.addcmul(part, other, along, value=-1) for part, other in zip(parts, plain_parts, strict=True)]
+    products = torch._foreach_mul(parts, plain_parts)
+    along = sum_over_parts(torch.stack([product.sum() for product in products]), plain).sum()
+    along = along / norms(plain).square().sum()
+    parts = list(torch._foreach_sub(parts, torch._foreach_mul(plain_parts, along)))
     orthogonal = from_parts(parts, plain)
     length = norms(orthogonal).square().sum().sqrt()
     torch._foreach_div_(parts, length.clamp_min(torch.finfo(length.dtype).tiny))

@@ -217,7 +217,6 @@ class LSAMStep:
             perturbed = self._gradients(window, ascent, blocks)
         finite = norms(perturbed).isfinite().all()
         if self.config.reuse_correction > 0:
-            self.correction = None  # Its memory is for the new one.
             parts = orthogonal_part(perturbed, ascent.gradients)
             self.correction = (ascent.weights, where(finite, parts, [torch.zeros_like(part) for part in parts]))
         # Where it is not finite, the plain gradient takes its place. A scaler has to see it, and skips the step.
