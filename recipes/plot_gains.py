@@ -17,6 +17,7 @@ from pathlib import Path
 import matplotlib
 from compare_statistics import COSTS, mean_interval
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator
 from palette import style
 
 matplotlib.use("Agg")
@@ -24,6 +25,9 @@ matplotlib.use("Agg")
 # By task, method and seed: the metric and the costs of a run.
 Gains = dict[str, dict[str, dict[int, dict[str, str]]]]
 _COLUMNS = 3
+# Differences up to this size are drawn on a linear scale.
+_LINEAR = 0.05
+_TICKS = [sign * size for size in (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0) for sign in (-1, 1)]
 
 
 def read_runs(paths: Sequence[Path]) -> Gains:
@@ -55,7 +59,11 @@ def draw_gains(tasks: Gains, cost: str) -> Figure:
     columns = min(_COLUMNS, len(tasks))
     lines = math.ceil(len(tasks) / columns)
     figure = Figure(figsize=(3.1 * columns, 2.7 * lines + 0.9), dpi=150, layout="constrained")
-    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
+    grid = list(figure.subplots(lines, columns, squeeze=False, sharey=True).flat)
+    # One method may be far from the others: equal steps around zero, and powers of ten beyond.
+    grid[0].set_yscale("symlog", linthresh=_LINEAR, linscale=2)
+    grid[0].yaxis.set_major_locator(FixedLocator(_TICKS))
+    grid[0].yaxis.set_major_formatter(lambda value, _: f"{value:+g}" if value else "0")
     for axes in grid[len(tasks) :]:
         axes.remove()
     entries = {}
@@ -78,10 +86,10 @@ def draw_gains(tasks: Gains, cost: str) -> Figure:
         metric = next(iter(base.values()))["metric"].partition("_")[2].replace("_", " ")
         axes.set_title(f"{task}\n{metric}, n = {len(base)}", fontsize=9, parse_math=False)
         axes.set_xlim(left=0.95)
+        axes.set_xlabel(f"{COSTS[cost]}, {baseline} = 1", fontsize=8, parse_math=False)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel(f"{COSTS[cost]}, baseline = 1", fontsize=9)
     figure.supylabel("difference to the baseline, 95 % interval", fontsize=9)
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=3, fontsize=8)
     return figure
