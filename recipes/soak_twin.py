@@ -94,14 +94,27 @@ class Twin(TrainerCallback):
         else:
             parts = [window] if config.sharpness_scope == "batch" else [[micro_batch] for micro_batch in window]
             climbed = [self._gradient(part) for part in (parts if fault == "none" else parts[:-1])]
-            plain = [] if fault == "none" else [reference.gradient(model, parts[-1])]
-            mean = {p: torch.stack([g[p] for g in climbed + plain]).mean(0) for p in (climbed + plain)[0]}
+            left = [] if fault == "none" else [self._left(parts[-1], fault)]
+            mean = {
+                p: torch.stack([g.get(p, torch.zeros_like(p)) for g in climbed + left]).mean(0)
+                for p in reference.trainable(model)
+                if any(p in g for g in climbed + left)
+            }
             reference.update(model, mean, optimizer)
 
     def _gradient(self, batches: reference.Batches) -> dict[nn.Parameter, Tensor]:
         config = self.config
         settings = (self.blocks, config.rho, config.alpha, self.rule, config.adaptive)
         return reference.lsam_gradient(self.model, batches, *settings)
+
+    def _left(self, batches: reference.Batches, fault: str) -> dict[nn.Parameter, Tensor]:
+        """What a pass 2 that fails leaves: the plain gradient, but where memory holds that of one pass at a time."""
+        plain = reference.gradient(self.model, batches)
+        if fault == "error" and self.config.alpha == 1 and not self.config.adaptive:
+            norms = [reference.norm([plain[p] for p in block if p in plain]) for block in self.blocks]
+            for parameter in [p for index in self.rule(norms) for p in self.blocks[index]]:
+                plain.pop(parameter, None)
+        return plain
 
     def _looksam(self, step: int, window: list[dict[str, Any]], fault: str) -> None:
         config = self.config

@@ -1,11 +1,13 @@
 """A run may be as long as it likes: nothing that it keeps grows, and its weights stay those of the reference."""
 
 import json
+import random
 
 import pytest
 import soak
 import soak_twin
 import torch
+from soak_stretch import Rows, Stretch, build
 
 from hf_lsam.step_log import Perturbed, StepLog
 
@@ -20,6 +22,18 @@ def test_a_short_soak_agrees_with_the_reference(tmp_path):
     assert results["faults"] == sum(row["faults"] for row in results["stretches"]) > 0
     assert set(results["growth"]) == {"rss_mib", "objects", "tensors"}
     assert len({row["tensors"] for row in results["stretches"]}) == 1
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("scope", ["batch", "micro_batch"])
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_a_second_pass_that_raises_leaves_what_the_twin_says(alpha, scope, accumulation):
+    """With alpha = 1 the selected blocks are then without the gradient of pass 1."""
+    config = {"block_selection": "top_k", "rho": 0.1, "alpha": alpha, "sharpness_scope": scope}
+    rest = {"dropout": 0.1, "checkpointing": False, "clipping": 1.0, "adamw": True, "frozen": 0, "logging": 0}
+    stretch = Stretch(8, config, accumulation, **rest, evaluation=0, fault="error", fault_rate=0.6)
+    figures = soak.run(build(0), build(0), Rows(0), stretch, random.Random(0))
+    assert figures["faults"] > 0 and figures["largest_difference"] < 1e-12
 
 
 def test_a_soak_that_drifts_ends_with_an_error(monkeypatch):
