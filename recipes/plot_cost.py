@@ -8,6 +8,7 @@ above the bound as the model or the step grows.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +110,13 @@ def main():
     parser.add_argument("--over", nargs="+", metavar="ARGUMENT", help="draw growth over these arguments instead")
     args = parser.parse_args()
     runs = json.loads(args.results.read_text(encoding="utf-8"))["runs"]
-    if args.over:
-        growth(runs, args.over).savefig(args.picture)
-    else:
-        draw_cost(runs, args.picture)
+    try:
+        if args.over:
+            growth(runs, args.over).savefig(args.picture)
+        else:
+            draw_cost(runs, args.picture)
+    except ValueError as error:
+        sys.exit(f"plot_cost.py: {error}")
 
 
 if __name__ == "__main__":

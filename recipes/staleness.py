@@ -10,6 +10,7 @@ moves them. Between the second and the third, only the age of the gradient diffe
 only the batch.
 """
 
+import argparse
 import json
 import statistics
 import sys
@@ -119,15 +120,10 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     """Train and measure, print a table, and write the file that is named."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    output_file = None
-    if "--output_file" in argv:
-        place = argv.index("--output_file")
-        if place + 1 == len(argv):
-            raise ValueError("--output_file takes the name of a file.")
-        output_file = Path(argv.pop(place + 1))
-        argv.pop(place)
-    run = run_glue.prepare([*argv, "--block_selection", "none", "--save_strategy", "no"])
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--output_file", type=Path)
+    own, rest = parser.parse_known_args(argv)
+    run = run_glue.prepare([*rest, "--block_selection", "none", "--save_strategy", "no"])
     if not run.args.do_train or run.args.gradient_accumulation_steps > 1:
         raise ValueError("Steps are measured one by one: set do_train, and gradient_accumulation_steps to 1.")
     logging.set_verbosity_error()
@@ -139,9 +135,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
     for line in lines:
         print(f"| {' | '.join(f'{v:.3f}' if isinstance(v, float) else str(v) for v in line.values())} |")
-    if output_file is not None:
+    if own.output_file is not None:
         results = {"stamp": stamp([run.args.seed]), "summary": lines, "rows": probe.rows}
-        output_file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        own.output_file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return lines
 
 
