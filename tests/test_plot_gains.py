@@ -20,7 +20,7 @@ def write_runs(path, task, rows):
 
 def test_points_are_paired_differences_over_paired_ratios(tmp_path):
     rows = [("AdamW", "compared", seed, value, 10.0) for seed, value in ((0, 0.5), (1, 0.7))]
-    rows += [("SAM", "compared", 0, 0.6, 20.0), ("SAM", "compared", 1, 0.8, 22.0), ("SAM", "tuning", 9, 0.1, 1.0)]
+    rows += [("SAM", "compared", 0, 0.6, 20.0), ("SAM", "compared", 1, 0.8, 22.0), ("SAM", "tuning", 1, 0.1, 1.0)]
     rows += [("SAM", "compared", 2, 0.0, 1.0)]  # No baseline with this seed.
     one = write_runs(tmp_path / "one.csv", "T 1", rows)
     other = write_runs(

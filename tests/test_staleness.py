@@ -33,8 +33,12 @@ def test_it_measures_three_directions_and_changes_nothing_of_the_training(bert, 
     plain = run_glue.prepare([*rte(bert, glue, tmp_path / "plain"), *options, "--block_selection", "none"])
     plain.trainer.train()
     measured = run_glue.prepare([*rte(bert, glue, tmp_path / "again"), *options, "--block_selection", "none"])
-    measured.trainer.training_step = staleness.Probe(measured.trainer)
+    probe = measured.trainer.training_step = staleness.Probe(measured.trainer)
+    ascents_of, modes = probe._ascents_of, []
+    probe._ascents_of = lambda model, batch: modes.append(model.training) or ascents_of(model, batch)
     measured.trainer.train()
+    # With dropout, as the gradients of the steps have it.
+    assert modes == [True] * 3
     for run, name in ((plain, "plain"), (measured, "again")):
         run.trainer.save_model(str(tmp_path / name))
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "again"))
