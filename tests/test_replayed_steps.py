@@ -35,14 +35,16 @@ def test_a_step_with_replay_equals_one_without(name):
     assert_equal(gradients, full_gradients)
 
 
-def test_a_pass_2_that_rounds_otherwise_is_compared_with_a_full_one():
-    """As where a weight that takes no gradient makes `torch.matmul` choose another kernel than in pass 1."""
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_pass_2_that_rounds_otherwise_is_compared_with_a_full_one(processes, monkeypatch):
+    """As where a weight without a gradient makes `torch.matmul` choose another kernel; several would wait for it."""
+    monkeypatch.setattr("hf_lsam.second_pass.is_distributed", lambda: processes > 1)
     model, batch = bert(dropout=0.1).train(), {"input_ids": TOKENS, "labels": torch.tensor([0, 1])}
     run, _ = passes(model, batch)
     step = LSAMStep(model, LSAMConfig(rho=0.1, block_selection="last"), max_steps=3)
     for number in range(3):
         step(run, lambda: run() * (1 + 2**-22), step=number, is_last=True)
-    assert step.second_pass.replays and step.second_pass.checked is not None
+    assert step.second_pass.replays == (step.second_pass.checked is not None) == (processes == 1)
 
 
 def test_mixture_of_experts_falls_back_to_a_full_pass(caplog):
