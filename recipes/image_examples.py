@@ -71,6 +71,11 @@ class ImageExamples(torch.utils.data.Dataset):
         return {"pixel_values": pixels, "labels": row["label"]}
 
 
+def without_augmentation(examples: ImageExamples) -> ImageExamples:
+    """The same images as they are, in every epoch and with every seed."""
+    return ImageExamples(examples.dataset, examples.processor)
+
+
 class EpochCallback(TrainerCallback):
     """Tells the training images which epoch it is."""
 

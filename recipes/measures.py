@@ -1,11 +1,13 @@
-"""What `run_glue.py` measures on demand: gradient norms while it trains, and the loss around the trained weights."""
+"""What recipes measure on demand: gradient norms while they train, and the loss around the trained weights."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import Trainer
 
 from hf_lsam.sharpness_callback import SharpnessCallback, block_surfaces
@@ -14,8 +16,8 @@ from hf_lsam.sharpness_callback import SharpnessCallback, block_surfaces
 @dataclass
 class MeasureArguments:
     """
-    Measurements of the plain loss, without dropout and on the same training rows in every run; they change nothing of
-    the training, but their memory counts into its peak.
+    Measurements of the plain loss, in evaluation mode (no dropout; batch normalisation has its running statistics) and
+    on the same training rows in every run. They change nothing of the training, but their memory counts into its peak.
 
     Args:
         gradient_norm_steps (`int`, *optional*):
@@ -47,11 +49,11 @@ class MeasureArguments:
         return self.gradient_norm_steps is not None or self.landscape_points is not None
 
 
-def set_up_measures(trainer: Trainer, arguments: MeasureArguments) -> None:
-    """Check that what is wanted can be measured, and let the trainer log gradient norms."""
+def set_up_measures(trainer: Trainer, arguments: MeasureArguments, rows: Dataset | None) -> None:
+    """Check that what is wanted can be measured on some of `rows`, and let the trainer log gradient norms."""
     if not arguments.wanted:
         return
-    if trainer.train_dataset is None:
+    if rows is None:
         raise ValueError("gradient_norm_steps and landscape_points measure on training rows: set do_train.")
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ValueError(
@@ -59,22 +61,28 @@ def set_up_measures(trainer: Trainer, arguments: MeasureArguments) -> None:
             "share out: leave them out, or train without FSDP and DeepSpeed."
         )
     if arguments.gradient_norm_steps is not None:
-        batches = _measured_batches(trainer, arguments.measured_samples)
+        batches = _measured_batches(trainer, arguments, rows)
         trainer.add_callback(SharpnessCallback(trainer, batches, arguments.gradient_norm_steps, rho=None))
 
 
-def measure_landscapes(trainer: Trainer, arguments: MeasureArguments) -> dict[str, dict[str, Any]]:
-    """The places and losses of each block's landscape, and of the whole model's, by name."""
+def write_landscapes(trainer: Trainer, arguments: MeasureArguments, rows: Dataset) -> None:
+    """Write places and losses of each block's landscape, and of the whole model's, by name, if they are wanted."""
     if arguments.landscape_points is None:
-        return {}
+        return
     model = trainer.accelerator.unwrap_model(trainer.model)
-    surfaces = block_surfaces(model, _measured_batches(trainer, arguments.measured_samples))
-    return {name: asdict(surface.landscape(points=arguments.landscape_points)) for name, surface in surfaces.items()}
+    surfaces = block_surfaces(model, _measured_batches(trainer, arguments, rows))
+    landscapes = {
+        name: asdict(surface.landscape(points=arguments.landscape_points)) for name, surface in surfaces.items()
+    }
+    if trainer.is_world_process_zero():
+        text = json.dumps(landscapes, indent=1) + "\n"
+        (Path(trainer.args.output_dir) / "landscapes.json").write_text(text, encoding="utf-8")
 
 
-def _measured_batches(trainer: Trainer, count: int) -> Iterable[Any]:
-    rows = trainer.train_dataset
-    drawn = np.random.default_rng(0).permutation(len(rows))[:count]
+def _measured_batches(trainer: Trainer, arguments: MeasureArguments, rows: Dataset) -> Iterable[Any]:
+    order = np.random.default_rng(0).permutation(len(rows))  # type: ignore[arg-type]
     return DataLoader(
-        rows.select(drawn), batch_size=trainer.args.per_device_eval_batch_size, collate_fn=trainer.data_collator
+        Subset(rows, order[: arguments.measured_samples].tolist()),
+        batch_size=trainer.args.per_device_eval_batch_size,
+        collate_fn=trainer.data_collator,
     )

@@ -4,8 +4,8 @@ Fine-tune a causal language model with layer-wise SAM: on running text, or on pr
     python recipes/run_clm.py recipes/clm/gsm8k_lora.yaml --rho 0.1
 
 The first argument may be a YAML of settings; any later `--setting value` overrides it. `null` stands for "not set".
-The settings are those of `ModelArguments`, `AdapterArguments`, `DataArguments`, `GenerationArguments`, `LSAMConfig`
-and `TrainingArguments`; `--help` lists them.
+The settings are those of `ModelArguments`, `AdapterArguments`, `DataArguments`, `GenerationArguments`,
+`MeasureArguments`, `LSAMConfig` and `TrainingArguments`; `--help` lists them.
 """
 
 import dataclasses
@@ -35,6 +35,7 @@ from clm_metrics import (
 )
 from common import StepTimer, check_output_dir, parse_arguments, report, run_script
 from loading import ModelArguments, ModelSource, find_model, load_model
+from measures import MeasureArguments, set_up_measures, write_landscapes
 from model_card import OWN_FILES, Subject, write_model_card
 from peft import TaskType
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, TrainingArguments, set_seed
@@ -42,7 +43,15 @@ from transformers.utils import logging
 
 from hf_lsam import LSAMConfig, LSAMTrainer
 
-SETTINGS = (ModelArguments, AdapterArguments, DataArguments, GenerationArguments, LSAMConfig, TrainingArguments)
+SETTINGS = (
+    ModelArguments,
+    AdapterArguments,
+    DataArguments,
+    GenerationArguments,
+    MeasureArguments,
+    LSAMConfig,
+    TrainingArguments,
+)
 GENERATIONS = "generations.jsonl"
 
 logger = logging.get_logger("hf_lsam.recipes")
@@ -65,6 +74,7 @@ class Run:
     adapter_args: AdapterArguments
     data_args: DataArguments
     generation_args: GenerationArguments
+    measure_args: MeasureArguments
     args: TrainingArguments
     examples: dict[str, Examples]
     questions: Questions | None
@@ -81,7 +91,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 def prepare(argv: list[str]) -> Run:
     """Check settings, output directory and data, then build model and trainer; no file is written."""
     description = (__doc__ or "").strip().splitlines()[0]
-    model_args, adapter_args, data_args, generation_args, lsam_config, args = parse_arguments(
+    model_args, adapter_args, data_args, generation_args, measure_args, lsam_config, args = parse_arguments(
         SETTINGS, argv, description
     )
     splits = [split for split, wanted in (("train", args.do_train), ("validation", args.do_eval)) if wanted]
@@ -118,11 +128,12 @@ def prepare(argv: list[str]) -> Run:
     set_seed(args.seed)
     model = load_model(AutoModelForCausalLM, source, adapter_args, TaskType.CAUSAL_LM, args.do_train)
     timer = StepTimer()
+    train_dataset = examples["train"].dataset if args.do_train else None
     trainer = LSAMTrainer(
         model=model,
         args=args,
         lsam_config=lsam_config,
-        train_dataset=examples["train"].dataset if args.do_train else None,
+        train_dataset=train_dataset,
         eval_dataset=examples["validation"].dataset if args.do_eval else None,
         processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
@@ -135,7 +146,20 @@ def prepare(argv: list[str]) -> Run:
             "max_generation_samples needs the whole model in every process, which FSDP and DeepSpeed share out: set "
             "it to 0, and evaluate the saved model in a run of its own."
         )
-    return Run(model_args, adapter_args, data_args, generation_args, args, examples, questions, trainer, timer, resume)
+    set_up_measures(trainer, measure_args, train_dataset)
+    return Run(
+        model_args,
+        adapter_args,
+        data_args,
+        generation_args,
+        measure_args,
+        args,
+        examples,
+        questions,
+        trainer,
+        timer,
+        resume,
+    )
 
 
 def execute(run: Run) -> dict[str, float]:
@@ -151,6 +175,7 @@ def execute(run: Run) -> dict[str, float]:
         trainer.save_state()
         train_metrics = result.metrics | run.timer.metrics() | count(run, "train", "train")
         metrics |= report(trainer, "train", train_metrics)
+        write_landscapes(trainer, run.measure_args, run.examples["train"].dataset)
 
     # Evaluate
     if run.args.do_eval:

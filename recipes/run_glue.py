@@ -9,7 +9,6 @@ The settings are those of `ModelArguments`, `AdapterArguments`, `DataArguments`,
 """
 
 import dataclasses
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from datasets import Dataset
 from glue_data import TextData, load_text_data
 from glue_tasks import DRAWN, GLUE_TASKS, HUB_NAME, PREDICTIONS, STSB_RANGE, DataArguments
 from loading import ModelArguments, find_model, load_model
-from measures import MeasureArguments, measure_landscapes, set_up_measures
+from measures import MeasureArguments, set_up_measures, write_landscapes
 from model_card import OWN_FILES, Subject, write_model_card
 from peft import TaskType
 from transformers import (
@@ -103,7 +102,7 @@ def prepare(argv: list[str]) -> Run:
         compute_loss_func=make_compute_loss(args.label_smoothing_factor, data_args.is_regression),
         callbacks=[timer],
     )
-    set_up_measures(trainer, measure_args)
+    set_up_measures(trainer, measure_args, datasets.get("train"))
     return Run(model_args, adapter_args, data_args, measure_args, args, data.labels, datasets, trainer, timer, resume)
 
 
@@ -120,10 +119,7 @@ def execute(run: Run) -> dict[str, float]:
         trainer.save_state()
         train_metrics = result.metrics | run.timer.metrics() | {"train_samples": len(run.datasets["train"])}
         metrics |= report(trainer, "train", train_metrics)
-        landscapes = measure_landscapes(trainer, run.measure_args)
-        if landscapes and trainer.is_world_process_zero():
-            text = json.dumps(landscapes, indent=1) + "\n"
-            (Path(run.args.output_dir) / "landscapes.json").write_text(text, encoding="utf-8")
+        write_landscapes(trainer, run.measure_args, run.datasets["train"])
 
     # Evaluate
     if run.args.do_eval:

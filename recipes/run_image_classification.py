@@ -4,7 +4,8 @@ Train an image classifier with layer-wise SAM: a residual network from scratch, 
     python recipes/run_image_classification.py recipes/images/cifar10_resnet20.yaml --rho 0.1
 
 The first argument may be a YAML of settings; any later `--setting value` overrides it. `null` stands for "not set".
-The settings are those of `ModelArguments`, `DataArguments`, `LSAMConfig` and `TrainingArguments`; `--help` lists them.
+The settings are those of `ModelArguments`, `DataArguments`, `MeasureArguments`, `LSAMConfig` and `TrainingArguments`;
+`--help` lists them.
 """
 
 import sys
@@ -16,7 +17,8 @@ import resnets
 import torch
 from common import StepTimer, check_output_dir, make_compute_loss, parse_arguments, read_logits, report, run_script
 from image_data import DataArguments, ImageData, load_image_data
-from image_examples import Augmentation, EpochCallback, ImageExamples
+from image_examples import Augmentation, EpochCallback, ImageExamples, without_augmentation
+from measures import MeasureArguments, set_up_measures, write_landscapes
 from model_card import OWN_FILES, Subject, write_model_card
 from transformers import (
     AutoConfig,
@@ -100,7 +102,7 @@ class ModelArguments:
         return resnets.WideResNetConfig(widen_factor=self.widen_factor, dropout=self.dropout, **depth)
 
 
-SETTINGS = (ModelArguments, DataArguments, LSAMConfig, TrainingArguments)
+SETTINGS = (ModelArguments, DataArguments, MeasureArguments, LSAMConfig, TrainingArguments)
 
 
 @dataclass
@@ -109,6 +111,7 @@ class Run:
 
     model_args: ModelArguments
     data_args: DataArguments
+    measure_args: MeasureArguments
     args: TrainingArguments
     data: ImageData
     examples: dict[str, ImageExamples]
@@ -124,7 +127,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 def prepare(argv: list[str]) -> Run:
     """Check settings, output directory and data, then build model and trainer; no file is written."""
-    model_args, data_args, lsam_config, args = parse_arguments(SETTINGS, argv, (__doc__ or "").strip().splitlines()[0])
+    description = (__doc__ or "").strip().splitlines()[0]
+    model_args, data_args, measure_args, lsam_config, args = parse_arguments(SETTINGS, argv, description)
     wanted = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
     splits = [split for split in wanted if wanted[split]]
     if not splits:
@@ -158,7 +162,8 @@ def prepare(argv: list[str]) -> Run:
         compute_loss_func=make_compute_loss(args.label_smoothing_factor),
         callbacks=[timer, *([EpochCallback(examples["train"])] if args.do_train else [])],
     )
-    return Run(model_args, data_args, args, data, examples, trainer, timer, resume)
+    set_up_measures(trainer, measure_args, without_augmentation(examples["train"]) if args.do_train else None)
+    return Run(model_args, data_args, measure_args, args, data, examples, trainer, timer, resume)
 
 
 def execute(run: Run) -> dict[str, float]:
@@ -173,6 +178,7 @@ def execute(run: Run) -> dict[str, float]:
         trainer.save_state()
         train_metrics = result.metrics | run.timer.metrics() | {"train_samples": len(run.examples["train"])}
         metrics |= report(trainer, "train", train_metrics)
+        write_landscapes(trainer, run.measure_args, without_augmentation(run.examples["train"]))
 
     # Evaluate
     if run.args.do_eval:
