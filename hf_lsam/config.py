@@ -26,8 +26,9 @@ class LSAMConfig:
     Args:
         rho (`float`, *optional*, defaults to `0.05`):
             Length of the perturbation in weight space (Euclidean norm over all selected weights). 0 turns the method
-            off. Default: SAM's (Foret et al., ICLR 2021), with which two blocks kept no run of `docs/evidence.md` at its
-            start. Not comparable between selections: few blocks want 3 to 10 times what all the parameters want.
+            off. Default: SAM's (Foret et al., ICLR 2021); no run with two blocks was kept at its start by it
+            (`docs/evidence.md`). Not comparable between selections: few blocks want 3 to 10 times what all the
+            parameters want.
         alpha (`float`, *optional*, defaults to `1.0`):
             Share of the perturbed gradient in the mixed one, between 0 (plain training) and 1 (SAM). Default: SAM's.
         adaptive (`bool`, *optional*, defaults to `False`):

@@ -56,8 +56,8 @@ TRAINING: dict[str, Any] = {
 }
 # Learning rate and rho are the best of four for each method, on the validation part with the seeds 10 and 11: see
 # evidence/demo.yaml and results/demo_tuning.csv. All methods chose the same learning rate. Before about a third of the
-# training the fresh head has not left its start. `last` with 2 blocks costs 0.34 plain steps where a step is perturbed:
-# 0.24 over the training with this start.
+# training the fresh head has not left its start. `last` with 2 blocks costs 0.34 plain steps where a step is
+# perturbed: 0.24 over the training with this start.
 METHODS: dict[str, dict[str, Any]] = {
     "AdamW": {"block_selection": "none"},
     "SAM": {"block_selection": "all", "rho": 0.02, "perturb_start": 0.3},
