@@ -89,6 +89,16 @@ def test_images_are_measured_as_they_are(images, tmp_path):
     assert len(left) == 24 and torch.equal(left, right) and not torch.equal(augmented, plain)
 
 
+def test_landscapes_of_images_are_measured_where_their_norms_are(images, tmp_path):
+    measures = ["--gradient_norm_steps", "1", "--landscape_points", "3"]
+    run = run_image_classification.prepare([*images, "--output_dir", str(tmp_path / "out"), *FOUR_STEPS, *measures])
+    run_image_classification.execute(run)
+    callback = next(c for c in run.trainer.callback_handler.callbacks if isinstance(c, SharpnessCallback))
+    surfaces = block_surfaces(run.trainer.model, callback.batches)
+    landscapes = json.loads((tmp_path / "out" / "landscapes.json").read_text())
+    assert landscapes["all"]["losses"][1] == pytest.approx(surfaces["all"].loss(), rel=1e-6)
+
+
 def test_norms_from_one_gradient_are_those_of_each_surface(measured, float64):
     folder = measured / "glue" / "plain"
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float64)
