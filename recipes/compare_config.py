@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from compare_plan import CompareError, Comparison, Method, Settings, Task, slug
+from compare_plan import CompareError, Comparison, Method, Settings, Task, is_greater_better, slug
 
 RECIPES = Path(__file__).resolve().parent
 # What each run gets from `compare.py`.
@@ -72,8 +72,7 @@ def _read_task(name: str, own: Any, overrides: Mapping[str, str]) -> Task:
     metric, tuning_metric = own.pop("metric", None), own.pop("tuning_metric", None)
     if metric is None:
         raise CompareError(f"Task {name} sets no metric: a name in the recipe's all_results.json, as eval_accuracy.")
-    # As the Trainer takes it for `metric_for_best_model`.
-    default = "false" if metric.endswith(("loss", "perplexity")) else "true"
+    default = str(is_greater_better(metric)).lower()
     greater_is_better = _switch("greater_is_better", own.pop("greater_is_better", default))
     return Task(name, metric, tuning_metric, greater_is_better, own | {n: overrides[n] for n in own if n in overrides})
 

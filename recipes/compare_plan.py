@@ -15,6 +15,11 @@ class CompareError(Exception):
     """Something in the way of the comparison; the message says what, and the way out."""
 
 
+def is_greater_better(metric: str) -> bool:
+    """Whether more of `metric` is better: all but losses and perplexities, as for `metric_for_best_model`."""
+    return not metric.endswith(("loss", "perplexity"))
+
+
 @dataclass(frozen=True)
 class Task:
     """

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+from compare_plan import is_greater_better
 from compare_statistics import COSTS, mean_interval
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
@@ -83,8 +84,9 @@ def draw_gains(tasks: Gains, cost: str) -> Figure:
             drawn = style(names.index(method)) | {"linestyle": "none", "markersize": 6, "elinewidth": 1, "capsize": 2}
             entries[method] = axes.errorbar([ratio.mean], [gain.mean], bar, **drawn)
         axes.axhline(0, color="black", lw=0.8)
-        metric = next(iter(base.values()))["metric"].partition("_")[2].replace("_", " ")
-        axes.set_title(f"{task}\n{metric}, n = {len(base)}", fontsize=9, parse_math=False)
+        metric = next(iter(base.values()))["metric"]
+        what = metric.partition("_")[2].replace("_", " ") + ("" if is_greater_better(metric) else " (lower is better)")
+        axes.set_title(f"{task}\n{what}, n = {len(base)}", fontsize=9, parse_math=False)
         axes.set_xlim(left=0.95)
         axes.set_xlabel(f"{COSTS[cost]}, {baseline} = 1", fontsize=8, parse_math=False)
         axes.tick_params(labelsize=8)

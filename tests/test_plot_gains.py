@@ -9,12 +9,12 @@ from compare_statistics import COSTS
 TITLES = ["task", "method", "stage", "seed", "metric", "value", *COSTS]
 
 
-def write_runs(path, task, rows):
+def write_runs(path, task, rows, metric="predict_accuracy"):
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(TITLES)
         for method, stage, seed, value, flops in rows:
-            writer.writerow([task, method, stage, seed, "predict_accuracy", value, 1.0, 1.0, flops, 1.0])
+            writer.writerow([task, method, stage, seed, metric, value, 1.0, 1.0, flops, 1.0])
     return path
 
 
@@ -23,13 +23,13 @@ def test_points_are_paired_differences_over_paired_ratios(tmp_path):
     rows += [("SAM", "compared", 0, 0.6, 20.0), ("SAM", "compared", 1, 0.8, 22.0), ("SAM", "tuning", 1, 0.1, 1.0)]
     rows += [("SAM", "compared", 2, 0.0, 1.0)]  # No baseline with this seed.
     one = write_runs(tmp_path / "one.csv", "T 1", rows)
-    other = write_runs(
-        tmp_path / "other.csv", "T 2", [("SGD", "compared", 0, 0.5, 4.0), ("SAM", "compared", 0, 0.4, 8.0)]
-    )
+    rows = [("SGD", "compared", 0, 0.5, 4.0), ("SAM", "compared", 0, 0.4, 8.0)]
+    other = write_runs(tmp_path / "other.csv", "T 2", rows, metric="eval_loss")
     figure = plot_gains.draw_gains(plot_gains.read_runs([one, other]), "flops")
     points = [axes.containers[0][0].get_xydata().round(6).tolist() for axes in figure.axes]
     assert points == [[[2.1, 0.1]], [[2.0, -0.1]]]
-    assert [axes.get_title().partition("\n")[0] for axes in figure.axes] == ["T 1", "T 2"]
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == ["T 1\naccuracy, n = 2", "T 2\nloss (lower is better), n = 1"]
     # The gain is 0.1 with both seeds.
     [ends] = figure.axes[0].containers[0][2][0].get_segments()
     assert ends[:, 1] == pytest.approx([0.1, 0.1])
