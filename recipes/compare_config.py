@@ -72,8 +72,7 @@ def _read_task(name: str, own: Any, overrides: Mapping[str, str]) -> Task:
     metric, tuning_metric = own.pop("metric", None), own.pop("tuning_metric", None)
     if metric is None:
         raise CompareError(f"Task {name} sets no metric: a name in the recipe's all_results.json, as eval_accuracy.")
-    default = str(is_greater_better(metric)).lower()
-    greater_is_better = _switch("greater_is_better", own.pop("greater_is_better", default))
+    greater_is_better = _switch("greater_is_better", own.pop("greater_is_better", is_greater_better(metric)))
     return Task(name, metric, tuning_metric, greater_is_better, own | {n: overrides[n] for n in own if n in overrides})
 
 
