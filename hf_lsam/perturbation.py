@@ -172,6 +172,14 @@ def where(condition: Tensor, tensors: Sequence[Tensor], others: Sequence[Tensor]
 
 
 @torch.no_grad()
+def zero_unless(condition: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """`tensors` if `condition`, one boolean, else zeros; on an accelerator without waiting for it."""
+    if condition.device.type == "cpu":
+        return list(tensors) if condition else [torch.zeros_like(tensor) for tensor in tensors]
+    return from_parts([torch.where(condition, part, 0.0) for part in local_parts(tensors)], tensors)
+
+
+@torch.no_grad()
 def adaptive_scores(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
     """ASAM's `|w| g`, whose norm takes the place of the gradient's, in float32 or wider."""
     parts = torch._foreach_mul(torch._foreach_abs(wide(local_parts(weights))), wide(local_parts(gradients)))
@@ -181,11 +189,12 @@ def adaptive_scores(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> l
 @torch.no_grad()
 def orthogonal_part(perturbed: Sequence[Tensor], plain: Sequence[Tensor]) -> list[Tensor]:
     """The part of the `perturbed` gradient orthogonal to the `plain` one, of unit length (zero if there is none)."""
-    plain_parts, parts = wide(local_parts(plain)), wide(local_parts(perturbed))
-    products = torch._foreach_mul(parts, plain_parts)
-    along = sum_over_parts(torch.stack([product.sum() for product in products]), plain).sum()
-    along = along / norms(plain).square().sum()
-    parts = list(torch._foreach_sub(parts, torch._foreach_mul(plain_parts, along)))
+    # LookSAM's memory is largest here, so what is as large as the gradients is made once, and products one at a time.
+    plain_parts, perturbed_parts = wide(local_parts(plain)), wide(local_parts(perturbed))
+    products = [(left * right).sum() for left, right in zip(perturbed_parts, plain_parts, strict=True)]
+    along = sum_over_parts(torch.stack(products), plain).sum() / norms(plain).square().sum()
+    parts = list(torch._foreach_mul(plain_parts, -along))
+    torch._foreach_add_(parts, perturbed_parts)
     orthogonal = from_parts(parts, plain)
     length = norms(orthogonal).square().sum().sqrt()
     torch._foreach_div_(parts, length.clamp_min(torch.finfo(length.dtype).tiny))

@@ -27,7 +27,7 @@ from .blocks import everything, find_blocks, find_candidates
 from .compiled import CompiledRegions
 from .config import LSAMConfig
 from .distributed import average_gradients, average_over_ranks
-from .perturbation import Perturbation, add_along, check_rounding, mix, norms, orthogonal_part, where
+from .perturbation import Perturbation, add_along, check_rounding, mix, norms, orthogonal_part, where, zero_unless
 from .second_pass import MicroBatch, Pass, SecondPass
 from .selection import CostModel, check_selection, earliest_block
 from .shards import reshard
@@ -218,7 +218,7 @@ class LSAMStep:
         finite = norms(perturbed).isfinite().all()
         if self.config.reuse_correction > 0:
             parts = orthogonal_part(perturbed, ascent.gradients)
-            self.correction = (ascent.weights, where(finite, parts, [torch.zeros_like(part) for part in parts]))
+            self.correction = (ascent.weights, zero_unless(finite, parts))
         # Where it is not finite, the plain gradient takes its place. A scaler has to see it, and skips the step.
         if self.scaler is None and self.keeps_plain:
             perturbed = where(finite, perturbed, ascent.gradients)

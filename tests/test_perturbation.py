@@ -2,13 +2,16 @@
 
 import math
 import sys
+import weakref
 
 import pytest
 import torch
 from tiny import Examples, assert_equal, bert, weights
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hf_lsam import LSAMConfig
-from hf_lsam.perturbation import Perturbation, where
+from hf_lsam.perturbation import Perturbation, orthogonal_part, where, zero_unless
 from hf_lsam.step import LSAMStep
 
 
@@ -120,3 +123,43 @@ def test_a_choice_by_a_condition_on_the_device_does_not_wait_for_it():
     values, others = [torch.ones(2)], [torch.zeros(2)]
     assert where(torch.tensor(True), values, others)[0] is values[0]
     assert where(torch.tensor(False), values, others)[0] is others[0]
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of the tensors that were made inside and are alive, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for storage in (leaf.untyped_storage() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)):
+            if storage not in self.seen:
+                self.seen.add(storage)
+                weakref.finalize(storage, self.add, -storage.nbytes())
+                self.add(storage.nbytes())
+        return result
+
+    def add(self, size):
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def test_the_part_that_looksam_reuses_is_made_without_other_copies_of_the_weights():
+    perturbed, plain = ([torch.randn(1000) for _ in range(20)] for _ in range(2))
+    with Live() as live:
+        parts = orthogonal_part(perturbed, plain)
+    size = sum(part.nbytes for part in parts)
+    assert live.now >= size and live.peak < 1.1 * size
+    finite = torch.tensor(True)
+    with Live() as live:
+        kept = zero_unless(finite, parts)
+    assert live.peak == 0 and kept[0] is parts[0]
+
+
+def test_what_is_not_finite_is_replaced_by_zeros_without_waiting_for_the_device():
+    chosen = zero_unless(torch.empty((), dtype=torch.bool, device="meta"), [torch.empty(3, device="meta")])
+    assert [(tensor.shape, tensor.dtype) for tensor in chosen] == [((3,), torch.float32)]
+    assert torch.equal(zero_unless(torch.tensor(False), [torch.full((2,), math.nan)])[0], torch.zeros(2))
