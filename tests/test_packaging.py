@@ -86,8 +86,7 @@ def built(tmp_path_factory) -> Path:
         shutil.copy(ROOT / name, source)
     build = "import sys, setuptools.build_meta as backend; getattr(backend, 'build_' + sys.argv[1])(sys.argv[2])"
     run(sys.executable, "-c", build, "sdist", str(folder), cwd=source)
-    with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
-        archive.extractall(folder, filter="data")
+    shutil.unpack_archive(next(folder.glob("*.tar.gz")), folder)
     run(sys.executable, "-c", build, "wheel", str(folder), cwd=next(folder.glob("hf_lsam-*/")))
     return folder
 
