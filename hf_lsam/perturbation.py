@@ -28,7 +28,8 @@ class Perturbation:
     w.) A sharded weight stays where it is, since FSDP2 gathers it from there: each process moves its part in place and
     copies it back.
 
-    The buffer is kept from step to step, of the size of the largest set that was ever moved.
+    The buffer is kept from step to step, of the size of the largest set that was ever moved. Where gradients are kept
+    for the next step (`copies`) there are two, which take turns.
 
     Attributes:
         seed: Of stochastic rounding, which draws nothing from the generators of the training. With the number of the
@@ -38,6 +39,7 @@ class Perturbation:
     def __init__(self) -> None:
         self.seed = 0
         self._memory: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._other_memory: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._undo: Callable[[], None] | None = None
 
     def put_back(self) -> None:
@@ -104,6 +106,18 @@ class Perturbation:
             yield buffers
         finally:
             self.put_back()
+
+    def copies(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """
+        Copies of `tensors`, in the memory of the last move. The next move takes that of the copies before these.
+
+        On a CPU a copy into new memory takes twice as long, most of it for the operating system to hand it out.
+        """
+        parts = local_parts(tensors)
+        buffers = self._buffers(parts)
+        _copy(buffers, parts)
+        self._memory, self._other_memory = self._other_memory, self._memory
+        return from_parts(buffers, tensors)
 
     def _buffers(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Room for as many tensors of the same kinds, shapes and strides, as slices of the kept memory."""

@@ -266,13 +266,15 @@ class LSAMStep:
                 self._count(ascent, 0.0, torch.tensor(True))
             self.previous = None
             if self.perturbs(step + 1):
-                self.previous = self._find_ascent()
-                if self.previous is None:
+                following = self._find_ascent()
+                if following is None:
                     self._skip()
-                else:
+                    return loss
+                if not self.config.adaptive:
                     # The optimizer's clipping and zeroing change `.grad` in place.
-                    self.previous.direction = [tensor.clone() for tensor in self.previous.direction]
-                    self.previous.gradients = []
+                    following.direction = self.perturbation.copies(following.direction)
+                following.gradients = []
+                self.previous = following
         return loss
 
     @torch.no_grad()

@@ -103,6 +103,26 @@ def test_moved_weights_reuse_their_memory():
     assert len(addresses) == 1
 
 
+def test_copies_last_until_the_next_move_and_take_turns_with_it_in_memory():
+    """What one pass keeps from a step to the next: a fresh copy of every gradient costs more than the move."""
+    perturbation, kept, expected = Perturbation(), [], []
+    with Live() as live:
+        tensors = [torch.randn(3, 4).T, torch.randn(5)]
+        size = live.now
+        for turn in range(5):
+            if turn > 0:
+                with perturbation.moved(tensors, kept, 0.5):
+                    assert all(torch.equal(copy, old) for copy, old in zip(kept, expected, strict=True))
+            gradients = [tensor * turn for tensor in tensors]
+            kept, expected = perturbation.copies(gradients), [gradient.clone() for gradient in gradients]
+            torch._foreach_zero_(gradients)
+            assert [copy.stride() for copy in kept] == [tensor.stride() for tensor in tensors]
+            assert all(torch.equal(copy, old) for copy, old in zip(kept, expected, strict=True))
+            del gradients
+            # The weights, what is expected and the copies, and from the first move on one buffer more.
+            assert live.now == (3 if turn == 0 else 4) * size
+
+
 def test_weights_go_back_to_their_own_memory_and_keep_their_strides():
     image = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     weights_ = [image, torch.randn(3, 4).T, torch.randn(6, 4)[::2, ::2], torch.randn(())]
