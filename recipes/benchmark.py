@@ -7,11 +7,13 @@ peers that one would pick instead.
 
 The methods take turns in one process, a few steps each, over and over, and between any two of them the plain Trainer
 takes one: each is compared with the plain turns right before and after it, so that a machine whose speed changes hits
-both alike. Memory is that of a process of its own for each method. The bound is 1 + the predicted overhead, counted
-from the model's parameters (hf_lsam/selection.py).
+both alike. Memory is what is allocated on the GPU or, on a CPU, that of a process of its own for each method. The
+bound is 1 + the predicted overhead, counted from the parameters of the model (hf_lsam/selection.py).
 """
 
+import gc
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -22,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import StepTimer, parse_arguments
+from common import StepTimer, parse_arguments, peak_memory_mib
 from peers import PEERS, HandWrittenLoop
 from plot_cost import draw_cost
 from stamp import stamp
@@ -64,6 +66,9 @@ class BenchmarkArguments(WorkloadArguments):
         default=",".join([*METHODS, *PEERS]),
         metadata={"help": "Names of methods and peers, the plain one among them."},
     )
+    torch_compile: str | None = field(
+        default=None, metadata={"help": "Compile the model: whole, or regional (its blocks one by one)."}
+    )
     rounds: int = field(default=7, metadata={"help": "Turns of each method; the figure is their median. 0: no times."})
     steps: int = field(default=3, metadata={"help": "Steps of a turn that count, after one or more that do not."})
     memory_repeats: int = field(
@@ -104,6 +109,8 @@ class Contender:
             batches = DataLoader(rows, args.batch_size)
             self.loop = HandWrittenLoop(name, model.to(device), batches, args.gradient_accumulation_steps, args.bf16)
             return
+        # What Accelerate reads when the Trainer is made.
+        os.environ["ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"] = str(args.torch_compile == "regional")
         self.trainer = LSAMTrainer(
             model=model,
             args=TrainingArguments(
@@ -116,6 +123,7 @@ class Contender:
                 report_to="none",
                 disable_tqdm=True,
                 bf16=args.bf16,
+                torch_compile=args.torch_compile is not None,
                 dataloader_pin_memory=torch.cuda.is_available(),
             ),
             train_dataset=rows,
@@ -132,6 +140,9 @@ class Contender:
             self.timer.seconds.clear()
             self.trainer.train()
             seconds = self.timer.seconds
+            # While others have their turns, its model alone stays in memory.
+            self.trainer.optimizer = self.trainer.lr_scheduler = None
+            self.trainer.accelerator.free_memory()
         average = statistics.mean if self.warm_up > 1 else statistics.median
         return average(seconds[self.warm_up :])
 
@@ -186,21 +197,30 @@ def measure_times(args: BenchmarkArguments, names: list[str]) -> dict[str, dict[
 
 
 def peak_memory(args: BenchmarkArguments, name: str) -> float:
-    """Peak memory in MiB of this process after a turn of a method."""
+    """Peak memory in MiB of a turn of a method, which on a CPU is that of this process."""
     logging.set_verbosity_error()
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder:
-        contender = Contender(name, args, folder)
-        contender.take_turn()
-        return contender.timer.metrics()["train_peak_memory_mib"]
+        Contender(name, args, folder).take_turn()
+        return peak_memory_mib(on_gpu)
 
 
 def measure_memory(args: BenchmarkArguments, names: list[str]) -> dict[str, dict[str, float]]:
-    """By name the peak `memory_mib` of a fresh process, and its ratio to the plain one's."""
-    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
-        repeats = {name: [pool.submit(peak_memory, args, name) for _ in range(args.memory_repeats)] for name in names}
-        peaks = {
-            name: statistics.median(future.result() for future in tqdm(f, desc=name)) for name, f in repeats.items()
-        }
+    """By name the peak `memory_mib`, on a CPU of a fresh process, and its ratio to the plain one's."""
+    if torch.cuda.is_available():
+        peaks = {name: peak_memory(args, name) for name in tqdm(names, unit="method")}
+    else:
+        with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+            repeats = {
+                name: [pool.submit(peak_memory, args, name) for _ in range(args.memory_repeats)] for name in names
+            }
+            peaks = {
+                name: statistics.median(future.result() for future in tqdm(f, desc=name))
+                for name, f in repeats.items()
+            }
     return {name: {"memory_mib": peak, "memory_ratio": peak / peaks["plain"]} for name, peak in peaks.items()}
 
 
@@ -210,6 +230,12 @@ def measure(args: BenchmarkArguments) -> dict[str, dict[str, Any]]:
     unknown = [name for name in names if name not in METHODS and name not in PEERS]
     if unknown or "plain" not in names:
         raise ValueError(f"methods={args.methods}: it must hold plain and others of {', '.join([*METHODS, *PEERS])}.")
+    if args.torch_compile not in (None, "whole", "regional"):
+        raise ValueError(f"torch_compile must be whole or regional, or left out, but is {args.torch_compile!r}.")
+    if args.torch_compile is not None and not PEERS.keys().isdisjoint(names):
+        raise ValueError(
+            f"torch_compile={args.torch_compile} compiles for the Trainer only: leave peers out of methods."
+        )
     figures: dict[str, dict[str, Any]] = {name: {} for name in names}
     for wanted, measured in ((args.rounds, measure_times), (args.memory_repeats, measure_memory)):
         if wanted:

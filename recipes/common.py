@@ -184,6 +184,14 @@ def read_logits(predictions: np.ndarray | tuple) -> np.ndarray:
     return predictions[0] if isinstance(predictions, tuple) else predictions
 
 
+def peak_memory_mib(on_gpu: bool) -> float:
+    """Peak memory: allocated on the GPU since its statistics were reset, or resident in this process without one."""
+    if on_gpu:
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
 class StepTimer(TrainerCallback):
     """Wall time of each optimizer step: the passes and the update, but neither loading of data nor evaluation."""
 
@@ -206,14 +214,9 @@ class StepTimer(TrainerCallback):
         self.seconds.append(self._now() - self._start)
 
     def metrics(self) -> dict[str, float]:
-        """Median time of a step, and the peak memory: allocated on the GPU, or resident in the process without one."""
-        if self._on_gpu:
-            peak = torch.cuda.max_memory_allocated() / 2**20
-        else:
-            unit = 2**20 if sys.platform == "darwin" else 2**10
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        """Median time of a step, and the peak memory."""
         seconds = {"train_step_seconds": statistics.median(self.seconds)} if self.seconds else {}
-        return seconds | {"train_peak_memory_mib": peak}
+        return seconds | {"train_peak_memory_mib": peak_memory_mib(self._on_gpu)}
 
     def _now(self) -> float:
         if self._on_gpu:

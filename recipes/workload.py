@@ -8,6 +8,7 @@ from peft import LoraConfig, TaskType, get_peft_model
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -28,6 +29,9 @@ class WorkloadArguments:
         default=None,
         metadata={"help": "Name on the Hub, or folder, of a model; without it, a BERT of random weights."},
     )
+    random_weights: bool = field(
+        default=False, metadata={"help": "Take only the configuration of that model, and random weights."}
+    )
     causal_lm: bool = field(default=False, metadata={"help": "Train a language model instead of a classifier."})
     lora: bool = field(
         default=False, metadata={"help": "Train LoRA adapters (rank 8, attention) and not the weights."}
@@ -44,12 +48,10 @@ class WorkloadArguments:
 
 
 def make_model(args: WorkloadArguments) -> PreTrainedModel:
-    """The model, with the same weights at each call."""
+    """The model, on the GPU if there is one, with the same weights at each call."""
     set_seed(0)
     kind = AutoModelForCausalLM if args.causal_lm else AutoModelForSequenceClassification
-    if args.model_name_or_path is not None:
-        model = kind.from_pretrained(args.model_name_or_path, dtype=torch.float32)
-    else:
+    if args.model_name_or_path is None:
         config = BertConfig(
             num_hidden_layers=args.num_hidden_layers,
             hidden_size=args.hidden_size,
@@ -57,7 +59,14 @@ def make_model(args: WorkloadArguments) -> PreTrainedModel:
             intermediate_size=4 * args.hidden_size,
             is_decoder=args.causal_lm,
         )
-        model = kind.from_config(config)
+    elif args.random_weights:
+        config = AutoConfig.from_pretrained(args.model_name_or_path)
+    # Random weights of a large model take a CPU a while.
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        if args.model_name_or_path is not None and not args.random_weights:
+            model = kind.from_pretrained(args.model_name_or_path, dtype=torch.float32)
+        else:
+            model = kind.from_config(config, dtype=torch.float32)
     if args.lora:
         task = TaskType.CAUSAL_LM if args.causal_lm else TaskType.SEQ_CLS
         model = get_peft_model(model, LoraConfig(r=8, task_type=task))

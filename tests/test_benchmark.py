@@ -1,6 +1,7 @@
 """The benchmark on a tiny model: every method takes its turns, and the bound is that of the cost model."""
 
 import json
+from functools import partial
 
 import benchmark
 import plot_cost
@@ -8,7 +9,9 @@ import pytest
 import torch
 from benchmark import METHODS
 from peers import PEERS, HandWrittenLoop
+from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader
+from transformers import LlamaConfig, TrainingArguments
 from workload import Rows, make_model
 
 TINY = ["--num_hidden_layers", "4", "--hidden_size", "64", "--batch_size", "2", "--sequence_length", "8"]
@@ -91,6 +94,28 @@ def test_a_file_of_something_else_is_not_written_over(tmp_path):
 def test_unknown_methods_are_refused(methods):
     with pytest.raises(ValueError, match="it must hold plain and others of"):
         benchmark.main([*TINY, "--methods", methods])
+
+
+@pytest.mark.parametrize("torch_compile", ["whole", "regional"])
+def test_a_configuration_with_random_weights_is_compiled(tmp_path, monkeypatch, torch_compile):
+    LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2
+    ).save_pretrained(tmp_path)
+    monkeypatch.setattr(benchmark, "TrainingArguments", partial(TrainingArguments, torch_compile_backend="aot_eager"))
+    options = ["--model_name_or_path", str(tmp_path), "--random_weights", "true", "--causal_lm", "true"]
+    options += ["--torch_compile", torch_compile, "--methods", "plain,last-1,one-pass-2"]
+    counters.clear()
+    figures = benchmark.main([*TINY, *options])
+    assert counters["stats"]["unique_graphs"] > 0
+    assert (figures["last-1"]["bound"] == 2) == (torch_compile == "whole")
+    assert all(row["seconds"] > 0 for row in figures.values())
+
+
+def test_what_cannot_be_compiled_is_refused():
+    with pytest.raises(ValueError, match="torch_compile must be whole or regional, or left out, but is 'blocks'"):
+        benchmark.main([*TINY, "--methods", "plain,sam", "--torch_compile", "blocks"])
+    with pytest.raises(ValueError, match="leave peers out of methods"):
+        benchmark.main([*TINY, "--methods", "plain,pasted-sam", "--torch_compile", "whole"])
 
 
 def grown(blocks: int, accumulation: int, ratio: float) -> dict:
