@@ -1,23 +1,28 @@
 """What surrounds a second pass: only some weights take a gradient, and nothing is counted twice."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 
+def norm_layers(model: nn.Module) -> list[_NormBase]:
+    """The layers of `model` that may keep running statistics."""
+    return [module for module in model.modules() if isinstance(module, _NormBase)]
+
+
 @contextmanager
-def only_gradients_of(model: nn.Module, weights: Iterable[Tensor], beside: Sequence[Tensor] = ()) -> Iterator[None]:
+def only_gradients_of(parameters: Iterable[Tensor], weights: Iterable[Tensor]) -> Iterator[None]:
     """
     Inside, backward gives gradients to `weights` only, starting from none; afterwards every `.grad` is what it was.
 
-    Gradients are switched off on the parameters of the model and on those `beside` it. `backward(inputs=...)` would
-    give none, and no error, under reentrant activation checkpointing, and wrong ones under FSDP2. A forward pass may
-    switch them on again, as PEFT does where it disables an adapter for a while, so what others get is dropped.
+    Gradients are switched off on all other `parameters`. `backward(inputs=...)` would give none, and no error, under
+    reentrant activation checkpointing, and wrong ones under FSDP2. A forward pass may switch them on again, as PEFT
+    does where it disables an adapter for a while, so what others get is dropped.
     """
     wanted = set(weights)
-    trained = [p for p in dict.fromkeys([*model.parameters(), *beside]) if p.requires_grad or p in wanted]
+    trained = [p for p in parameters if p.requires_grad or p in wanted]
     others = [parameter for parameter in trained if parameter not in wanted]
     gradients = [parameter.grad for parameter in trained]
     try:
@@ -34,9 +39,9 @@ def only_gradients_of(model: nn.Module, weights: Iterable[Tensor], beside: Seque
 
 
 @contextmanager
-def running_statistics_paused(model: nn.Module) -> Iterator[None]:
+def running_statistics_paused(norms: Iterable[_NormBase]) -> Iterator[None]:
     """Inside, batch-norm layers use their batch as in training, but do not update their running statistics."""
-    layers = [module for module in model.modules() if isinstance(module, _NormBase) and module.track_running_stats]
+    layers = [layer for layer in norms if layer.track_running_stats]
     try:
         for layer in layers:
             layer.track_running_stats = False

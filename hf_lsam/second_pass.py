@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from .compiled import CompiledRegions
 from .distributed import is_distributed
-from .passes import only_gradients_of, running_statistics_paused
+from .passes import norm_layers, only_gradients_of, running_statistics_paused
 from .replay import Recording, Replay, ReplayError
 from .shards import compute_device
 
@@ -59,7 +59,9 @@ class SecondPass:
     ):
         self.model = model
         self.regions = regions
-        self.beside = beside
+        # Looked up once: to go through all modules takes as long as to launch a few blocks on a GPU.
+        self.parameters = list(dict.fromkeys([*model.parameters(), *beside]))
+        self.norms = norm_layers(model)
         hidden = regions.hide(blocks)
         self.blocks = [] if hidden else [regions.caller(block) for block in blocks]
         self.device = compute_device(next(model.parameters()))
@@ -162,7 +164,7 @@ class SecondPass:
     def _only(self, weights: Sequence[Tensor]) -> Iterator[None]:
         """Inside, only `weights`, and what is compiled together with them, take a gradient, and nothing is counted."""
         taken = self.regions.taken_with(weights)
-        with only_gradients_of(self.model, taken, self.beside), running_statistics_paused(self.model):
+        with only_gradients_of(self.parameters, taken), running_statistics_paused(self.norms):
             yield
 
     def _give_up_replay(self, reason: str) -> None:

@@ -67,16 +67,20 @@ def is_sharded(tensors: Iterable[Tensor]) -> bool:
     return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
-def reshard(model: nn.Module) -> None:
+def sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    """The modules of `model` that FSDP2 shards."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def reshard(modules: Iterable[FSDPModule]) -> None:
     """
     Give up the gathered weights that FSDP2 keeps after a forward pass without a backward pass (an evaluation).
 
     While it keeps them they are the parameters that the model shows, and the next forward pass uses them as they are,
     whatever was done to the shards.
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for module in modules:
+        module.reshard()
 
 
 def compute_device(tensor: Tensor) -> torch.device:

@@ -31,7 +31,7 @@ def save_state(step: LSAMStep, checkpoint: str, global_step: int, should_save: b
         OSError: if the file cannot be written, as where the disk is full.
     """
     kept = step.kept(global_step)
-    reshard(step.model)
+    reshard(step.sharded_modules)
     names: dict[Tensor, str] = {parameter: name for name, parameter in step.model.named_parameters()}
     tensors: dict[str, Tensor] = {}
     contents: dict[str, Any] = {"config": asdict(step.config), "log": kept.log.state()}

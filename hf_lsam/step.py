@@ -30,7 +30,7 @@ from .distributed import average_gradients, average_over_ranks
 from .perturbation import Perturbation, add_along, check_rounding, mix, norms, orthogonal_part, where, zero_unless
 from .second_pass import MicroBatch, Pass, SecondPass
 from .selection import CostModel, check_selection, earliest_block
-from .shards import reshard
+from .shards import reshard, sharded_modules
 from .step_log import Perturbed, StepLog
 
 logger = logging.get_logger(__name__)
@@ -81,7 +81,8 @@ class LSAMStep:
         self.config = config
         self.max_steps = max_steps
         self.scaler = scaler
-        reshard(model)
+        self.sharded_modules = sharded_modules(model)
+        reshard(self.sharded_modules)
         blocks = find_blocks(model)
         regions = CompiledRegions(model if called is None else called)
         if config.block_selection == "all":
@@ -242,7 +243,7 @@ class LSAMStep:
     @contextmanager
     def _moved(self, ascent: Ascent) -> Iterator[None]:
         """Inside, the weights of S are at w + eps, eps_i = rho * grad_i L(w) / ||grad_S L(w)||; then at w again."""
-        reshard(self.model)
+        reshard(self.sharded_modules)
         with self.perturbation.moved(ascent.weights, ascent.direction, self.config.rho / ascent.norm) as before:
             if not self.rounding_checked:
                 self.rounding_checked = check_rounding(ascent.weights, before, ascent.direction, self.config.rho)

@@ -75,6 +75,8 @@ class LSAMMixin(_AnyTrainer):
         self._lsam_checkpoint: str | None = None
         self._lsam_watch = StuckWatch()
         self._lsam_flops = 0.0
+        # The last batch whose operations were counted, and how many.
+        self._lsam_counted: tuple[Any, int] = (None, 0)
 
     def train(self, *args: Any, **kwargs: Any):
         """Check that the settings are supported and fit the model, then train."""
@@ -84,6 +86,7 @@ class LSAMMixin(_AnyTrainer):
             return super().train(*args, **kwargs)
         finally:
             self.lsam_config = own_config
+            self._lsam_counted = (None, 0)
 
     def _hp_search_setup(self, trial: Any) -> None:
         """
@@ -162,6 +165,12 @@ class LSAMMixin(_AnyTrainer):
         self.current_flos += step.overhead * self._lsam_flops
         self._lsam_flops = 0.0
         return loss
+
+    def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
+        """Those of a plain pass. To count them takes a look at each module, so both passes' are counted at once."""
+        if self._lsam_counted[0] is not inputs:
+            self._lsam_counted = (inputs, super().floating_point_ops(inputs))
+        return self._lsam_counted[1]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the `lsam/` figures to the lines that report a training loss, and a row to `lsam_blocks.jsonl`."""

@@ -123,6 +123,7 @@ class Contender:
                 report_to="none",
                 disable_tqdm=True,
                 bf16=args.bf16,
+                use_cpu=not torch.cuda.is_available(),
                 torch_compile=args.torch_compile is not None,
                 dataloader_pin_memory=torch.cuda.is_available(),
             ),

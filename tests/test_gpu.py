@@ -147,8 +147,13 @@ def test_two_of_twelve_blocks_take_little_more_memory(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["top 2", "all", "one pass"])
-def test_a_step_waits_for_the_device_once_more_than_its_passes(method, tmp_path):
-    """A model may wait within its forward pass, so the waits of a plain step count for each pass."""
+def test_a_step_waits_for_the_device_to_select_and_to_see_that_pass_2_is_finite(method, tmp_path):
+    """
+    A model may wait within its forward pass, so the waits of a plain step count for each pass.
+
+    The second wait is where alpha is 1, and the plain gradients are let go of before pass 2. It is at the end of a
+    step, where the Trainer waits for the loss anyway, to see whether it is finite.
+    """
     most = []
     for kind in (Trainer, LSAMTrainer):
         trainer = make(kind, tmp_path, METHODS[method], max_steps=5, logging_steps=100)
@@ -170,8 +175,8 @@ def test_a_step_waits_for_the_device_once_more_than_its_passes(method, tmp_path)
         trainer.train()
         # The first step also checks replay, and fills caches.
         most.append(max(waits[2:]))
-    passes = 1 if method == "one pass" else 2
-    assert most[1] <= passes * most[0] + 1
+    passes, more = {"top 2": (2, 1), "all": (2, 2), "one pass": (1, 1)}[method]
+    assert most[1] <= passes * most[0] + more
 
 
 def test_torch_compile_trains_with_two_passes(tmp_path):
@@ -204,6 +209,7 @@ def test_the_recipe_trains_under_launch(name, tmp_path):
     root = Path(benchmark.__file__).parents[1]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
     command += ["--config_file", str(root / "accelerate_configs" / f"{name}.yaml")]
+    command += ["--fsdp_transformer_layer_cls_to_wrap", "BertLayer"] if name == "fsdp2" else []
     command += [str(root / "recipes" / "run_glue.py"), str(root / "recipes" / "glue" / "rte.yaml")]
     command += ["--model_name_or_path", save_bert(tmp_path / "bert"), "--data_dir", write_task(tmp_path, "rte")]
     command += ["--max_steps", "6", "--logging_steps", "1", "--perturb_start", "0", "--rho", "0.1"]

@@ -5,20 +5,21 @@ import collections
 import pytest
 import torch
 from tiny import Examples, arguments, bert, block_rows, training_lines
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from hf_lsam import LSAMConfig, LSAMMixin, LSAMTrainer
 
 FIGURES = {"grad_norm", "captured", "perturbation_norm", "first_block", "overhead", "active", "skipped"}
 
 
-def run(config, folder, trainer_class=LSAMTrainer, model=None, **options):
+def run(config, folder, trainer_class=LSAMTrainer, model=None, callbacks=(), **options):
     """Train; `config=None` is for a trainer that has none."""
     trainer = trainer_class(
         model=model or bert(dropout=0.1),
         args=arguments(folder, **{"max_steps": 6, "logging_steps": 2, **options}),
         train_dataset=Examples(24, language_model=hasattr(model, "lm_head")),
         eval_dataset=Examples(4),
+        callbacks=list(callbacks),
         **({} if config is None else {"lsam_config": config}),
     )
     trainer.train()
@@ -128,6 +129,37 @@ def test_flops_count_both_passes(settings, factor, tmp_path):
     checked = 1 / 12 if settings.get("block_selection") == "last" else 0
     expected = plain.state.total_flos * (1 + factor * (1 + checked))
     assert lsam.state.total_flos == pytest.approx(expected, rel=1e-6)
+
+
+class Looks(TrainerCallback):
+    """How often something goes through all modules of `model`, by the number of steps that are over."""
+
+    def __init__(self, model, monkeypatch):
+        self.counts, inner = collections.Counter(), torch.nn.Module.named_modules
+        self.steps = 0
+
+        def counted(module, *args, **kwargs):
+            self.counts[self.steps] += module is model
+            return inner(module, *args, **kwargs)
+
+        monkeypatch.setattr(torch.nn.Module, "named_modules", counted)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps = state.global_step
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(block_selection="all"), dict(ascent_gradient="previous")])
+def test_a_step_goes_through_the_modules_no_more_often_than_a_plain_one(settings, tmp_path, monkeypatch):
+    """Each time takes about a millisecond, which is a block's share of a step where a GPU waits for launches."""
+    counts = []
+    for config in (LSAMConfig(block_selection="none"), LSAMConfig(**settings)):
+        model = bert()
+        with monkeypatch.context() as patch:
+            looks = Looks(model, patch)
+            run(config, tmp_path / str(len(counts)), model=model, max_steps=5, logging_steps=100, callbacks=[looks])
+        # The first step finds the blocks and checks replay, and the end of training follows the last one.
+        counts.append(max(looks.counts[step] for step in (2, 3)))
+    assert 0 < counts[1] <= counts[0]
 
 
 class Counting(Trainer):

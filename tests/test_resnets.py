@@ -12,7 +12,7 @@ from transformers import AutoModelForImageClassification, set_seed
 
 from hf_lsam import LSAMConfig, LSAMTrainer, reference
 from hf_lsam.blocks import find_blocks, find_candidates
-from hf_lsam.passes import only_gradients_of, running_statistics_paused
+from hf_lsam.passes import norm_layers, only_gradients_of, running_statistics_paused
 from hf_lsam.replay import Replay
 
 CONVOLUTIONS = r"stem|blocks\.\d+\.(conv\d|shortcut)"
@@ -185,7 +185,7 @@ def test_replay_gives_bitwise_what_a_full_pass_gives(name, first):
     weight = model.blocks[first].conv2.weight
     weight.data.add_(0.05)
     results = []
-    with running_statistics_paused(model), only_gradients_of(model, [weight]):
+    with running_statistics_paused(norm_layers(model)), only_gradients_of(model.parameters(), [weight]):
         for perturbed in (None, {first}):
             with replay.replaying(recording, perturbed):
                 results.append((run(), take_gradients()))
