@@ -238,7 +238,8 @@ def measure(args: BenchmarkArguments) -> dict[str, dict[str, Any]]:
             f"torch_compile={args.torch_compile} compiles for the Trainer only: leave peers out of methods."
         )
     figures: dict[str, dict[str, Any]] = {name: {} for name in names}
-    for wanted, measured in ((args.rounds, measure_times), (args.memory_repeats, measure_memory)):
+    # Memory first: Linux counts into the peak of a new process what its parent has in memory as it starts it.
+    for wanted, measured in ((args.memory_repeats, measure_memory), (args.rounds, measure_times)):
         if wanted:
             for name, row in measured(args, names).items():
                 figures[name] |= row

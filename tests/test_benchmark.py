@@ -55,6 +55,19 @@ def test_memory_is_that_of_a_process_for_each_method_and_runs_are_added_to_the_f
     assert before == {"of": "before"} and after["figures"] == figures
 
 
+def test_memory_is_measured_while_this_process_is_small(monkeypatch):
+    """Linux counts into the peak of a new process what its parent had in memory when it was started."""
+    order = []
+
+    def noted(what):
+        return lambda args, names: order.append(what) or {name: {what: 1} for name in names}
+
+    monkeypatch.setattr(benchmark, "measure_times", noted("times"))
+    monkeypatch.setattr(benchmark, "measure_memory", noted("memory"))
+    benchmark.measure(benchmark.BenchmarkArguments(methods="plain,sam"))
+    assert order == ["memory", "times"]
+
+
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("peer", ["pasted-sam", "pytorch_optimizer-sam"])
 def test_a_peer_takes_sams_step(peer):
