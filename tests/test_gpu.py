@@ -146,14 +146,13 @@ def test_two_of_twelve_blocks_take_little_more_memory(tmp_path):
     assert peaks[1] <= 1.1 * peaks[0]
 
 
-@pytest.mark.parametrize("method", ["top 2", "all", "one pass"])
-def test_a_step_waits_for_the_device_to_select_and_to_see_that_pass_2_is_finite(method, tmp_path):
-    """
-    A model may wait within its forward pass, so the waits of a plain step count for each pass.
+# With alpha=1 the plain gradients are let go of before pass 2, so the host has to see whether it is finite.
+SECOND_WAIT = pytest.mark.xfail(strict=True, reason="on an H200 a step with alpha=1 waited 4 times, not 3")
 
-    The second wait is where alpha is 1, and the plain gradients are let go of before pass 2. It is at the end of a
-    step, where the Trainer waits for the loss anyway, to see whether it is finite.
-    """
+
+@pytest.mark.parametrize("method", ["top 2", pytest.param("all", marks=SECOND_WAIT), "one pass"])
+def test_a_step_waits_for_the_device_once_more_than_its_passes(method, tmp_path):
+    """A model may wait within its forward pass, so the waits of a plain step count for each pass."""
     most = []
     for kind in (Trainer, LSAMTrainer):
         trainer = make(kind, tmp_path, METHODS[method], max_steps=5, logging_steps=100)
@@ -175,8 +174,8 @@ def test_a_step_waits_for_the_device_to_select_and_to_see_that_pass_2_is_finite(
         trainer.train()
         # The first step also checks replay, and fills caches.
         most.append(max(waits[2:]))
-    passes, more = {"top 2": (2, 1), "all": (2, 2), "one pass": (1, 1)}[method]
-    assert most[1] <= passes * most[0] + more
+    passes = 1 if method == "one pass" else 2
+    assert most[1] <= passes * most[0] + 1
 
 
 def test_torch_compile_trains_with_two_passes(tmp_path):

@@ -131,6 +131,14 @@ def test_flops_count_both_passes(settings, factor, tmp_path):
     assert lsam.state.total_flos == pytest.approx(expected, rel=1e-6)
 
 
+def test_flops_are_those_of_each_batch(tmp_path):
+    """The last batch of an epoch has 4 rows, the others 5."""
+    options = dict(per_device_train_batch_size=5, max_steps=10)
+    plain = run(None, tmp_path / "plain", Trainer, **options)
+    lsam = run(LSAMConfig(rho=0.1, block_selection="all"), tmp_path / "lsam", **options)
+    assert lsam.state.total_flos == pytest.approx(2 * plain.state.total_flos, rel=1e-6)
+
+
 class Looks(TrainerCallback):
     """How often something goes through all modules of `model`, by the number of steps that are over."""
 
