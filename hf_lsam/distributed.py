@@ -68,6 +68,15 @@ def average_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
     return averages
 
 
+def any_of_ranks(flags: Sequence[bool], device: torch.device) -> list[bool]:
+    """Whether each of `flags` is set in any process; in one process the flags themselves."""
+    if not is_distributed():
+        return list(flags)
+    counts = torch.tensor(flags, dtype=torch.float32, device=device)
+    dist.all_reduce(counts)
+    return [count > 0 for count in counts.tolist()]
+
+
 @torch.no_grad()
 def average_gradients(parameters: Sequence[Tensor]) -> None:
     """Replace every `.grad` by its mean over all processes; one that only some have counts as zero elsewhere."""
@@ -114,6 +123,13 @@ def check_supported(trainer: Trainer, config: LSAMConfig) -> None:
             "With even_batches=False a process may have fewer micro-batches in the last step than another, which "
             "would wait for it: sharpness_scope='micro_batch' selects blocks together at each of them. Set "
             "even_batches=True, dataloader_drop_last=True, or sharpness_scope='batch'."
+        )
+    handler = trainer.accelerator.ddp_handler
+    if is_distributed() and config.sharpness_scope == "micro_batch" and handler is not None and handler.static_graph:
+        raise NotImplementedError(
+            "ddp_static_graph=True lets DistributedDataParallel expect the same work in each pass, but with "
+            "sharpness_scope='micro_batch' it averages the gradients of plain steps only. Set ddp_static_graph=False, "
+            "or sharpness_scope='batch'."
         )
     if args.n_gpu > 1:
         raise NotImplementedError(

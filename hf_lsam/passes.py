@@ -1,8 +1,12 @@
 """What surrounds a second pass: only some weights take a gradient, and nothing is counted twice."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
+from copy import copy
+from typing import Any
 
+import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -51,45 +55,82 @@ def running_statistics_paused(norms: Iterable[_NormBase]) -> Iterator[None]:
             layer.track_running_stats = True
 
 
-class Counters:
+class Buffers:
     """
-    The numbers that an object counts on itself, to be put back after a pass that must not count.
+    Buffers that forward passes update, such as the vectors of a spectral norm: pass 2 reads what pass 1 read.
 
-    Trainers keep token counters and lists of metrics as attributes and add to them in `compute_loss`. Numbers, tensors
-    without a gradient, lists (by their length) and dictionaries of those are put back; whatever else the object holds
-    is left alone.
+    Those that passes are seen to change, by their version counters; at first all of them count as such. What a pass
+    changes behind these, through `.data`, is not seen.
     """
 
-    def __init__(self, owner: object):
-        self.owner = owner
-        self.values = {name: _snapshot(value) for name, value in vars(owner).items() if _is_counted(value)}
+    def __init__(self, model: nn.Module):
+        self.all = [buffer for buffer in model.buffers() if not buffer.is_inference()]
+        self.changed: set[Tensor] | None = None
 
-    def restore(self) -> None:
-        """Put the numbers back."""
-        for name, snapshot in self.values.items():
-            vars(self.owner)[name] = _restored(snapshot)
+    @contextmanager
+    def noted(self) -> Iterator[dict[Tensor, Tensor]]:
+        """Note what pass 1, inside, changes; yields copies of what it reads."""
+        copies = self.copies()
+        versions = [buffer._version for buffer in self.all]
+        yield copies
+        pairs = zip(self.all, versions, strict=True)
+        self.changed = (self.changed or set()) | {buffer for buffer, version in pairs if buffer._version != version}
+        for buffer in copies.keys() - self.changed:
+            del copies[buffer]
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Whatever is done to them inside, they are afterwards what they were."""
+        copies = self.copies()
+        try:
+            yield
+        finally:
+            self.put(copies)
+
+    def copies(self) -> dict[Tensor, Tensor]:
+        """Copies of those that change, each by its buffer."""
+        return {buffer: buffer.clone() for buffer in (self.all if self.changed is None else self.changed)}
+
+    @torch.no_grad()
+    def put(self, copies: dict[Tensor, Tensor]) -> None:
+        """Write `copies` to their buffers."""
+        for buffer, values in copies.items():
+            buffer.copy_(values)
 
 
-def _is_counted(value: object) -> bool:
-    return isinstance(value, (int, float, list, dict)) or (isinstance(value, Tensor) and not value.requires_grad)
+@contextmanager
+def backward_if_any(accelerator: Accelerator) -> Iterator[None]:
+    """
+    Inside, the backward pass of a loss that depends on no weight with a gradient is left out: the gradient is zero.
+
+    A micro-batch may do without all selected blocks, by LayerDrop, or a text among images without the vision tower.
+    """
+    own = vars(accelerator).get("backward")
+    backward = accelerator.backward
+
+    def run(loss: Tensor, **kwargs: Any) -> None:
+        if loss.requires_grad:
+            backward(loss, **kwargs)
+
+    accelerator.backward = run
+    try:
+        yield
+    finally:
+        if own is None:
+            del accelerator.backward
+        else:
+            accelerator.backward = own
 
 
-def _snapshot(value):
-    if isinstance(value, dict):
-        return value, {key: _snapshot(entry) for key, entry in value.items() if _is_counted(entry)}
-    if isinstance(value, Tensor):
-        return value, value.clone()
-    return value, len(value) if isinstance(value, list) else None
-
-
-def _restored(snapshot):
-    """The object of the snapshot, holding what it held."""
-    value, content = snapshot
-    if isinstance(value, list):
-        del value[content:]
-    elif isinstance(value, dict):
-        for key, entry in content.items():
-            value[key] = _restored(entry)
-    elif isinstance(value, Tensor):
-        value.copy_(content)
-    return value
+def copy_of(batch: Any) -> Any:
+    """A batch of its own for a pass, since a `compute_loss` may pop labels from it, or mask tokens in place."""
+    if isinstance(batch, Tensor):
+        return batch.clone()
+    if isinstance(batch, MutableMapping):
+        own = copy(batch)
+        for key, entry in batch.items():
+            own[key] = copy_of(entry)
+        return own
+    if type(batch) in (list, tuple):
+        return type(batch)(map(copy_of, batch))
+    return copy(batch)

@@ -1,6 +1,6 @@
 """Suffix replay: pass 2 returns what blocks returned in pass 1, up to the first perturbed one."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,30 @@ from .random_state import RandomState, TorchRandomState
 
 class ReplayError(RuntimeError):
     """A pass that cannot be replayed from its records; a full pass is needed."""
+
+
+class DroppedError(ReplayError):
+    """Something read the output of a block that was not kept."""
+
+
+class Dropped(Tensor):
+    """
+    In the place of a tensor that was not kept: it may be passed on and asked for its kind, as between blocks.
+
+    Whoever would read its values gets a `DroppedError`, and code that passes by this (C++) not a number.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func.__name__ not in _READ_NO_VALUES:
+            raise DroppedError(f"{func.__name__} reads the output of a block that was not kept")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+_READ_NO_VALUES = {
+    *("__get__", "dim", "size", "numel", "stride", "is_floating_point", "is_complex", "is_contiguous", "is_inference"),
+    *("detach", "to", "get_device", "untyped_storage"),
+}
 
 
 @dataclass
@@ -87,7 +111,7 @@ class Replay:
                 output = forward(*args, **kwargs)
                 kept = block not in dropped
                 detached = recursively_apply(torch.Tensor.detach if kept else _placeholder, output)
-                recording.calls.append(Call(block, detached, kept, _versions(detached), capture(self.device)))
+                recording.calls.append(Call(block, detached, kept, versions(detached), capture(self.device)))
                 return output
 
             return run
@@ -102,8 +126,8 @@ class Replay:
     @contextmanager
     def replaying(self, recording: Recording, perturbed: set[int] | None) -> Iterator[None]:
         """
-        Inside, blocks called before the first one of `perturbed` return what they returned in `recording`, or not a
-        number where that was dropped: only the last of these outputs is meant to be read.
+        Inside, blocks called before the first one of `perturbed` return what they returned in `recording`, or
+        [`Dropped`] where that was not kept: only the last of these outputs is meant to be read.
 
         Args:
             recording: The same batch at the unperturbed weights.
@@ -111,6 +135,7 @@ class Replay:
 
         Raises:
             ReplayError: inside, if blocks are called in another order than before or a record was changed in place.
+            DroppedError: inside, if an output is read that was not kept.
         """
         recording.before.restore()
         first = 0
@@ -131,7 +156,7 @@ class Replay:
                 call = recording.calls[position - 1]
                 if call.block != block:
                     raise ReplayError(f"block {block} was called where block {call.block} was called in pass 1")
-                if call.versions != _versions(call.output):
+                if call.versions != versions(call.output):
                     raise ReplayError(f"the output of block {block} was changed in place after the block returned it")
                 call.random_state.restore()
                 return call.output
@@ -177,19 +202,17 @@ class Replay:
 
 
 def _placeholder(tensor: Tensor) -> Tensor:
-    """Not a number, in the shape of `tensor`, for whoever reads it; what is no floating-point tensor stays."""
+    """[`Dropped`], in the shape of `tensor`; what is no floating-point tensor stays."""
     if not tensor.is_floating_point():
         return tensor.detach()
-    return torch.full((), torch.nan, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+    nan = torch.full((), torch.nan, dtype=tensor.dtype, device=tensor.device)
+    return nan.expand(tensor.shape).as_subclass(Dropped)
 
 
-def _versions(output: Any) -> list[int]:
+def versions(output: Any) -> list[int]:
     """The version counters of all tensors in `output`, which in-place operations count up."""
-    versions: list[int] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        versions.append(tensor._version)
-        return tensor
-
-    recursively_apply(note, output)
-    return versions
+    if isinstance(output, Tensor):
+        return [] if output.is_inference() else [output._version]
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    return [version for entry in output for version in versions(entry)] if isinstance(output, (list, tuple)) else []

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .compiled import CompiledRegions
-from .distributed import is_distributed
-from .passes import norm_layers, only_gradients_of, running_statistics_paused
-from .replay import Recording, Replay, ReplayError
+from .distributed import any_of_ranks, is_distributed
+from .passes import Buffers, norm_layers, only_gradients_of, running_statistics_paused
+from .replay import DroppedError, Recording, Replay, ReplayError
 from .shards import compute_device
 
 logger = logging.get_logger(__name__)
@@ -22,11 +22,17 @@ Pass = Callable[[], Tensor]
 
 @dataclass
 class MicroBatch:
-    """A micro-batch between its two passes."""
+    """
+    A micro-batch between its two passes.
+
+    Attributes:
+        buffers: What pass 1 read of the buffers that passes change.
+    """
 
     rerun: Pass
     loss: Tensor
     recording: Recording
+    buffers: dict[Tensor, Tensor]
 
 
 class SecondPass:
@@ -45,6 +51,7 @@ class SecondPass:
         replays: The same, and that it is possible: not inside of a compiled model, nor where a replayed pass was found
             to be another one.
         drops: Whether outputs of blocks may be dropped: not where the model reads more than that of the last one.
+        narrow: Whether only the selected weights take a gradient: not where the loss asks for those of others.
         checked: Blocks without whose outputs a replay was found to be right; `None` before the first look.
     """
 
@@ -61,14 +68,19 @@ class SecondPass:
         self.regions = regions
         # Looked up once: to go through all modules takes as long as to launch a few blocks on a GPU.
         self.parameters = list(dict.fromkeys([*model.parameters(), *beside]))
+        self.known = set(self.parameters)
         self.norms = norm_layers(model)
+        self.buffers = Buffers(model)
         hidden = regions.hide(blocks)
         self.blocks = [] if hidden else [regions.caller(block) for block in blocks]
         self.device = compute_device(next(model.parameters()))
         self.replay = Replay(self.blocks, self.device)
-        self.replays = replays and not hidden
+        # The same in all processes, as are `drops` and `checked` with `sharpness_scope="batch"`.
+        self.may_replay = replays and not hidden
+        self.replays = self.may_replay
         self.earliest = earliest
         self.drops = True
+        self.narrow = True
         self.checked: frozenset[int] | None = None
 
     def record(self, pass_1: Pass, pass_2: Pass, alone: bool) -> MicroBatch:
@@ -81,9 +93,12 @@ class SecondPass:
             alone: Whether the optimizer step has no other micro-batch. If it has, the records of all of them lie in
                 memory together, so only every second output is kept: a block more may run again, forward only.
         """
-        with self.replay.recording(self.replays, self._dropped(1 if alone else 2)) as recording:
+        with (
+            self.buffers.noted() as buffers,
+            self.replay.recording(self.replays, self._dropped(1 if alone else 2)) as recording,
+        ):
             loss = pass_1()
-        return MicroBatch(pass_2, loss, recording)
+        return MicroBatch(pass_2, loss, recording, buffers)
 
     def _dropped(self, stride: int) -> frozenset[int]:
         """Blocks whose outputs are not kept: all but each `stride`-th from the one before the earliest on."""
@@ -91,7 +106,7 @@ class SecondPass:
             return frozenset()
         return frozenset(range(len(self.blocks))) - set(range(self.earliest - 1, len(self.blocks), stride))
 
-    def check(self, window: Sequence[MicroBatch]) -> None:
+    def check(self, window: Sequence[MicroBatch], together: bool) -> None:
         """
         Replaying all it can at the unperturbed weights must give the loss of pass 1, bitwise.
 
@@ -100,39 +115,73 @@ class SecondPass:
 
         Looked at once, in the last micro-batch, and again where more outputs are dropped than before. A model that
         reads dropped ones gets all of them from the next step on, and a full pass 2 in this one.
+
+        Args:
+            window: Micro-batches in their order.
+            together: Whether every process calls this now. They then agree, so that each runs as many passes as the
+                others: a loss may communicate.
         """
         micro_batch = window[-1]
-        calls, dropped = micro_batch.recording.calls, micro_batch.recording.dropped
-        if not calls or (self.checked is not None and dropped <= self.checked):
+        dropped = micro_batch.recording.dropped
+        if not self.may_replay or (self.checked is not None and dropped <= self.checked):
             return
-        for block in (call.block for call in reversed(calls)):
-            weights = [p for p in self.blocks[block].parameters() if p.requires_grad and p.grad is not None]
-            if weights:
-                break
-        try:
-            with self._only(weights), self.replay.replaying(micro_batch.recording, {block}):
-                loss = micro_batch.rerun()
-            agrees = torch.equal(loss, micro_batch.loss)
-            if not agrees and not dropped and not is_distributed():
-                with self._only(weights), self.replay.replaying(micro_batch.recording, None):
-                    agrees = torch.equal(loss, micro_batch.rerun())
-        except Exception as error:
-            if isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error):
-                raise
-            problem = f"{type(error).__name__}: {error}"
-        else:
-            if agrees:
-                self.checked = dropped
-                return
-            problem = f"the loss was {loss.item()} instead of {micro_batch.loss.item()}"
-        if dropped:
+        problem = self._problem(micro_batch) if micro_batch.recording.calls else None
+        flags = [bool(micro_batch.recording.calls), problem is not None]
+        looked, failed = any_of_ranks(flags, self.device) if together else flags
+        if failed and dropped:
             self.drops = False
             for entry in window:
                 entry.recording.replayable = False
-        else:
-            self._give_up_replay(problem)
+        elif failed:
+            self._give_up_replay(problem or "another process found that it cannot")
+        elif looked:
+            self.checked = dropped
 
-    def gradients(self, window: Sequence[MicroBatch], weights: Sequence[Tensor], perturbed: set[int]) -> list[Tensor]:
+    def _problem(self, micro_batch: MicroBatch) -> str | None:
+        """What is wrong with replaying all it can, if anything; may find that other weights need their gradients."""
+        for block in (call.block for call in reversed(micro_batch.recording.calls)):
+            weights = [p for p in self.blocks[block].parameters() if p.requires_grad and p.grad is not None]
+            if weights:
+                break
+        replayed = self._attempt(micro_batch, weights, {block})
+        if isinstance(replayed, Tensor) and torch.equal(replayed, micro_batch.loss):
+            return None
+        # A loss that reads dropped outputs, or what blocks leave behind, is no wonder without these. Others are.
+        strange = isinstance(replayed, Exception) and not isinstance(replayed, ReplayError)
+        if not is_distributed() and (strange or not micro_batch.recording.dropped):
+            full = self._attempt(micro_batch, weights, None)
+            if isinstance(full, Exception):
+                self.narrow = False
+            elif isinstance(replayed, Tensor) and torch.equal(replayed, full):
+                return None
+            elif not torch.allclose(full, micro_batch.loss, rtol=0.01):
+                return (
+                    "it does not repeat pass 1: the same batch, weights and random state had a loss of "
+                    f"{micro_batch.loss.item()}, then of {full.item()}. Where it draws from a generator of its own, "
+                    "or goes on from a state that a pass changes, the weights climb one loss and descend another: "
+                    "let it draw from the global generators, and keep its state in buffers or on the trainer"
+                )
+        elif strange:
+            self.narrow = False
+        if isinstance(replayed, Exception):
+            return f"{type(replayed).__name__}: {replayed}"
+        return f"the loss was {replayed.item()} instead of {micro_batch.loss.item()}"
+
+    def _attempt(
+        self, micro_batch: MicroBatch, weights: Sequence[Tensor], perturbed: set[int] | None
+    ) -> Tensor | Exception:
+        """The loss of a pass 2 over `micro_batch`, or what it raised."""
+        try:
+            with self._only(weights):
+                return self._rerun([micro_batch], perturbed)[0]
+        except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error):
+                raise
+            return error
+
+    def gradients(
+        self, window: Sequence[MicroBatch], weights: Sequence[Tensor], perturbed: set[int] | None
+    ) -> list[Tensor]:
         """
         The gradients of all of `window` with respect to `weights`, where they are now; `.grad` stays as it is.
 
@@ -141,13 +190,17 @@ class SecondPass:
         Args:
             window: Micro-batches in their order.
             weights: Parameters.
-            perturbed: Indices of the blocks that hold a weight which is not where it was in pass 1.
+            perturbed: Indices of the blocks that hold a weight which is not where it was in pass 1; `None` replays
+                nothing.
         """
         with self._only(weights):
             try:
                 self._rerun(window, perturbed if self.replays else None)
             except ReplayError as error:
-                self._give_up_replay(str(error))
+                if isinstance(error, DroppedError):
+                    self.drops = False
+                else:
+                    self._give_up_replay(str(error))
                 for weight in weights:
                     weight.grad = None
                 self._rerun(window, None)
@@ -155,16 +208,20 @@ class SecondPass:
                 window[-1].recording.after.restore()
             return [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
 
-    def _rerun(self, window: Sequence[MicroBatch], perturbed: set[int] | None) -> None:
+    def _rerun(self, window: Sequence[MicroBatch], perturbed: set[int] | None) -> list[Tensor]:
+        """The losses of pass 2."""
+        losses = []
         for micro_batch in window:
+            self.buffers.put(micro_batch.buffers)
             with self.replay.replaying(micro_batch.recording, perturbed):
-                micro_batch.rerun()
+                losses.append(micro_batch.rerun())
+        return losses
 
     @contextmanager
     def _only(self, weights: Sequence[Tensor]) -> Iterator[None]:
         """Inside, only `weights`, and what is compiled together with them, take a gradient, and nothing is counted."""
-        taken = self.regions.taken_with(weights)
-        with only_gradients_of(self.parameters, taken), running_statistics_paused(self.norms):
+        taken = self.regions.taken_with(weights) if self.narrow else [p for p in self.parameters if p.requires_grad]
+        with only_gradients_of(self.parameters, taken), running_statistics_paused(self.norms), self.buffers.kept():
             yield
 
     def _give_up_replay(self, reason: str) -> None:

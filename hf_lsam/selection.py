@@ -152,8 +152,10 @@ def check_selection(config: LSAMConfig, candidates: Sequence[Candidate], costs: 
         cheapest = min(candidates, key=lambda candidate: costs.overhead([candidate]))
         least = costs.overhead([cheapest])
         if least > config.max_overhead:
+            other = "ascent_gradient='previous', whose cost is next to nothing"
+            if config.ascent_gradient == "previous":
+                other = "block_selection='last': without a second pass there is no cost to bound"
             raise ValueError(
                 f"max_overhead={config.max_overhead} is too small for any candidate: the cheapest, {cheapest.name}, "
-                f"costs {least:.3f} of a plain step. Raise max_overhead to at least that, or use "
-                "ascent_gradient='previous', whose cost is next to nothing."
+                f"costs {least:.3f} of a plain step. Raise max_overhead to at least that, or use {other}."
             )

@@ -15,7 +15,7 @@ return the loss.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -97,9 +97,7 @@ class LSAMStep:
         pays = any(candidate.first_block > 0 for candidate in self.candidates)
         earliest = earliest_block(config, self.candidates, self.costs)
         self.second_pass = SecondPass(model, list(blocks.values()), regions, beside, earliest, replays=pays)
-        # Whether the gradient of pass 1 is needed after the move. If not, memory holds that of one pass at a time, and
-        # where pass 2 is not finite, which is rare, it is computed again.
-        self.keeps_plain = config.alpha < 1 or config.reuse_correction > 0 or config.adaptive
+        self.trained = [parameter.requires_grad for parameter in self.second_pass.parameters]
         self.rounding_checked = False
         self.perturbation = Perturbation()
         # Micro-batches of this step that wait for its last one.
@@ -112,9 +110,29 @@ class LSAMStep:
         # Predicted cost of the last pass 2 over a micro-batch, in plain passes over the same one.
         self.overhead = 0.0
 
+    @property
+    def keeps_plain(self) -> bool:
+        """
+        Whether the gradient of pass 1 is needed after the move.
+
+        If not, memory holds that of one pass at a time, and where pass 2 is not finite, which is rare, it is computed
+        again.
+        """
+        return self.config.alpha < 1 or self.config.reuse_correction > 0 or self.config.adaptive
+
     def reset_log(self) -> None:
         """Begin the sums of the next log line."""
         self.log = StepLog([candidate.name for candidate in self.candidates])
+
+    def fits(self, beside: Sequence[Tensor]) -> bool:
+        """Whether the same parameters are trained as when this was made, those of the optimizer included."""
+        parameters = self.second_pass.parameters
+        return self.trained == [p.requires_grad for p in parameters] and self.second_pass.known.issuperset(beside)
+
+    def go_on_from(self, other: "LSAMStep") -> None:
+        """Take over the sums of the log from `other`, made when other parameters were trained."""
+        other.log.settle()
+        self.log = replace(other.log, names=self.log.names)
 
     def perturbs(self, step: int) -> bool:
         """Whether optimizer step `step` is to be perturbed."""
@@ -210,7 +228,7 @@ class LSAMStep:
             return
         selected = [self.candidates[index] for index in ascent.chosen]
         blocks = set().union(*(candidate.blocks for candidate in selected))
-        self.second_pass.check(window)
+        self.second_pass.check(window, together=self.config.sharpness_scope == "batch")
         # For each i in S: grad_i L(w + eps).
         with self._moved(ascent):
             if not self.keeps_plain:
@@ -224,11 +242,12 @@ class LSAMStep:
         if self.scaler is None and self.keeps_plain:
             perturbed = where(finite, perturbed, ascent.gradients)
         elif self.scaler is None and not finite:
-            perturbed = self._gradients(window, ascent, blocks)
+            perturbed = self._gradients(window, ascent, None)
         # For each i in S: (1 - alpha) * grad_i L(w) + alpha * grad_i L(w + eps). Of the others, `.grad` stays.
         for weight, mixed in zip(ascent.weights, mix(ascent.gradients, perturbed, self.config.alpha), strict=True):
             weight.grad = mixed
-        self.overhead = self.costs.overhead(selected, replayed=self.second_pass.replays)
+        replays, narrow = self.second_pass.replays, self.second_pass.narrow
+        self.overhead = self.costs.overhead(selected, replayed=replays) if narrow else 1.0
         self._count(ascent, self.overhead, finite)
 
     def _find_ascent(self) -> Ascent | None:
@@ -249,7 +268,7 @@ class LSAMStep:
                 self.rounding_checked = check_rounding(ascent.weights, before, ascent.direction, self.config.rho)
             yield
 
-    def _gradients(self, window: Sequence[MicroBatch], ascent: Ascent, blocks: set[int]) -> list[Tensor]:
+    def _gradients(self, window: Sequence[MicroBatch], ascent: Ascent, blocks: set[int] | None) -> list[Tensor]:
         """Pass 2: the gradients of the window with respect to the selected weights, where they are now."""
         gradients = self.second_pass.gradients(window, ascent.weights, blocks)
         return average_over_ranks(gradients) if self.config.sharpness_scope == "batch" else gradients
@@ -261,7 +280,15 @@ class LSAMStep:
             loss = pass_1()
         else:
             with self._moved(ascent):
+                versions = [weight._version for weight in ascent.weights]
                 loss = pass_1()
+                changed = versions != [weight._version for weight in ascent.weights]
+            if changed:
+                raise RuntimeError(
+                    "A pass changed perturbed weights in place, as nn.Embedding does with max_norm, which ends with "
+                    "the perturbation. Use ascent_gradient='current', whose first pass keeps such changes, or perturb "
+                    "other weights (block_selection, block_pattern)."
+                )
         if is_last:
             if ascent is not None:
                 self._count(ascent, 0.0, torch.tensor(True))
@@ -297,5 +324,6 @@ class LSAMStep:
         self.log.skipped += 1
         logger.warning_once(
             "The gradient is zero or not finite, so the weights were not perturbed and the plain gradient was used. "
-            "Steps of this kind are counted in lsam/skipped."
+            "(The same is done where no block that has a gradient fits max_overhead.) Steps of this kind are counted "
+            "in lsam/skipped."
         )

@@ -1,6 +1,5 @@
 """`LSAMTrainer`: the Trainer whose training step perturbs a few blocks."""
 
-import copy
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -10,12 +9,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 from transformers.trainer_utils import HPSearchBackend
+from transformers.utils import logging
 
 from .composition import check_order, check_repeatable
 from .config import LSAMConfig
+from .counters import Counters
 from .deepspeed import update_held_back
 from .distributed import check_supported
-from .passes import Counters
+from .passes import backward_if_any, copy_of
 from .state import load_state, save_state
 from .step import LSAMStep
 from .step_log import StuckWatch, append_row, drop_rows_after
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from transformers import Trainer as _AnyTrainer
 else:
     _AnyTrainer = object
+
+
+logger = logging.get_logger(__name__)
 
 
 class LSAMMixin(_AnyTrainer):
@@ -42,7 +46,8 @@ class LSAMMixin(_AnyTrainer):
     - `lsam/first_block`: index of the first block that was perturbed, which is where pass 2 starts;
     - `lsam/overhead`: predicted cost of pass 2 in plain steps, over all steps, perturbed or not;
     - `lsam/active`: share of the steps that were perturbed;
-    - `lsam/skipped`: number of perturbations left out, for a gradient that is zero or not finite.
+    - `lsam/skipped`: number of perturbations left out, for a gradient that is zero or not finite, or a
+      `max_overhead` that no block with a gradient fits.
 
     `lsam_blocks.jsonl` in the output directory gets one row a log line: `counts`, how often each block was selected,
     and `norms`, its mean gradient norm.
@@ -55,6 +60,7 @@ class LSAMMixin(_AnyTrainer):
             The settings; the defaults of [`LSAMConfig`] where not given. Every other argument is the Trainer's.
 
     Raises:
+        TypeError: if `lsam_config` is none.
         ValueError: before training, if the settings do not fit the model.
         NotImplementedError: before training, for what is not supported; the message names the way out.
     """
@@ -67,6 +73,11 @@ class LSAMMixin(_AnyTrainer):
         check_order(cls, LSAMMixin)
 
     def __init__(self, *args: Any, lsam_config: LSAMConfig | None = None, **kwargs: Any):
+        if lsam_config is not None and not isinstance(lsam_config, LSAMConfig):
+            raise TypeError(
+                f"lsam_config must be an LSAMConfig, but is a {type(lsam_config).__name__}. Make one of a dictionary "
+                "by LSAMConfig(**settings)."
+            )
         super().__init__(*args, **kwargs)
         self.lsam_config = lsam_config if lsam_config is not None else LSAMConfig()
         self._lsam: LSAMStep | None = None
@@ -75,6 +86,7 @@ class LSAMMixin(_AnyTrainer):
         self._lsam_checkpoint: str | None = None
         self._lsam_watch = StuckWatch()
         self._lsam_flops = 0.0
+        self._lsam_in_pass_2 = False
         # The last batch whose operations were counted, and how many.
         self._lsam_counted: tuple[Any, int] = (None, 0)
 
@@ -136,29 +148,35 @@ class LSAMMixin(_AnyTrainer):
             return training_step(model, inputs, num_items_in_batch)
         step = self._lsam_of_run(model)
 
-        # Passes get copies of the batch, since a `compute_loss` may pop labels from it.
         def pass_1() -> Tensor:
             # Micro-batches that are perturbed by their own gradients are averaged over processes by the step.
             own = self.lsam_config.sharpness_scope == "micro_batch" and step.perturbs(self.state.global_step)
             with self.accelerator.no_sync(model) if own else nullcontext():
-                return training_step(model, copy.copy(inputs), num_items_in_batch)
+                return training_step(model, copy_of(inputs), num_items_in_batch)
 
         def pass_2() -> Tensor:
             self._lsam_flops += float(self.floating_point_ops(inputs))
-            counters = Counters(self)
+            counters = Counters(self), Counters(self.state)
+            self._lsam_in_pass_2 = True
             try:
                 # Past DistributedDataParallel, which would send buffers on the way: a pass that fails on one process
                 # and is run again there would send them once more than the others.
                 inner = model.module if isinstance(model, DistributedDataParallel) else model
                 # FSDP2 reduces gradients as it shards them; without it there would be none at all.
-                with nullcontext() if self.accelerator.is_fsdp2 else self.accelerator.no_sync(model):
-                    return training_step(inner, copy.copy(inputs), num_items_in_batch)
+                sync = nullcontext() if self.accelerator.is_fsdp2 else self.accelerator.no_sync(model)
+                with sync, backward_if_any(self.accelerator):
+                    return training_step(inner, copy_of(inputs), num_items_in_batch)
             finally:
-                counters.restore()
+                for counter in counters:
+                    counter.restore()
+                self._lsam_in_pass_2 = False
 
         held_back: AbstractContextManager[None] = nullcontext()
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             held_back = update_held_back(model, step.read_after(self.state.global_step))
+        if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
+            # As the Trainer does in each pass: a schedule-free optimizer moves weights here, and never perturbed ones.
+            self.optimizer.train()
         with held_back:
             loss = step(pass_1, pass_2, self.state.global_step, self.accelerator.sync_gradients)
         # The Trainer counts pass 1. What pass 2 ran over is counted by the share that it computed.
@@ -173,7 +191,13 @@ class LSAMMixin(_AnyTrainer):
         return self._lsam_counted[1]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the `lsam/` figures to the lines that report a training loss, and a row to `lsam_blocks.jsonl`."""
+        """
+        Add the `lsam/` figures to the lines that report a training loss, and a row to `lsam_blocks.jsonl`.
+
+        What a `compute_loss` logs is logged once: pass 2 is silent, and no callback sees its weights.
+        """
+        if self._lsam_in_pass_2:
+            return
         step = self._lsam
         if "loss" in logs and step is not None and self._lsam_run is self.state:
             logs.update(step.log.line())
@@ -186,27 +210,48 @@ class LSAMMixin(_AnyTrainer):
     def _new_step(self, model: nn.Module, max_steps: int) -> LSAMStep:
         """The steps on `model`, which may be wrapped, compiled, or both."""
         unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        # A loss may have parameters of its own (sentence-transformers), which only the optimizer knows.
-        groups = self.optimizer.param_groups if self.optimizer is not None else []
-        trained = [parameter for group in groups for parameter in group["params"]]
         scaler = self.accelerator.scaler
-        return LSAMStep(unwrapped, self.lsam_config, max_steps, scaler, called=model, beside=trained)
+        return LSAMStep(unwrapped, self.lsam_config, max_steps, scaler, called=model, beside=self._optimized())
+
+    def _optimized(self) -> list[Tensor]:
+        """What the optimizer trains: a loss may have parameters of its own (sentence-transformers)."""
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        return [parameter for group in groups for parameter in group["params"]]
 
     def _lsam_of_run(self, model: nn.Module) -> LSAMStep:
-        """The steps of this run; at first the blocks are found, and the checkpoint that it resumes is gone on from."""
+        """
+        The steps of this run; at first the blocks are found, and the checkpoint that it resumes is gone on from.
+
+        They are found anew where other parameters are trained than before (gradual unfreezing).
+        """
         if self._lsam is not None and self._lsam_run is self.state:
+            if not self._lsam.window and not self._lsam.fits(self._optimized()):
+                former, self._lsam = self._lsam, self._new_step(model, self.state.max_steps)
+                self._lsam.go_on_from(former)
             return self._lsam
         self._lsam = self._new_step(model, self.state.max_steps)
         self._lsam_run = self.state
         self._lsam_flops = 0.0
         if self._lsam_checkpoint is not None:
             load_state(self._lsam, self._lsam_checkpoint)
+        self._warn_if_plain(self._lsam)
         logged = [line for line in self.state.log_history if "loss" in line]
         self._lsam_watch = StuckWatch(logged[0]["loss"] if logged else None)
         if self.is_world_process_zero():
             # Not those up to `global_step`: a checkpoint may have been saved between a step and its log line.
             drop_rows_after(self._get_output_dir(self._trial), logged[-1]["step"] if logged else 0)
         return self._lsam
+
+    def _warn_if_plain(self, step: LSAMStep) -> None:
+        """Warn if no step of the run will be perturbed. (One pass has nothing to climb in the first one.)"""
+        config = self.lsam_config
+        first = int(config.ascent_gradient == "previous")
+        if not any(step.perturbs(number) for number in range(first, step.max_steps)):
+            logger.warning(
+                f"No step of the {step.max_steps} of this run is perturbed with perturb_start={config.perturb_start}, "
+                f"perturb_end={config.perturb_end}, perturb_interval={config.perturb_interval} and ascent_gradient="
+                f"{config.ascent_gradient!r}, so it is plain training. Set them otherwise, or train longer."
+            )
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

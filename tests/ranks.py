@@ -20,17 +20,28 @@ from hf_lsam.replay import ReplayError
 
 
 class RowsTrainer(LSAMTrainer):
-    """Notes the rows of each micro-batch; takes `micro_batches`, one list of rows each, where they are given."""
+    """
+    Notes the rows of each micro-batch; takes `micro_batches`, one list of rows each, where they are given.
 
-    def __init__(self, micro_batches: list[list[int]] | None, **options):
+    Its loss is gathered over the processes where it `communicates`, as trl's trainers do for their metrics.
+    """
+
+    def __init__(self, micro_batches: list[list[int]] | None, communicates: bool = False, **options):
         super().__init__(**options)
         self.micro_batches = micro_batches
+        self.communicates = communicates
         self.rows: list[list[int]] = []
 
     def get_train_dataloader(self):
         if self.micro_batches is None:
             return super().get_train_dataloader()
         return DataLoader(self.train_dataset, batch_sampler=self.micro_batches)
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        if self.communicates:
+            self.accelerator.gather(loss.detach())
+        return loss
 
     def training_step(self, model, inputs, *rest):
         tokens = self.train_dataset.tokens.tolist()
@@ -63,6 +74,7 @@ def train(case: dict, folder: Path, rank: int = 0) -> dict:
     count = case["rows"]
     trainer = RowsTrainer(
         case.get("micro_batches"),
+        case.get("communicates", False),
         model=model,
         args=arguments(folder, max_steps=4, optim="sgd", learning_rate=0.05, **case["arguments"]),
         train_dataset=Ragged(count, language_model=True) if case["model"] == "llama" else Examples(count),

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from accelerate import DistributedDataParallelKwargs
 from tiny import Examples, arguments, assert_equal, bert, weights
 from transformers import AlbertConfig, AlbertForSequenceClassification
 
@@ -23,6 +24,10 @@ def trainer_for(folder, config, model=None, **options):
 
 MISFITS = [
     (LSAMConfig(num_perturbed_blocks=5), "num_perturbed_blocks=5, but the model has 4 candidates"),
+    (
+        LSAMConfig(block_selection="budget", max_overhead=0.01, ascent_gradient="previous"),
+        "max_overhead=0.01 is too small.*block_selection='last'",
+    ),
     (LSAMConfig(block_selection="budget", max_overhead=0.01), "max_overhead=0.01 is too small"),
     (LSAMConfig(block_pattern="nothing"), "block_pattern 'nothing' matches no module"),
 ]
@@ -176,3 +181,34 @@ print(time.perf_counter() - start)
         if float(result.stdout) < 0.2:
             return
     raise AssertionError(f"it took {result.stdout.strip()} s")
+
+
+def test_a_config_that_is_none_is_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"lsam_config must be an LSAMConfig, but is a dict.*LSAMConfig\(\*\*"):
+        trainer_for(tmp_path, {"rho": 0.1})
+
+
+@pytest.mark.parametrize(
+    "settings, what",
+    [
+        (dict(perturb_start=0.95), "perturb_start=0.95"),
+        (dict(perturb_start=0.31, perturb_end=0.32), "perturb_end=0.32"),
+        (dict(ascent_gradient="previous", perturb_interval=100), "perturb_interval=100"),
+    ],
+)
+def test_a_run_of_which_no_step_is_perturbed_warns(settings, what, tmp_path, monkeypatch):
+    messages = []
+    monkeypatch.setattr("hf_lsam.trainer.logger.warning", messages.append)
+    trainer_for(tmp_path, LSAMConfig(**settings), max_steps=10).train()
+    assert len(messages) == 1 and "No step" in messages[0] and what in messages[0]
+    trainer_for(tmp_path, LSAMConfig(perturb_start=0.8), max_steps=10).train()
+    assert len(messages) == 1
+
+
+def test_a_static_graph_with_micro_batch_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_lsam.distributed.is_distributed", lambda: True)
+    monkeypatch.setattr("hf_lsam.distributed.dist.get_world_size", lambda: 1)
+    trainer = trainer_for(tmp_path, LSAMConfig(sharpness_scope="micro_batch"))
+    trainer.accelerator.ddp_handler = DistributedDataParallelKwargs(static_graph=True)
+    with pytest.raises(NotImplementedError, match="ddp_static_graph.*sharpness_scope='batch'"):
+        trainer.train()

@@ -1,0 +1,104 @@
+"""Promise 9: what a trainer counts on itself, in whatever kind of attribute, counts pass 1 only."""
+
+from collections import deque
+
+import numpy as np
+import pytest
+import torch
+from tiny import Examples, arguments, bert
+from transformers import Trainer
+
+from hf_lsam import LSAMConfig, LSAMTrainer
+from hf_lsam.counters import Counters
+
+
+class Counting:
+    """Counts and keeps in `compute_loss`, in attributes of many kinds."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.number, self.numpy, self.array = 0, np.int64(0), np.zeros(2)
+        self.tensor, self.mean = torch.zeros(2), None
+        self.recent, self.window, self.metrics = deque(maxlen=3), [], {"losses": [], "rows": 0, "deep": {"calls": 0}}
+        self.last, self.name = (), ""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, output = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training:
+            value, rows = float(loss.detach()), len(inputs["input_ids"])
+            self.number += 1
+            self.numpy += 1
+            self.array += rows
+            self.tensor += rows
+            self.mean = value if self.mean is None else 0.9 * self.mean + 0.1 * value
+            self.recent.append(value)
+            self.window.append(value)
+            if len(self.window) > 2:
+                self.window.pop(0)
+            self.metrics["losses"].append(value)
+            self.metrics["rows"] += rows
+            self.metrics["deep"]["calls"] += 1
+            self.last, self.name = (value, rows), f"{self.number} calls"
+        return (loss, output) if return_outputs else loss
+
+
+def test_counters_of_every_kind_are_those_of_the_plain_trainer(tmp_path):
+    counted = []
+    for base in (Trainer, LSAMTrainer):
+        # A rho that moves the weights by less than the last bit of a loss.
+        own = {"lsam_config": LSAMConfig(rho=1e-12)} if base is LSAMTrainer else {}
+        kind = type("Kind", (Counting, base), {})
+        trainer = kind(bert().double(), arguments(tmp_path), train_dataset=Examples(32), **own)
+        trainer.train()
+        counted.append(trainer)
+    plain, perturbed = counted
+    for name in ("number", "numpy", "name"):
+        assert getattr(plain, name) == getattr(perturbed, name)
+    assert plain.number == 4 and perturbed.array.tolist() == plain.array.tolist() == [16, 16]
+    assert perturbed.tensor.tolist() == plain.tensor.tolist()
+    for name in ("mean", "recent", "window", "last"):
+        assert getattr(perturbed, name) == pytest.approx(getattr(plain, name), abs=1e-6)
+    assert perturbed.metrics["losses"] == pytest.approx(plain.metrics["losses"], abs=1e-6)
+    assert (perturbed.metrics["rows"], perturbed.metrics["deep"]) == (16, {"calls": 4})
+
+
+class NoWriting(dict):
+    def __setitem__(self, key, value):
+        raise TypeError("this dictionary is read-only")
+
+
+class Holder:
+    def __init__(self, **attributes):
+        vars(self).update(attributes)
+
+
+def test_what_cannot_be_written_is_left_alone():
+    with torch.inference_mode():
+        teacher = torch.ones(3)
+    array = np.zeros(2)
+    array.flags.writeable = False
+    loop = {"count": 1}
+    loop["self"] = loop
+    owner = Holder(
+        teacher=teacher,
+        expanded=torch.ones(1).expand(3),
+        settings=NoWriting(depth=2),
+        array=array,
+        loop=loop,
+        dataset=object(),
+    )
+    counters = Counters(owner)
+    loop["count"] = 2
+    owner.dataset = None
+    counters.restore()
+    assert owner.teacher is teacher and loop["count"] == 1 and owner.dataset is None
+
+
+def test_datasets_are_not_looked_at():
+    """They may be lists of a million rows."""
+    rows = [1, 2]
+    owner = Holder(train_dataset=rows)
+    counters = Counters(owner)
+    rows.append(3)
+    counters.restore()
+    assert rows == [1, 2, 3]
