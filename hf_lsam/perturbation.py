@@ -218,7 +218,8 @@ def orthogonal_part(perturbed: Sequence[Tensor], plain: Sequence[Tensor]) -> lis
 @torch.no_grad()
 def add_along(gradients: Sequence[Tensor], directions: Sequence[Tensor], scale: float) -> None:
     """Add to `gradients`, in place, `scale` times their joint norm along each of `directions`."""
-    length = norms(gradients).square().sum().sqrt()
+    # Where one of them is not finite, the others stay what they are.
+    length = norms(gradients).square().sum().sqrt().nan_to_num(0.0, posinf=0.0)
     torch._foreach_add_(local_parts(gradients), torch._foreach_mul(local_parts(directions), scale * length))
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tiny import Examples, arguments, bert, largest_difference, training_lines, weights
+from tiny import Examples, arguments, bert, block_rows, largest_difference, training_lines, weights
 from torch import nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from hf_lsam import LSAMConfig, LSAMTrainer
 from hf_lsam.blocks import find_blocks
@@ -129,6 +129,50 @@ def test_weights_that_are_trained_later_are_perturbed_then(config, before, after
     active = [line["lsam/active"] for line in training_lines(trainer)]
     # The first step of one pass has nothing to climb, nor has the first after the change.
     assert active == ([1, 1, 1, 1] if config.ascent_gradient == "current" else [0, 1, 0, 1])
+
+
+def test_a_log_line_counts_the_steps_before_and_after_such_a_change(tmp_path):
+    trainer = LSAMTrainer(
+        bert(),
+        arguments(tmp_path, logging_steps=4),
+        train_dataset=Examples(32),
+        callbacks=[At(2, lambda model: model.bert.encoder.layer[3].requires_grad_(False))],
+        lsam_config=LSAMConfig(block_selection="last", num_perturbed_blocks=1),
+    )
+    trainer.train()
+    assert training_lines(trainer)[0]["lsam/active"] == 1
+    (row,) = block_rows(tmp_path)
+    assert list(row["counts"].values()) == [0, 0, 2] and row["steps"] == row["perturbed"] == 4
+
+
+def test_a_parameter_that_the_optimizer_gets_later_has_its_plain_gradient(tmp_path):
+    """With a rho of next to nothing it ends where the plain Trainer has it."""
+    ends = []
+    for base in (Trainer, LSAMTrainer):
+        model = bert().double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+        def add(model, optimizer=optimizer, scheduler=scheduler):
+            model.classifier.register_parameter("scale", nn.Parameter(torch.ones(3, dtype=torch.float64)))
+            model.classifier.register_forward_hook(lambda module, inputs, output: output * module.scale)
+            optimizer.add_param_group({"params": [model.classifier.scale]})
+            scheduler.base_lrs.append(0.05)
+            scheduler.lr_lambdas.append(scheduler.lr_lambdas[0])
+
+        own = {"lsam_config": LSAMConfig(rho=1e-9)} if base is LSAMTrainer else {}
+        trainer = base(
+            model,
+            arguments(tmp_path, max_grad_norm=0.0),
+            train_dataset=Examples(16),
+            callbacks=[At(1, add)],
+            optimizers=(optimizer, scheduler),
+            **own,
+        )
+        trainer.train()
+        ends.append(weights(model))
+    assert ends[0]["classifier.scale"].sub(1).abs().max() > 1e-3
+    assert largest_difference(*ends) < 1e-6
 
 
 def _in_blocks(model):

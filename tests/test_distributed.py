@@ -223,6 +223,9 @@ def test_pass_2_costs_one_all_reduce_of_the_selected_gradients(trained):
     block = sum(p.numel() for p in ranks.MODELS["bert"]().bert.encoder.layer[0].parameters())
     # And of two flags, once: whether the check of the replay passed on all ranks.
     assert torch.load(trained / "bert-top-2.0.pt")["all_reduced"] == [2] + [2 * block] * 4
+    # Where nothing can be replayed, there is no check.
+    weights = sum(p.numel() for p in ranks.MODELS["bert"]().parameters())
+    assert torch.load(trained / "bert-sam.0.pt")["all_reduced"] == [weights] * 4
     assert torch.load(trained / "bert-one-pass.0.pt")["all_reduced"] == []
 
 

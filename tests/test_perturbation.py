@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_lsam import LSAMConfig
-from hf_lsam.perturbation import Perturbation, orthogonal_part, where, zero_unless
+from hf_lsam.perturbation import Perturbation, add_along, orthogonal_part, where, zero_unless
 from hf_lsam.step import LSAMStep
 
 
@@ -183,3 +183,12 @@ def test_what_is_not_finite_is_replaced_by_zeros_without_waiting_for_the_device(
     chosen = zero_unless(torch.empty((), dtype=torch.bool, device="meta"), [torch.empty(3, device="meta")])
     assert [(tensor.shape, tensor.dtype) for tensor in chosen] == [((3,), torch.float32)]
     assert torch.equal(zero_unless(torch.tensor(False), [torch.full((2,), math.nan)])[0], torch.zeros(2))
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_a_gradient_that_is_not_finite_does_not_spread_along_what_looksam_reuses(value):
+    gradients = [torch.tensor([value, 1.0]), torch.tensor([2.0, 3.0])]
+    add_along(gradients, [torch.ones(2), torch.ones(2)], 0.5)
+    assert gradients[0].tolist()[1] == 1 and gradients[1].tolist() == [2, 3]
+    add_along(gradients[1:], [torch.tensor([0.0, 1.0])], 2.0)
+    assert gradients[1].tolist() == pytest.approx([2, 3 + 2 * 13**0.5])

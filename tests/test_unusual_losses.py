@@ -186,6 +186,33 @@ def test_buffers_that_a_forward_pass_updates(model, accumulation, tmp_path):
     assert perturbed._lsam.second_pass.replays and perturbed._lsam.second_pass.drops
 
 
+def test_buffers_are_left_as_pass_1_left_them(tmp_path):
+    """However far pass 2 is moved; the weights are those that training begins with."""
+    ends = [
+        run(kind, tmp_path, centring(), {**LAST, "rho": 5.0, "num_perturbed_blocks": 4}, learning_rate=0.0)
+        for kind in (Trainer, LSAMTrainer)
+    ]
+    assert largest_difference(*(weights(end.model) for end in ends)) == 0
+    assert ends[0].model.classifier.mean.abs().max() > 0.01
+
+
+class ReadsUnseen(ReadsAnEarlyBlockLater):
+    """The same, as an extension in C++ would: nothing is raised."""
+
+    def compute_loss(self, *args, **kwargs):
+        with torch._C.DisableTorchFunctionSubclass():
+            return super().compute_loss(*args, **kwargs)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_what_is_read_unseen_does_no_harm(alpha, tmp_path):
+    """Pass 2 is not a number then, the plain gradient is used, and the log says so."""
+    kind = type("Unseen", (ReadsUnseen, LSAMTrainer), {})
+    trainer = run(kind, tmp_path, config={**LAST, "alpha": alpha}, logging_steps=1)
+    assert [line["lsam/skipped"] for line in training_lines(trainer)] == [0, 1, 1, 1]
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+
 class GradientPenalty:
     """Adds the squared gradient with respect to weights that are never selected."""
 
@@ -204,6 +231,7 @@ def test_a_loss_that_differentiates_by_weights_that_are_not_selected(tmp_path):
     distance, perturbed = distance_to_plain(GradientPenalty, tmp_path, model)
     assert distance < 1e-6
     assert not perturbed._lsam.second_pass.replays and not perturbed._lsam.second_pass.narrow
+    assert perturbed._lsam.overhead == 1.0
 
 
 class Mixup:
