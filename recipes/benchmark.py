@@ -12,7 +12,6 @@ bound is 1 + the predicted overhead, counted from the parameters of the model (h
 """
 
 import gc
-import json
 import os
 import statistics
 import sys
@@ -24,9 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark_table import table
 from common import StepTimer, parse_arguments, peak_memory_mib
+from json_files import check_output_file, write_json
 from peers import PEERS, HandWrittenLoop
-from plot_cost import draw_cost
+from plot_cost import draw_cost, read_runs
 from stamp import stamp
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -258,35 +259,12 @@ def bound_lines(args: BenchmarkArguments) -> dict[str, list[float]]:
     }
 
 
-def table(figures: dict[str, dict[str, Any]]) -> str:
-    """The figures as a Markdown table."""
-    lines = [
-        "| method | step time over plain | range | bound | peak memory over plain | first block | captured |",
-        "|---|---|---|---|---|---|---|",
-    ]
-
-    def cell(row: dict[str, Any], name: str, form: str) -> str:
-        return "" if row.get(name) is None else format(row[name], form)
-
-    for name, row in figures.items():
-        spread = f"{cell(row, 'lowest', '.2f')} to {cell(row, 'highest', '.2f')}" if "lowest" in row else ""
-        cells = [name, cell(row, "ratio", ".3f"), spread, cell(row, "bound", ".3f"), cell(row, "memory_ratio", ".3f")]
-        cells += [cell(row, "first_block", ".1f"), cell(row, "captured", ".2f")]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
     """Measure, print the table, and write the files that are named."""
     (args,) = parse_arguments((BenchmarkArguments,), sys.argv[1:] if argv is None else argv, __doc__ or "")
-    runs = []
-    if args.output_file and Path(args.output_file).exists():
-        try:
-            runs = json.loads(Path(args.output_file).read_text(encoding="utf-8"))["runs"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"output_file={args.output_file} holds no runs of this benchmark: name another."
-            ) from error
+    for setting in ("output_file", "picture"):
+        check_output_file(setting, getattr(args, setting))
+    runs = read_runs(Path(args.output_file)) if args.output_file and Path(args.output_file).exists() else []
     logging.set_verbosity_error()
     figures = measure(args)
     print(table(figures))
@@ -295,7 +273,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
         arguments[key] = arguments[key] and Path(arguments[key]).name
     run = {"stamp": stamp([0]), "arguments": arguments, "bounds": bound_lines(args), "figures": figures}
     if args.output_file:
-        Path(args.output_file).write_text(json.dumps({"runs": [*runs, run]}, indent=1) + "\n", encoding="utf-8")
+        write_json(Path(args.output_file), {"runs": [*runs, run]})
     if args.picture:
         draw_cost([run], Path(args.picture))
     return figures

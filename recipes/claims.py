@@ -8,7 +8,7 @@ Two claims of the paper on the results of a comparison, with 95 % intervals over
 - Layers with large gradients are the same ones throughout: of the layers' mean gradient norms in the first, second and
   last third of the training, Kendall's W (1: one ranking in all three, 1/3: by chance), Spearman's rank correlation of
   the first with the last (by chance 0), and the share of the top k of the first that is in the top k of the last (by
-  chance k / layers).
+  chance k / layers; with as few layers as k, or fewer, always 1).
 
 Set `gradient_norm_steps` in the comparison's settings: both are then about the plain loss on the same rows in every
 run. Without it, the first is about the gradients that the optimizer got, which SAM takes at perturbed weights, and the
@@ -61,14 +61,14 @@ def norm_ratios(results: TaskResults, method: str) -> list[float]:
 def consistency(norms: dict[str, Curve], k: int) -> Consistency | None:
     """
     Of the gradient norms of a training's layers; `None` where they have no ranking: with fewer than 2 layers, or a
-    step for each part, or if all are alike.
+    step for each part, or if all are alike or one is no finite number.
     """
     steps = sorted(set.intersection(*map(set, norms.values()))) if norms else []
     if len(steps) < PARTS or len(norms) < 2:
         return None
     parts = np.array_split(steps, PARTS)
     means = np.array([[np.mean([curve[step] for step in part]) for curve in norms.values()] for part in parts])
-    if (means == means[:, :1]).all(axis=1).any():
+    if not np.isfinite(means).all() or (means == means[:, :1]).all(axis=1).any():
         return None
     pairs = [stats.spearmanr(one, other).statistic for one, other in itertools.combinations(means, 2)]
     first, last = (set(np.argsort(-means[part], kind="stable")[:k].tolist()) for part in (0, -1))
@@ -76,7 +76,7 @@ def consistency(norms: dict[str, Curve], k: int) -> Consistency | None:
         # What W is, by the mean of the rank correlations of all pairs.
         kendall_w=float((1 + (PARTS - 1) * np.mean(pairs)) / PARTS),
         spearman=float(stats.spearmanr(means[0], means[-1]).statistic),
-        overlap=len(first & last) / k,
+        overlap=len(first & last) / min(k, len(norms)),
     )
 
 

@@ -7,6 +7,7 @@ import resource
 import statistics
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from safetensors import SafetensorError, safe_open
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 from transformers.trainer_utils import get_last_checkpoint
+from yaml_text import read_yaml_text
 
 # What a finished or interrupted training run leaves in its output directory.
 RUN_OUTPUT = (
@@ -28,6 +31,18 @@ RUN_OUTPUT = (
     "adapter_config.json",
     "*.safetensors",
     "README.md",
+)
+
+# What training goes on from, in a checkpoint.
+CHECKPOINT = (
+    "trainer_state.json",
+    "config.json",
+    "*.index.json",
+    "*.safetensors",
+    "pytorch_model*.bin",
+    "optimizer.bin",
+    "*.pt",
+    "*.pth",
 )
 
 
@@ -78,10 +93,9 @@ def read_yaml(path: Path, known: set[str]) -> tuple[list[str], dict[str, list[st
     if not path.is_file():
         raise ValueError(f"{path} is no file: the first argument is a YAML of settings, or starts with --.")
     try:
-        # Every scalar stays the text that it is: `no`, `null` and `5e-2` mean what they mean on the command line.
-        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+        settings = read_yaml_text(path)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no valid YAML: {error}") from error
+        raise ValueError(f"{path} is no valid YAML: {error}.") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold one `setting: value` a line.")
     if unknown := [str(name) for name in settings if name not in known]:
@@ -122,6 +136,7 @@ def check_output_dir(args: TrainingArguments, predictions: Sequence[str] = ()) -
                 f"resume_from_checkpoint={wanted}: {checkpoint or folder} holds no checkpoint of the Trainer. Name a "
                 "folder checkpoint-<step>, or leave the setting out to start afresh."
             )
+        check_checkpoint(Path(checkpoint), wanted)
         if Path(checkpoint).resolve().parent == folder.resolve():
             return checkpoint
     patterns = [*RUN_OUTPUT] if args.do_train else ["eval_results.json"] if args.do_eval else []
@@ -134,6 +149,25 @@ def check_output_dir(args: TrainingArguments, predictions: Sequence[str] = ()) -
             f"{'set' if resume else 'Set'} output_dir to a new folder, or remove the old one."
         )
     return checkpoint
+
+
+def check_checkpoint(folder: Path, wanted: str) -> None:
+    """Raise `ValueError`, naming the file, if one of a checkpoint was not written to its end."""
+    for path in sorted(path for pattern in CHECKPOINT for path in folder.glob(pattern)):
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            elif path.suffix == ".safetensors":
+                with safe_open(path, framework="np"):
+                    pass
+            else:
+                # What torch.save writes; its table of contents stands at the end.
+                zipfile.ZipFile(path).close()
+        except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"resume_from_checkpoint={wanted}: {folder} is damaged ({path.name}: {error}). Remove it, or name "
+                "another checkpoint."
+            ) from error
 
 
 def run_script(prepare: Callable[[list[str]], Any], execute: Callable[[Any], Any]) -> None:

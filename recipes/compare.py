@@ -30,6 +30,12 @@ def compare(comparison: Comparison) -> list[str]:
     """Run what has no result yet: first what settings are chosen by. Returns what went wrong."""
     problems: list[str] = []
     stamp: dict[str, Any] = {}
+    try:
+        comparison.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CompareError(
+            f"output_dir={comparison.output_dir} cannot be made ({error.strerror}): name another folder."
+        ) from error
     # A result of other settings is found here, before hours of work.
     for run in comparison.final_runs():
         run.result()

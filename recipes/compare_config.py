@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from compare_plan import CompareError, Comparison, Method, Settings, Task, is_greater_better, slug
+from compare_plan import CompareError, Comparison, Method, Settings, Task, is_greater_better, slug, tuning_folder
+from yaml_text import read_yaml_text
 
 RECIPES = Path(__file__).resolve().parent
 # What each run gets from `compare.py`.
 OWN_SETTINGS = ("output_dir", "seed", "resume_from_checkpoint")
+# A name without a value.
+NOTHING = (None, "", "null", "~")
 
 
 def read_comparison(path: Path, overrides: Mapping[str, Any], settings: Mapping[str, str]) -> Comparison:
@@ -27,34 +30,34 @@ def read_comparison(path: Path, overrides: Mapping[str, Any], settings: Mapping[
         CompareError: naming what is wrong.
     """
     try:
-        # Every scalar stays the text that it is, as in the recipes' own YAMLs.
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+        content = read_yaml_text(path)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise CompareError(f"{path} cannot be read: {error}") from error
+        raise CompareError(f"{path} cannot be read: {error}.") from error
     known = list(Comparison.__dataclass_fields__)
     _check_names(content, str(path), known)
     content |= overrides
     for name in ("recipe", "output_dir", "tasks", "methods", "seeds"):
-        if not content.get(name):
+        if not content.get(name) or content[name] in NOTHING:
             raise CompareError(f"{path} sets no {name}.")
-    methods = [_read_method(name, own) for name, own in _mapping(content, "methods").items()]
-    tasks = [_read_task(name, own, settings) for name, own in _mapping(content, "tasks").items()]
-    common = _mapping(content, "settings") | dict(settings)
+    methods = [_read_method(name, own) for name, own in _mapping("methods", content["methods"]).items()]
+    tasks = [_read_task(name, own, settings) for name, own in _mapping("tasks", content["tasks"]).items()]
+    common = _mapping("settings", content.get("settings")) | dict(settings)
     baseline = content.get("baseline") or methods[0].name
     seeds, tuning_seeds = (_integers(content, name) for name in ("seeds", "tuning_seeds"))
     _check(common, tasks, methods, baseline, tuning_seeds, settings)
     threads = _integer("threads", content.get("threads") or 1)
     processes = content.get("processes") or max(1, (os.cpu_count() or 1) // threads)
     by_name = "recipe" not in overrides
-    recipe = RECIPES / content["recipe"] if by_name else Path(content["recipe"])
-    if not recipe.is_file() or (by_name and recipe.name != content["recipe"]):
+    name = _text("recipe", content["recipe"])
+    recipe = RECIPES / name if by_name else Path(name)
+    if not recipe.is_file() or (by_name and recipe.name != name):
         raise CompareError(
-            f"recipe={content['recipe']} is not the name of a script in {RECIPES}. One elsewhere is run where the "
+            f"recipe={name} is not the name of a script in {RECIPES}. One elsewhere is run where the "
             "command line asks for it, by --recipe."
         )
     return Comparison(
         recipe=recipe,
-        output_dir=Path(content["output_dir"]),
+        output_dir=Path(_text("output_dir", content["output_dir"])),
         settings=common,
         tasks=tasks,
         methods=methods,
@@ -68,8 +71,11 @@ def read_comparison(path: Path, overrides: Mapping[str, Any], settings: Mapping[
 
 
 def _read_task(name: str, own: Any, overrides: Mapping[str, str]) -> Task:
-    own = dict(own) if isinstance(own, dict) else {}
-    metric, tuning_metric = own.pop("metric", None), own.pop("tuning_metric", None)
+    own = _mapping(f"Task {name}", own)
+    metric, tuning_metric = (
+        None if (value := own.pop(key, None)) in NOTHING else _text(f"The {key} of {name}", value)
+        for key in ("metric", "tuning_metric")
+    )
     if metric is None:
         raise CompareError(f"Task {name} sets no metric: a name in the recipe's all_results.json, as eval_accuracy.")
     greater_is_better = _switch("greater_is_better", own.pop("greater_is_better", is_greater_better(metric)))
@@ -77,7 +83,7 @@ def _read_task(name: str, own: Any, overrides: Mapping[str, str]) -> Task:
 
 
 def _read_method(name: str, own: Any) -> Method:
-    own = dict(own) if isinstance(own, dict) else {}
+    own = _mapping(f"Method {name}", own)
     grid = own.pop("grid", {})
     if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
         raise CompareError(f"The grid of {name} must hold `setting: [value, ...]`.")
@@ -106,14 +112,32 @@ def _check(
         if clash := [name for name in overrides if name in method.settings | method.grid]:
             raise CompareError(f"{clash[0]} is a setting of {method.name}, and cannot be set for all runs.")
         if len(method.candidates) > 1:
-            if not tuning_seeds:
-                raise CompareError(f"{method.name} has a grid: set tuning_seeds to choose from it.")
-            for task in tasks:
-                if task.tuning_metric in (None, task.metric):
-                    raise CompareError(
-                        f"{method.name} has a grid: set a tuning_metric for task {task.name} that is not the metric "
-                        "that is compared. Values chosen by the compared data would look better than they are."
-                    )
+            _check_grid(method, tasks, tuning_seeds)
+
+
+def _check_grid(method: Method, tasks: Sequence[Task], tuning_seeds: Sequence[int]) -> None:
+    if not tuning_seeds:
+        raise CompareError(f"{method.name} has a grid: set tuning_seeds to choose from it.")
+    folders: dict[str, Settings] = {}
+    for chosen in method.candidates:
+        if other := folders.get(tuning_folder(chosen)):
+            raise CompareError(
+                f"The grid of {method.name} holds {other} and {chosen}, whose runs would share the folder "
+                f"{tuning_folder(chosen)}: what it holds must differ in letters, digits or points."
+            )
+        folders[tuning_folder(chosen)] = chosen
+    for task in tasks:
+        if task.tuning_metric in (None, task.metric):
+            raise CompareError(
+                f"{method.name} has a grid: set a tuning_metric for task {task.name} that is not the metric that is "
+                "compared. Values chosen by the compared data would look better than they are."
+            )
+        is_told = not task.greater_is_better and is_greater_better(task.metric)
+        if is_told and not task.tunes_by_the_same and task.tuning_greater_is_better:
+            raise CompareError(
+                f"Task {task.name} sets greater_is_better=false for {task.metric}, which leaves open whether more "
+                f"{task.tuning_metric} is better: set a tuning_metric that is the same figure of another split."
+            )
 
 
 def _check_names(content: Any, owner: str, known: Sequence[str]) -> None:
@@ -123,11 +147,18 @@ def _check_names(content: Any, owner: str, known: Sequence[str]) -> None:
         raise CompareError(f"{owner} has unknown names: {', '.join(unknown)}. There are {', '.join(known)}.")
 
 
-def _mapping(content: Mapping[str, Any], name: str) -> dict[str, Any]:
-    value = content.get(name) or {}
+def _mapping(name: str, value: Any) -> dict[str, Any]:
+    if value in NOTHING:
+        return {}
     if not isinstance(value, dict):
-        raise CompareError(f"{name} must hold one `name: value` a line.")
+        raise CompareError(f"{name} must hold one `name: value` a line, but holds {value!r}.")
     return dict(value)
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise CompareError(f"{name} must be a single text, but is {value!r}.")
+    return value
 
 
 def _integers(content: Mapping[str, Any], name: str) -> list[int]:
@@ -139,7 +170,7 @@ def _integers(content: Mapping[str, Any], name: str) -> list[int]:
 def _integer(name: str, value: Any, least: int = 1) -> int:
     try:
         number = int(value)
-    except ValueError:
+    except (ValueError, TypeError):
         number = least - 1
     if number < least:
         raise CompareError(f"{name} must be an integer of at least {least}, but is {value!r}.")

@@ -29,7 +29,7 @@ class Task:
         name (`str`): Its name in the report.
         metric (`str`): Name of the compared figure in the recipe's `all_results.json`.
         tuning_metric (`str` or `None`): Name of the one that settings are chosen by.
-        greater_is_better (`bool`): Whether more is better, of both.
+        greater_is_better (`bool`): Whether more of the metric is better.
         settings (`dict`): Settings of the recipe.
     """
 
@@ -38,6 +38,16 @@ class Task:
     tuning_metric: str | None
     greater_is_better: bool
     settings: Settings
+
+    @property
+    def tunes_by_the_same(self) -> bool:
+        """Whether both metrics are one figure of two splits, such as `predict_f1` and `eval_f1`."""
+        return _figure(str(self.tuning_metric)) == _figure(self.metric)
+
+    @property
+    def tuning_greater_is_better(self) -> bool:
+        """Of the tuning metric: as for the metric if they are the same figure, else by its own name."""
+        return self.greater_is_better if self.tunes_by_the_same else is_greater_better(str(self.tuning_metric))
 
 
 @dataclass(frozen=True)
@@ -89,9 +99,13 @@ class Run:
         path = self.folder / "result.json"
         if not path.exists():
             return None
-        result = json.loads(path.read_text(encoding="utf-8"))
-        if result["digest"] != self.digest:
-            there, now = result["settings"], self.settings
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            digest, there = result["digest"], result["settings"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CompareError(f"{path} is damaged ({error!r}): remove it to run {self.name} again.") from error
+        if digest != self.digest:
+            now = self.settings
             changed = [
                 f"{name} was {there.get(name, 'not set')}, and is {now.get(name, 'not set')}"
                 for name in sorted(there | now)
@@ -169,7 +183,7 @@ class Comparison:
             values = [metric_of(result, task.tuning_metric) for result in results if result is not None]
             if len(values) < len(runs):
                 return None
-            mean = sum(values) / len(values) * (1 if task.greater_is_better else -1)
+            mean = sum(values) / len(values) * (1 if task.tuning_greater_is_better else -1)
             if best is None or mean > best_mean:
                 best, best_mean = chosen, mean if mean == mean else -float("inf")
         return best
@@ -180,7 +194,7 @@ class Comparison:
         if tuning:
             # What is compared in the end is not looked at to choose by.
             settings |= {"do_predict": "false"}
-            folder = folder / "tuning" / slug("-".join(f"{name}-{value}" for name, value in chosen.items()))
+            folder = folder / "tuning" / tuning_folder(chosen)
         settings = {"recipe": self.recipe.name, **settings, "seed": seed}
         return Run(task.name, method.name, seed, chosen, tuning, settings, folder / f"seed-{seed}")
 
@@ -194,6 +208,16 @@ def metric_of(result: dict[str, Any], name: str | None) -> float:
             f"{', '.join(metrics)}. Set the metric of the task to one of them, or set another output_dir."
         )
     return metrics[name]
+
+
+def _figure(metric: str) -> str:
+    """The name of a metric without that of its split."""
+    return metric.partition("_")[2] or metric
+
+
+def tuning_folder(chosen: Settings) -> str:
+    """Where the runs lie that judge a candidate."""
+    return slug("-".join(f"{name}-{value}" for name, value in chosen.items()))
 
 
 def slug(name: str) -> str:

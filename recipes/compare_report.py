@@ -1,15 +1,15 @@
 """The report of `compare.py`: Markdown, a CSV of the runs, and one HTML page that needs nothing else."""
 
 import csv
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from compare_html import page, picture
 from compare_plan import CompareError, Comparison, Run, Task, metric_of
-from compare_runs import write_json
-from compare_statistics import COSTS, Row, missing_runs, table, warnings
+from compare_statistics import COSTS, Row, mean_interval, missing_runs, table, warnings
+from json_files import write_json
 
 FIGURES = (*COSTS, "wall_seconds")
 
@@ -40,7 +40,9 @@ def write_report(comparison: Comparison) -> list[str]:
     ]
     (output / "report.html").write_text(page(sections, notes), encoding="utf-8")
     write_csv(output / "runs.csv", comparison, tuning + results)
-    write_json(output / "results.json", {"baseline": comparison.baseline, "runs": results, "tuning_runs": tuning})
+    directions = {task.name: task.greater_is_better for task in comparison.tasks}
+    report = {"baseline": comparison.baseline, "greater_is_better": directions}
+    write_json(output / "results.json", report | {"runs": results, "tuning_runs": tuning})
     print(text)
     print(f"The same as a page: {output / 'report.html'}. All runs: {output / 'runs.csv'}.")
     return missing
@@ -62,18 +64,20 @@ def caption(comparison: Comparison, task: Task) -> str:
     """What the table of a task shows."""
     tuned = any(len(method.candidates) > 1 for method in comparison.methods)
     return (
-        f"{task.metric}, {'higher' if task.greater_is_better else 'lower'} is better: mean (range). Differences are "
+        f"{task.metric}, {_better(task.greater_is_better)}: mean (range). Differences are "
         f"to {comparison.baseline} with the same seed, with their 95 % interval (Student's t, not corrected for the "
         f"number of methods); costs are means of the ratios to it. Seeds {', '.join(map(str, comparison.seeds))}."
-        + f" Settings were chosen by {task.tuning_metric}, seeds {', '.join(map(str, comparison.tuning_seeds))}."
-        * tuned
+        + f" Settings were chosen by {task.tuning_metric}, {_better(task.tuning_greater_is_better)}, seeds "
+        f"{', '.join(map(str, comparison.tuning_seeds))}." * tuned
     )
 
 
 def cells(row: Row) -> dict[str, str]:
     """A row of the table, as text, by the titles of the columns."""
     values, difference = list(row.values.values()), row.difference
-    mean = f"{fmean(values):.4f} ({min(values):.4f} to {max(values):.4f})" if values else "missing"
+    mean = f"{mean_interval(values).mean:.4f}" if values else "missing"
+    if values and all(map(math.isfinite, values)):
+        mean += f" ({min(values):.4f} to {max(values):.4f})"
     return {
         "method": row.method,
         "chosen": ", ".join(f"{name}={value}" for name, value in row.chosen.items()),
@@ -88,26 +92,28 @@ def cells(row: Row) -> dict[str, str]:
 
 def write_csv(path: Path, comparison: Comparison, results: Sequence[dict[str, Any]]) -> None:
     """One row a run, those that settings were chosen by included."""
-    metrics = {task.name: (task.metric, task.tuning_metric) for task in comparison.tasks}
+    tasks = {task.name: task for task in comparison.tasks}
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         stamped = ("commit", "machine", "resumed", "processes", "threads")
-        writer.writerow(
-            ["task", "method", "chosen", "stage", "seed", "metric", "value", *FIGURES, *stamped, "versions"]
-        )
+        last = ("versions", "baseline", "greater_is_better")
+        writer.writerow(["task", "method", "chosen", "stage", "seed", "metric", "value", *FIGURES, *stamped, *last])
         for result in results:
-            metric = metrics[result["task"]][result["tuning"]]
+            task, tuning = tasks[result["task"]], result["tuning"]
+            metric = task.tuning_metric if tuning else task.metric
             writer.writerow(
                 [
                     result["task"],
                     result["method"],
                     " ".join(f"{name}={value}" for name, value in result["chosen"].items()),
-                    "tuning" if result["tuning"] else "compared",
+                    "tuning" if tuning else "compared",
                     result["seed"],
                     metric,
                     metric_of(result, metric),
                     *(result[name] for name in FIGURES + stamped),
                     " ".join(f"{name}={number}" for name, number in result["versions"].items()),
+                    comparison.baseline,
+                    task.tuning_greater_is_better if tuning else task.greater_is_better,
                 ]
             )
 
@@ -116,6 +122,10 @@ def _results(runs: Sequence[Run]) -> tuple[list[Run], list[dict[str, Any]]]:
     """The finished ones of `runs`, and their results."""
     pairs = [(run, result) for run in runs if (result := run.result()) is not None]
     return [run for run, _ in pairs], [result for _, result in pairs]
+
+
+def _better(greater_is_better: bool) -> str:
+    return f"{'higher' if greater_is_better else 'lower'} is better"
 
 
 def _times(ratio: float | None) -> str:

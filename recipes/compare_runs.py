@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import yaml
 from compare_plan import CompareError, Comparison, Run
+from json_files import read_json, write_json
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 # Seconds between two looks at the running processes, and that a stopped one gets to end.
@@ -197,18 +198,6 @@ def stop(active: Sequence[Running]) -> None:
             _signal(running, signal.SIGKILL)
             running.process.wait()
         running.log.close()
-
-
-def read_json(path: Path) -> Any:
-    """What `path` holds, or `None` where it does not exist."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write all of it or nothing."""
-    draft = path.with_suffix(".draft")
-    draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    draft.replace(path)
 
 
 def _signal(running: Running, number: int) -> None:

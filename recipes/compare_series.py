@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from compare_plan import is_greater_better
 
 Run = dict[str, Any]
 Curve = dict[float, float]
@@ -29,6 +30,7 @@ class TaskResults:
         task (`str`): Its name.
         baseline (`str`): The method that the others are compared with.
         metric (`str`): Name of the compared figure.
+        greater_is_better (`bool`): Whether more of it is better.
         tuning_metric (`str` or `None`): Name of the one that settings were chosen by, if they were.
         runs (`dict[str, list[dict]]`): Results by method, the baseline first, each sorted by seed. A method that has
             no run of this task yet has none here.
@@ -37,6 +39,7 @@ class TaskResults:
     task: str
     baseline: str
     metric: str
+    greater_is_better: bool
     tuning_metric: str | None
     runs: dict[str, list[Run]]
 
@@ -88,7 +91,10 @@ def read_results(folder: Path) -> list[TaskResults]:
         methods = dict.fromkeys([baseline, *(run["method"] for run in content["runs"])])
         by_method = {method: [run for run in own if run["method"] == method] for method in methods}
         tuning_metric = metrics.get((task, "tuning"))
-        found.append(TaskResults(task, baseline, metrics[task, "compared"], tuning_metric, by_method))
+        metric = metrics[task, "compared"]
+        # Reports of old do not say it.
+        better = content.get("greater_is_better", {}).get(task, is_greater_better(metric))
+        found.append(TaskResults(task, baseline, metric, better, tuning_metric, by_method))
     return found
 
 

@@ -16,7 +16,7 @@ COSTS = {
     "flops": "FLOPs",
     "peak_memory_mib": "peak memory",
 }
-# Of many missing runs, the report names so many.
+# Of many runs, the report names so many.
 _NAMED = 4
 
 
@@ -60,9 +60,11 @@ class Row:
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """The mean with the interval of Student's t."""
-    mean, count = fmean(values), len(values)
-    if count < 2:
+    """The mean with the interval of Student's t, which a single value and values that are not all finite lack."""
+    count = len(values)
+    # Not fmean, which raises for inf and -inf.
+    mean = fmean(values) if all(map(math.isfinite, values)) else sum(values) / count
+    if count < 2 or not math.isfinite(mean):
         return Interval(mean, None)
     half = float(stats.t.ppf(0.975, count - 1)) * stdev(values) / math.sqrt(count)
     return Interval(mean, (mean - half, mean + half))
@@ -110,12 +112,13 @@ def warnings(comparison: Comparison, results: Sequence[dict[str, Any]], missing:
     found = []
     if missing:
         count = len(comparison.tasks) * len(comparison.methods) * len(comparison.seeds)
-        rest = [f"and {len(missing) - _NAMED} more"] if len(missing) > _NAMED else []
-        found.append(f"Runs that are missing, of {count}: {'; '.join([*missing[:_NAMED], *rest])}.")
+        found.append(f"Runs that are missing, of {count}: {_some(missing)}.")
     tried = {method.name: len(method.candidates) for method in comparison.methods}
     if len(set(tried.values())) > 1:
         counts = ", ".join(f"{name} {count}" for name, count in tried.items())
         found.append(f"Methods were not tuned with equal effort. Settings tried: {counts}.")
+    if broken := not_finite(comparison, results):
+        found.append(f"Figures that are no finite numbers, and leave no interval: {_some(broken)}.")
     made_with = {str((result["commit"], result["versions"], result["machine"])) for result in results}
     if len(made_with) > 1:
         found.append(f"Runs were made with {len(made_with)} different states of code, versions or machines.")
@@ -137,6 +140,24 @@ def missing_runs(comparison: Comparison, finished: Sequence[Run]) -> list[str]:
         for seed in comparison.seeds
         if (task.name, method.name, seed) not in there
     ]
+
+
+def not_finite(comparison: Comparison, results: Sequence[dict[str, Any]]) -> list[str]:
+    """Names of the runs whose metric is no finite number, with what it is."""
+    found = []
+    tasks = {task.name: task for task in comparison.tasks}
+    for result in results:
+        task = tasks[result["task"]]
+        metric = task.tuning_metric if result["tuning"] else task.metric
+        value = metric_of(result, metric)
+        if not math.isfinite(value):
+            found.append(f"{metric} of {task.name}, {result['method']}, seed {result['seed']} is {value}")
+    return found
+
+
+def _some(names: Sequence[str]) -> str:
+    rest = [f"and {len(names) - _NAMED} more"] if len(names) > _NAMED else []
+    return "; ".join([*names[:_NAMED], *rest])
 
 
 def _ratio(name: str, own: dict[int, dict], baseline: dict[int, dict]) -> float | None:

@@ -76,7 +76,8 @@ def load_text_data(args: DataArguments, splits: Sequence[str], model_labels: Map
             parts[split]["label"] = _numbers(source, raw, bounds) if labels is None else _class_ids(source, raw, ids)
     if "train" in parts:
         train, held_out = split_training_data(parts.pop("train"), args)
-        if labels is not None and args.label_noise:
+        # Labels that are all the same are refused below.
+        if labels is not None and len(labels) > 1 and args.label_noise:
             train["label"] = with_label_noise(train["label"], len(labels), args)
         parts |= {"train": train} if "train" in splits else {}
         parts |= {"validation": held_out} if args.validation_fraction and "validation" in splits else {}
@@ -157,7 +158,7 @@ def _find_file(args: DataArguments, stems: Sequence[str]) -> Path | None:
 
 
 def _find_labels(source: str, values: list) -> tuple[str, ...]:
-    names = sorted({str(value) for value in values if value is not None})
+    names = sorted({str(value) for value in values if value is not None and str(value).strip()})
     try:
         numbers = [float(name) for name in names]
     except ValueError:

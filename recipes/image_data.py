@@ -1,6 +1,8 @@
 """What `run_image_classification.py` trains on: labelled images from folders, zips or the Hub, checked beforehand."""
 
+import lzma
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -13,6 +15,8 @@ from tables import load_hub
 NEEDED_BY = {"train": "do_train", "validation": "do_eval", "test": "do_predict"}
 # Of what is drawn once and for all: the images that are held out, and those that are left out.
 _DRAW = 0
+# What reading a zip raises where it, or what is packed in it, is damaged or cannot be read; bzip2 raises an OSError.
+_ZIP_ERRORS = (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError, zlib.error, lzma.LZMAError)
 _WHERE = "The folders at the top, or the values of label_column, are the classes."
 
 
@@ -201,7 +205,7 @@ def _read_own(args: DataArguments, split: str) -> tuple[str, Dataset]:
             with zipfile.ZipFile(path) as archive:
                 names = [name for name in archive.namelist() if not name.endswith("/") and _is_visible(name)]
                 images = {name: {"path": name, "bytes": archive.read(name)} for name in names}
-        except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        except _ZIP_ERRORS as error:
             raise ValueError(f"{source} cannot be read as a zip: {error}.") from error
     else:
         raise ValueError(f"{source} is neither a folder nor a file: check the path.")

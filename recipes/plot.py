@@ -9,6 +9,7 @@ left out, and the reason is said.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -45,6 +46,9 @@ def draw(results: TaskResults, cost: str) -> dict[str, Figure]:
         _say(f"{results.task}: there is one seed, so nothing is said about the spread between seeds.")
     if cost.endswith("seconds") and any(run["processes"] > 1 for runs in results.runs.values() for run in runs):
         _say(f"{results.task}: several runs shared the machine, so times are rough. --cost flops does without them.")
+    for method, runs in results.runs.items():
+        if not all(math.isfinite(run["metrics"].get(results.metric, 0.0)) for run in runs):
+            _say(f"{results.task}: {results.metric} of {method} is no finite number, and is not drawn over cost.")
     for name, figure in figures.items():
         try:
             drawn[name] = figure(results)

@@ -20,6 +20,17 @@ from palette import style
 matplotlib.use("Agg")
 
 
+def read_runs(path: Path) -> list[dict[str, Any]]:
+    """The runs that a file of the benchmark holds; raises `ValueError` if it is none."""
+    try:
+        runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no runs of this benchmark: name another.") from error
+    if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
+        raise ValueError(f"{path} holds no runs of this benchmark: name another.")
+    return runs
+
+
 def draw_cost(runs: list[dict[str, Any]], path: Path) -> None:
     """Draw those runs of a benchmark that hold times side by side; the suffix of `path` is the format."""
     timed = [run for run in runs if any("ratio" in row for row in run["figures"].values())]
@@ -102,20 +113,22 @@ def _draw_run(axes: Axes, run: dict[str, Any]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def main():
+def main(argv: list[str] | None = None):
     """Draw what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.strip().partition("\n")[0])
     parser.add_argument("results", type=Path, help="output_file of the benchmark")
     parser.add_argument("picture", type=Path, help="the picture to write, for instance .svg or .png")
     parser.add_argument("--over", nargs="+", metavar="ARGUMENT", help="draw growth over these arguments instead")
-    args = parser.parse_args()
-    runs = json.loads(args.results.read_text(encoding="utf-8"))["runs"]
+    args = parser.parse_args(argv)
     try:
+        runs = read_runs(args.results)
+        if not runs or not all({"arguments", "bounds", "figures"} <= run.keys() for run in runs):
+            raise ValueError(f"{args.results} holds no runs of this benchmark that could be drawn.")
         if args.over:
             growth(runs, args.over).savefig(args.picture)
         else:
             draw_cost(runs, args.picture)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"plot_cost.py: {error}")
 
 

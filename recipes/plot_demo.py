@@ -6,6 +6,7 @@ The picture of the demo: learning curves, what a step costs, and which blocks we
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,6 +18,23 @@ from matplotlib.figure import Figure
 from palette import style
 
 matplotlib.use("Agg")
+
+# What the picture takes from a run, and from a point of its curve.
+RUN = {"method", "seed", "curve", "blocks", "training_seconds", "step_seconds", "peak_memory_mib"}
+POINT = {"step", "accuracy", "loss"}
+
+
+def read_demo(path: Path) -> dict[str, Any]:
+    """The results of the demo; raises `ValueError` if the file holds something else."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        runs = results["runs"]
+        is_demo = runs and all(run.keys() >= RUN and all(p.keys() >= POINT for p in run["curve"]) for run in runs)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a results.json of the demo ({error!r}).") from error
+    if not is_demo:
+        raise ValueError(f"{path} is not a results.json of the demo.")
+    return results
 
 
 def draw(results: dict[str, Any], path: Path):
@@ -97,13 +115,16 @@ def _block_map(axes: Axes, method: str, repeats: list[dict], blocks: list[str]):
     return image
 
 
-def main():
+def main(argv: list[str] | None = None):
     """Draw what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.strip().partition("\n")[0])
     parser.add_argument("results", type=Path, help="results.json of the demo")
     parser.add_argument("picture", type=Path, help="the PNG to write")
-    args = parser.parse_args()
-    draw(json.loads(args.results.read_text()), args.picture)
+    args = parser.parse_args(argv)
+    try:
+        draw(read_demo(args.results), args.picture)
+    except (OSError, ValueError) as error:
+        sys.exit(f"plot_demo.py: {error}")
 
 
 if __name__ == "__main__":

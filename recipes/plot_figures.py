@@ -150,14 +150,17 @@ def accuracy_over_cost(results: TaskResults, cost: str = "training_seconds") -> 
         if not pairs:
             continue
         x, y = (mean_interval(values) for values in zip(*pairs, strict=True))
+        if not math.isfinite(y.mean):
+            continue
         bars = [None if of.ends is None else [[of.mean - of.ends[0]], [of.ends[1] - of.mean]] for of in (x, y)]
         drawn = style(_index(results, method)) | {"linestyle": "none", "markersize": 7, "elinewidth": 1, "capsize": 2}
         axes.errorbar([x.mean], [y.mean], bars[1], bars[0], label=f" {method}", **drawn)
     if not axes.containers:
         raise NotDrawnError(f"no seed has {metric} of some method and {cost} of it and of {results.baseline}")
+    better = "" if results.greater_is_better else " (lower is better)"
     axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
     axes.set_xlabel(f"{COSTS[cost]}, {results.baseline} with the same seed = 1", parse_math=False)
-    axes.set_ylabel(metric, parse_math=False)
+    axes.set_ylabel(metric + better, parse_math=False)
     _finish(figure, results, "Accuracy over cost", spread="mean and 95 % interval")
     return figure
 

@@ -9,7 +9,6 @@ of the moved weights is all that differs from a perturbation in float32.
 
 import csv
 import itertools
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 from common import parse_arguments
+from json_files import check_output_file, write_json
 from stamp import stamp
 from torch import Tensor
 from transformers import (
@@ -25,6 +25,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     logging,
     set_seed,
 )
@@ -53,6 +54,11 @@ class RoundingArguments:
     rows: int = field(default=8, metadata={"help": "Its first rows are the batch."})
     output_file: str | None = field(default=None, metadata={"help": "Write the figures here as JSON."})
 
+    def __post_init__(self):
+        if self.rows < 1:
+            raise ValueError(f"rows must be at least 1, but is {self.rows}.")
+        check_output_file("output_file", self.output_file)
+
 
 def exact(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Leave `values` as they are."""
@@ -69,15 +75,38 @@ def stochastic(values: Tensor, dtype: torch.dtype) -> Tensor:
     return round_stochastically(values, dtype, torch.default_generator).float()
 
 
-def load(folder: str, args: RoundingArguments) -> tuple[torch.nn.Module, dict[str, Tensor]]:
+def read_rows(args: RoundingArguments) -> list[dict[str, str]]:
+    """The first rows of the text file; raises `ValueError` if they are none with a sentence and a label."""
+    try:
+        with open(args.text_file, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[: args.rows]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"text_file={args.text_file} cannot be read: {error}.") from error
+    if not rows or not all(row.get("sentence") and str(row.get("label")).isdigit() for row in rows):
+        raise ValueError(
+            f"text_file={args.text_file} must be a TSV with the columns sentence and label, a number of a class in "
+            "each row."
+        )
+    return rows
+
+
+def find_config(folder: str) -> PreTrainedConfig:
+    """The configuration of a model; raises `ValueError` if there is no such model."""
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"models: {folder} cannot be loaded ({' '.join(str(error).split())}).") from error
+
+
+def load(
+    folder: str, config: PreTrainedConfig, rows: list[dict[str, str]]
+) -> tuple[torch.nn.Module, dict[str, Tensor]]:
     """A model in float32 without dropout, and a batch: a language model's own text, or sentences with labels."""
     set_seed(0)
-    with open(args.text_file, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[: args.rows]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     batch = tokenizer([row["sentence"] for row in rows], padding=True, return_tensors="pt")
-    if AutoConfig.from_pretrained(folder).architectures[0].endswith("ForCausalLM"):
+    if (config.architectures or [""])[0].endswith("ForCausalLM"):
         model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         batch["labels"] = batch["input_ids"].where(batch["attention_mask"] == 1, -100)
     else:
@@ -129,18 +158,20 @@ def backward(model: torch.nn.Module, batch: dict[str, Tensor]) -> float:
     model.zero_grad()
     loss = model(**batch).loss
     loss.backward()
-    return float(loss)
+    return float(loss.detach())
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print a table row by row, and write the file, if one is named, as it grows."""
     (args,) = parse_arguments((RoundingArguments,), sys.argv[1:] if argv is None else argv, __doc__ or "")
     logging.set_verbosity_error()
+    texts, folders = read_rows(args), args.models.split(",")
+    configs = {folder: find_config(folder) for folder in folders}
     rows = []
     print("| model | dtype | selection | rho | rounded | cosine | length / rho | rise | correction |")
     print("|---" * 9 + "|")
-    for folder, dtype in itertools.product(args.models.split(","), DTYPES):
-        model, batch = load(folder, args)
+    for folder, dtype in itertools.product(folders, DTYPES):
+        model, batch = load(folder, configs[folder], texts)
         with torch.no_grad():
             for weight in model.parameters():
                 weight.copy_(nearest(weight, dtype))
@@ -152,8 +183,11 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"| {head} | {name} | {figures} |", flush=True)
             if args.output_file:
                 results = {"stamp": stamp([0]), "rows_of_text": args.rows, "figures": rows}
-                Path(args.output_file).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+                write_json(Path(args.output_file), results)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"rounding.py: error: {error}")

@@ -27,6 +27,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     EvalPrediction,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
     set_seed,
@@ -88,7 +89,7 @@ def prepare(argv: list[str]) -> Run:
         **label_settings,
     )
 
-    datasets = tokenize(data, source.tokenizer, data_args.max_seq_length)
+    datasets = tokenize(data, source.tokenizer, longest_text(data_args.max_seq_length, source.tokenizer, model))
     timer = StepTimer()
     trainer = LSAMTrainer(
         model=model,
@@ -190,9 +191,18 @@ def check_labels(data_args: DataArguments, data: TextData, config, training: boo
     return settings
 
 
-def tokenize(data: TextData, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> dict[str, Dataset]:
-    """Every split as token ids; padding is left to the collator."""
+def longest_text(max_seq_length: int, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
+    """`max_seq_length`, or what the tokenizer or the model's positions allow if that is less."""
     length = min(max_seq_length, tokenizer.model_max_length)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
+    # RoBERTa and its like begin to count behind the position of padding.
+    pads = [table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None]
+    return min(length, positions - max(pads, default=-1) - 1) if positions else length
+
+
+def tokenize(data: TextData, tokenizer: PreTrainedTokenizerBase, length: int) -> dict[str, Dataset]:
+    """Every split as token ids, of at most `length` each; padding is left to the collator."""
 
     def encode(batch):
         texts = [batch[name] for name in ("text", "text_pair") if name in batch]

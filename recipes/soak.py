@@ -27,6 +27,7 @@ import numpy as np
 import psutil
 import torch
 from common import parse_arguments
+from json_files import check_output_file, write_json
 from soak_stretch import BATCH, Rows, Stretch, build, draw
 from soak_twin import Twin
 from stamp import stamp
@@ -51,6 +52,13 @@ class SoakArguments:
     seed: int = field(default=0, metadata={"help": "Of the settings that are drawn, the model and its batches."})
     longest: int = field(default=600, metadata={"help": "Most steps of a stretch; the fewest are a third of it."})
     output_file: str | None = field(default=None, metadata={"help": "Write the figures here as JSON."})
+
+    def __post_init__(self):
+        # A stretch has a multiple of 4 steps, and a third of the longest is the shortest.
+        for name, least in (("steps", 1), ("longest", 12)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, but is {getattr(self, name)}.")
+        check_output_file("output_file", self.output_file)
 
 
 class InjectedError(Exception):
@@ -232,12 +240,15 @@ def soak(args: SoakArguments, say: Callable[..., None] = print) -> dict[str, Any
 
 def main(argv: list[str] | None = None) -> None:
     """Soak, print a line a stretch and the whole, and write the file, if one is named."""
-    (args,) = parse_arguments((SoakArguments,), sys.argv[1:] if argv is None else argv, __doc__ or "")
+    try:
+        (args,) = parse_arguments((SoakArguments,), sys.argv[1:] if argv is None else argv, __doc__ or "")
+    except ValueError as error:
+        sys.exit(f"soak.py: error: {error}")
     logging.set_verbosity_error()
     results = soak(args)
     print(json.dumps({name: value for name, value in results.items() if name != "stretches"}, indent=1))
     if args.output_file:
-        Path(args.output_file).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_json(Path(args.output_file), results)
     if not results["largest_difference"] <= LARGEST_DIFFERENCE:
         sys.exit(f"Weights drifted from the reference: by up to {results['largest_difference']:.1e}.")
 

@@ -11,7 +11,6 @@ only the batch.
 """
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import run_glue
 import torch
 from accelerate.utils import send_to_device
+from json_files import check_output_file, write_json
 from rounding import SELECTIONS
 from stamp import stamp
 from torch import Tensor
@@ -126,10 +126,13 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     run = run_glue.prepare([*rest, "--block_selection", "none", "--save_strategy", "no"])
     if not run.args.do_train or run.args.gradient_accumulation_steps > 1:
         raise ValueError("Steps are measured one by one: set do_train, and gradient_accumulation_steps to 1.")
+    check_output_file("output_file", own.output_file)
     logging.set_verbosity_error()
     probe = Probe(run.trainer)
     run.trainer.training_step = probe  # type: ignore[assignment]
     run.trainer.train()
+    if not probe.rows:
+        raise ValueError("Nothing was measured, since each step is with the one before: train for 2 steps or more.")
     lines = summary(probe.rows)
     titles = list(lines[0])
     print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
@@ -137,7 +140,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         print(f"| {' | '.join(f'{v:.3f}' if isinstance(v, float) else str(v) for v in line.values())} |")
     if own.output_file is not None:
         results = {"stamp": stamp([run.args.seed]), "summary": lines, "rows": probe.rows}
-        own.output_file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_json(own.output_file, results)
     return lines
 
 

@@ -19,6 +19,8 @@ from transformers import (
 
 # Token ids below are special in most vocabularies.
 _FIRST_TOKEN = 1000
+# Width of a head of the random BERT.
+_HEAD = 64
 
 
 @dataclass
@@ -46,6 +48,15 @@ class WorkloadArguments:
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches of a step."})
     bf16: bool = field(default=False, metadata={"help": "Train under bf16 autocast."})
 
+    def __post_init__(self):
+        for name in ("num_hidden_layers", "batch_size", "sequence_length", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}.")
+        if self.model_name_or_path is None and (self.hidden_size < _HEAD or self.hidden_size % _HEAD):
+            raise ValueError(
+                f"hidden_size must be a multiple of {_HEAD}, the width of a head, but is {self.hidden_size}."
+            )
+
 
 def make_model(args: WorkloadArguments) -> PreTrainedModel:
     """The model, on the GPU if there is one, with the same weights at each call."""
@@ -55,7 +66,7 @@ def make_model(args: WorkloadArguments) -> PreTrainedModel:
         config = BertConfig(
             num_hidden_layers=args.num_hidden_layers,
             hidden_size=args.hidden_size,
-            num_attention_heads=args.hidden_size // 64,
+            num_attention_heads=args.hidden_size // _HEAD,
             intermediate_size=4 * args.hidden_size,
             is_decoder=args.causal_lm,
         )

@@ -4,7 +4,6 @@ import json
 from functools import partial
 
 import benchmark
-import plot_cost
 import pytest
 import torch
 from benchmark import METHODS
@@ -103,6 +102,44 @@ def test_a_file_of_something_else_is_not_written_over(tmp_path):
     assert path.read_text() == '{"figures": 1}'
 
 
+def test_files_that_cannot_be_written_are_refused_before_measuring(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "measure", None)
+    for setting in ("--output_file", "--picture"):
+        with pytest.raises(
+            ValueError, match=rf"{setting[2:]}=.*none/cost.json: .*none is no folder that can be writt"
+        ):
+            benchmark.main([*TINY, setting, str(tmp_path / "none" / "cost.json")])
+        with pytest.raises(ValueError, match=rf"{setting[2:]}=.* is a folder: name a file in it"):
+            benchmark.main([*TINY, setting, str(tmp_path)])
+
+
+def test_an_interruption_loses_no_run_of_before(tmp_path, monkeypatch):
+    path = tmp_path / "cost.json"
+    path.write_text(json.dumps({"runs": [{"of": "before"}]}))
+    monkeypatch.setattr(benchmark, "measure", lambda args: {"plain": {}})
+
+    def stop(draft, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benchmark.Path, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.main([*TINY, "--methods", "plain", "--output_file", str(path)])
+    assert json.loads(path.read_text()) == {"runs": [{"of": "before"}]}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--hidden_size", "32"], "hidden_size must be a multiple of 64, the width of a head, but is 32"),
+        (["--hidden_size", "100"], "hidden_size must be a multiple of 64"),
+        (["--batch_size", "0"], "batch_size must be at least 1, but is 0"),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        benchmark.main([*TINY, *options])
+
+
 @pytest.mark.parametrize("methods", ["plain,none-such", "sam"])
 def test_unknown_methods_are_refused(methods):
     with pytest.raises(ValueError, match="it must hold plain and others of"):
@@ -129,27 +166,3 @@ def test_what_cannot_be_compiled_is_refused():
         benchmark.main([*TINY, "--methods", "plain,sam", "--torch_compile", "blocks"])
     with pytest.raises(ValueError, match="leave peers out of methods"):
         benchmark.main([*TINY, "--methods", "plain,pasted-sam", "--torch_compile", "whole"])
-
-
-def grown(blocks: int, accumulation: int, ratio: float) -> dict:
-    """A run of the benchmark in which two blocks cost 0.1 more than their bound where `ratio` is 1.3."""
-    row = {"ratio": ratio, "lowest": ratio - 0.1, "highest": ratio + 0.2, "bound": 1.2}
-    arguments = {"num_hidden_layers": blocks, "gradient_accumulation_steps": accumulation, "rounds": 3}
-    return {
-        "arguments": arguments,
-        "figures": {"plain": row | {"bound": 1.0}, "last-2": row, "pasted-sam": row | {"bound": None}},
-    }
-
-
-def test_growth_is_drawn_over_runs_that_differ_in_one_argument(tmp_path):
-    runs = [grown(6, 1, 1.3), grown(24, 1, 1.4), grown(12, 1, 1.2), grown(6, 8, 1.25)]
-    figure = plot_cost.growth(runs, ["num_hidden_layers", "gradient_accumulation_steps"])
-    drawn = [axes.containers[0][0].get_xydata().round(6).tolist() for axes in figure.axes]
-    assert drawn == [[[6, 0.1], [12, 0.0], [24, 0.2]], [[1, 0.1], [8, 0.05]]]
-    assert [axes.get_xlabel() for axes in figure.axes] == ["num_hidden_layers", "gradient_accumulation_steps"]
-    assert [len(axes.containers) for axes in figure.axes] == [1, 1]
-    with pytest.raises(ValueError, match="--over blocks: the benchmark has num_hidden_layers"):
-        plot_cost.growth(runs, ["blocks"])
-    del runs[1]["figures"]["last-2"]
-    with pytest.raises(ValueError, match="Not every run over num_hidden_layers holds times of last-2"):
-        plot_cost.growth(runs, ["num_hidden_layers"])

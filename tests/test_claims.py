@@ -38,6 +38,23 @@ def test_spearman_by_hand():
     assert found.spearman == pytest.approx(0.6) and found.overlap == 0
 
 
+def test_more_top_layers_than_there_are_are_all_of_them():
+    assert consistency(norms([1, 5, 9], [2, 3, 4], [10, 20, 30]), k=5).overlap == 1.0
+
+
+def test_norms_that_are_no_numbers_have_no_ranking_and_no_interval(changed, capsys):
+    assert consistency(norms([1, 2], [float("nan"), 3], [1, 2]), k=1) is None
+
+    def change(run):
+        if (run["method"], run["seed"]) == ("SAM", 0):
+            for line in run["curve"]:
+                if "sharpness/gradient_norm/all" in line:
+                    line["sharpness/gradient_norm/all"] = float("inf")
+
+    claims.main([str(changed(change))])
+    assert "| SAM | inf | 1.000" in capsys.readouterr().out
+
+
 def test_too_little_to_rank_is_nothing():
     assert consistency({}, k=2) is None
     assert consistency({"a": {1: 1.0, 2: 1.0}, "b": {1: 2.0, 2: 2.0}}, k=2) is None

@@ -60,6 +60,8 @@ def test_null_on_the_command_line():
         ("- rho\n", r"run.yaml must hold one `setting: value` a line"),
         ("", r"run.yaml must hold one"),
         ("rho: [1\n", r"run.yaml is no valid YAML"),
+        ("rho: 1\nalpha: 1\nrho: 2\n", r"run.yaml is no valid YAML: line 3 sets rho a second time. Remove one"),
+        ("lr_scheduler_kwargs: {a: 1, a: 2}\n", r"line 1 sets a a second time"),
     ],
 )
 def test_bad_yaml(tmp_path, text, message):
@@ -118,6 +120,18 @@ def test_resumed_run_ends_as_the_uninterrupted_one(bert, glue, tmp_path, trained
     for name in ("model.safetensors", "checkpoint-2/model.safetensors"):
         assert files_in(tmp_path)[name] == files_in(trained)[name]
     assert files_in(tmp_path)["model.safetensors"] != files_in(tmp_path)["checkpoint-1/model.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
+def test_a_checkpoint_that_is_cut_off_is_refused_before_training(bert, glue, tmp_path, trained, name, monkeypatch):
+    shutil.copytree(trained / "checkpoint-1", tmp_path / "checkpoint-1")
+    path = tmp_path / "checkpoint-1" / name
+    path.write_bytes(path.read_bytes()[:-30])
+    monkeypatch.setattr(run_glue, "find_model", None)
+    argv = [*rte(bert, glue, tmp_path), "--do_train", "--resume_from_checkpoint", "true"]
+    message = rf"=true: .*checkpoint-1 is damaged \({name}: .*\)\. Remove it, or name another checkpoint"
+    with pytest.raises(ValueError, match=message):
+        run_glue.main(argv)
 
 
 @pytest.mark.parametrize("resume", ["true", "elsewhere"])

@@ -68,6 +68,28 @@ def test_changed_settings_are_not_mixed_with_old_results(config, tmp_path):
     assert (settings["label_noise"], settings["train_fraction"]) == ("0.2", "0.5")
 
 
+def test_a_damaged_result_is_named_with_the_way_out(config, tmp_path, capsys):
+    path = config(seeds=[0])
+    assert compare.main([str(path)]) == 0
+    result = tmp_path / "out" / "t" / "b" / "seed-0" / "result.json"
+    for text in (result.read_text()[:40], "{}", "[]"):
+        result.write_text(text)
+        for options in ([], ["--report_only"]):
+            with pytest.raises(
+                SystemExit, match=r"b/seed-0/result.json is damaged \(.*\): remove it to run T, B, seed 0"
+            ):
+                compare.main([str(path), *options])
+    result.unlink()
+    assert compare.main([str(path)]) == 0
+
+
+def test_an_output_dir_that_is_a_file_is_refused(config, tmp_path):
+    (tmp_path / "file").touch()
+    for place in ("file", "file/below"):
+        with pytest.raises(SystemExit, match=rf"output_dir=.*{place} cannot be made \(.*\): name another folder"):
+            compare.main([str(config()), "--output_dir", str(tmp_path / place)])
+
+
 def test_a_run_that_fails_stops_no_other_and_is_missing_in_the_report(config, tmp_path, capsys):
     path = config(methods={"A": {"value": 1}, "bad": {"value": 13}, "B": {"value": 3}}, seeds=[0])
     assert compare.main([str(path)]) == 1
@@ -158,6 +180,22 @@ def test_a_half_made_run_is_gone_on_with_by_the_same_settings_only(config, tmp_p
         compare.main([str(path)])
         expected.append(f"{value} 0 {how}")
         assert calls(path) == expected
+
+
+def test_settings_are_chosen_by_the_direction_of_the_tuning_metric(config, tmp_path, capsys):
+    """A loss is better low, however much accuracy is better high."""
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(recipe.read_text().replace('"train_runtime":', '"eval_loss": value, "train_runtime":'))
+    task = {"metric": "predict_accuracy", "tuning_metric": "eval_loss"}
+    methods = {"A": {"value": 1}, "B": {"grid": {"value": [1, 2, 4]}}}
+    assert compare.main([str(config(methods=methods, tasks={"T": task}, tuning_seeds=[7], seeds=[0]))]) == 0
+    out = capsys.readouterr().out
+    assert "| B | value=1 | 3 |" in out and "Settings were chosen by eval\\_loss, lower is better, seeds 7." in out
+    rows = list(csv.DictReader((tmp_path / "out" / "runs.csv").open()))
+    assert {(row["stage"], row["baseline"], row["greater_is_better"]) for row in rows} == {
+        ("tuning", "A", "False"),
+        ("compared", "A", "True"),
+    }
 
 
 @pytest.mark.parametrize("greater_is_better", [True, False])

@@ -1,5 +1,6 @@
 """What a comparison takes for its settings, and what its report says."""
 
+import json
 import re
 from html.parser import HTMLParser
 
@@ -17,6 +18,7 @@ pytest_plugins = ["compare_fixtures"]
     [
         ({"method": {}}, "unknown names: method. There are recipe, "),
         ({"seeds": []}, "sets no seeds"),
+        ({"methods": None}, "sets no methods"),
         ({"seeds": ["x"]}, "seeds must be an integer of at least 0, but is 'x'"),
         ({"baseline": "C"}, "baseline=C is none of the methods: A, B"),
         ({"recipe": "run_nothing.py"}, "recipe=run_nothing.py is not the name of a script in"),
@@ -31,11 +33,61 @@ pytest_plugins = ["compare_fixtures"]
         ),
         ({"keep_models": "maybe"}, "keep_models must be true or false"),
         ({"processes": 0}, "processes must be an integer of at least 1"),
+        ({"methods": {"A": "rho=0.5"}}, "Method A must hold one `name: value` a line, but holds 'rho=0.5'"),
+        ({"tasks": {"T": "predict_f1"}}, "Task T must hold one `name: value` a line, but holds 'predict_f1'"),
+        ({"recipe": ["t"]}, r"recipe must be a single text, but is \['t'\]"),
+        ({"output_dir": ["t"]}, "output_dir must be a single text"),
+        ({"tasks": {"T": {"metric": ["x"]}}}, "The metric of T must be a single text"),
+        ({"tasks": {"T": {"metric": "x", "tuning_metric": ["y"]}}}, "The tuning_metric of T must be a single text"),
+        ({"seeds": {"a": 1}}, r"seeds must be an integer of at least 0, but is \{'a': '1'\}"),
+        ({"processes": [1]}, r"processes must be an integer of at least 1, but is \['1'\]"),
+        (
+            {"methods": {"A": {"grid": {"rho": [1, -1]}}}, "tuning_seeds": [1]},
+            r"grid of A holds \{'rho': '1'\} and \{'rho': '-1'\}, whose runs would share the folder rho-1",
+        ),
+        (
+            {
+                "methods": {"A": {"grid": {"rho": [1, 2]}}},
+                "tuning_seeds": [1],
+                "tasks": {"T": {"metric": "predict_mse", "greater_is_better": False, "tuning_metric": "eval_mae"}},
+            },
+            "greater_is_better=false for predict_mse, which leaves open whether more eval_mae is better",
+        ),
     ],
 )
 def test_what_cannot_be_compared_is_refused_by_name(config, changes, message):
     with pytest.raises(CompareError, match=message):
         read_comparison(config(**changes), {}, {})
+
+
+def test_a_method_without_settings_may_be_empty(config):
+    path = config(methods={"A": None, "B": {}, "C": "null"}, tasks={"T": {"metric": "m", "tuning_metric": None}})
+    assert [method.settings for method in read_comparison(path, {}, {}).methods] == [{}, {}, {}]
+
+
+def test_a_name_that_is_set_twice_is_refused(config):
+    path = config()
+    path.write_text(path.read_text().replace("  B:\n", "  A:\n"))
+    with pytest.raises(CompareError, match=r"compare.yaml cannot be read: line 10 sets A a second time\. Remove one"):
+        read_comparison(path, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("metric", "tuning_metric", "told", "directions"),
+    [
+        ("predict_accuracy", "eval_accuracy", None, (True, True)),
+        ("predict_accuracy", "eval_loss", None, (True, False)),
+        ("predict_loss", "eval_accuracy", False, (False, True)),
+        ("predict_error", "eval_error", False, (False, False)),
+        ("predict_error", "eval_loss", False, (False, False)),
+        ("accuracy", "loss", True, (True, False)),
+    ],
+)
+def test_the_tuning_metric_has_a_direction_of_its_own(config, metric, tuning_metric, told, directions):
+    task = {"metric": metric, "tuning_metric": tuning_metric}
+    path = config(tasks={"T": task if told is None else task | {"greater_is_better": told}})
+    [task] = read_comparison(path, {}, {}).tasks
+    assert (task.greater_is_better, task.tuning_greater_is_better) == directions
 
 
 def test_settings_of_the_command_line_are_for_all_runs(config):
@@ -55,6 +107,23 @@ def test_interval_of_a_mean_by_hand():
     low, high = interval.ends
     assert abs(low - (3 - half)) < 1e-12 and abs(high - (3 + half)) < 1e-12
     assert mean_interval([0.5]) == Interval(0.5, None)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_figure_that_is_no_number_loses_nothing_of_the_report(config, tmp_path, capsys, value):
+    """Constant predictions have no correlation, and a perplexity may overflow."""
+    assert compare.main([str(config())]) == 0
+    path = tmp_path / "out" / "t" / "b" / "seed-1" / "result.json"
+    result = json.loads(path.read_text())
+    result["metrics"]["predict_accuracy"] = float(value)
+    path.write_text(json.dumps(result))
+    capsys.readouterr()
+    assert compare.main([str(config()), "--report_only"]) == 0
+    out = capsys.readouterr().out
+    note = f"no finite numbers, and leave no interval: predict\\_accuracy of T, B, seed 1 is {value}."
+    assert note in out and f"| B |  | 1 | {value} | {float(value):+.4f} |" in out
+    assert {"report.md", "report.html", "runs.csv", "results.json"} <= {p.name for p in (tmp_path / "out").iterdir()}
+    assert mean_interval([float("inf"), float("-inf")]).ends is None
 
 
 class Page(HTMLParser):

@@ -198,6 +198,14 @@ def test_bad_rows(tmp_path, rows, settings, message):
         load_rows(tmp_path, rows, **settings)
 
 
+@pytest.mark.parametrize("suffix", [".tsv", ".csv", ".jsonl"])
+@pytest.mark.parametrize("missing", ["", " "])
+def test_an_empty_label_is_no_class(tmp_path, suffix, missing):
+    rows = [{"text": "a", "label": label} for label in ("x", "y", missing)]
+    with pytest.raises(ValueError, match=rf"train{suffix}, row 3: label '{missing}' is not one of x, y"):
+        load_rows(tmp_path, rows, suffix)
+
+
 @pytest.mark.parametrize("label, task", [("2", "rte"), ("-1", "rte"), ("Entailment", "rte"), ("1.0", "cola")])
 def test_label_outside_the_task(tmp_path, label, task):
     rows = make_rows(task, 4)

@@ -43,6 +43,13 @@ def test_exactly_the_asked_share_of_the_training_labels_is_wrong(mnli):
     assert wrong[0.1].items() < wrong[0.29].items() < wrong[0.5].items()
 
 
+def test_noise_in_a_single_class_is_refused_as_that_class_is(tmp_path):
+    path = write_rows(tmp_path / "train.csv", [{"text": "a", "label": "x"}] * 4)
+    args = DataArguments(train_file=str(path), label_noise=0.5)
+    with pytest.raises(ValueError, match=r"train.csv: all labels are the same \(0\), which leaves nothing to learn"):
+        load_text_data(args, ["train"], {})
+
+
 def test_noise_is_drawn_by_its_own_seed(mnli):
     first, again, other = (load(mnli, label_noise=0.3, split_seed=seed)["train"]["label"][:] for seed in (0, 0, 1))
     assert first == again != other

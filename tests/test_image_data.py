@@ -179,6 +179,16 @@ def test_places_and_splits_that_are_not_there(tmp_path):
     folder = write_folder(tmp_path / "train", count=1)
     with pytest.raises(ValueError, match="nowhere is neither a folder nor a file"):
         load(train_images="nowhere")
+    for number, packed in enumerate((zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)):
+        path = tmp_path / f"damaged-{number}.zip"
+        with zipfile.ZipFile(path, "w", packed) as archive:
+            for name in ("cat/1.png", "dog/1.png"):
+                archive.writestr(name, bytes(range(256)) * 40)
+        content = bytearray(path.read_bytes())
+        content[40:120] = b"\xff" * 80
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"damaged-{number}.zip cannot be read as a zip"):
+            load(train_images=str(path))
     (tmp_path / "broken.zip").write_text("no zip")
     with pytest.raises(ValueError, match="broken.zip cannot be read as a zip"):
         load(train_images=str(tmp_path / "broken.zip"))

@@ -178,6 +178,31 @@ def test_times_of_a_resumed_run_are_left_out_and_another_cost_can_be_taken(chang
     assert [x for x, _, _ in points_of(axes).values()] == [[1.0], [2.0], [3.0]]
 
 
+@pytest.mark.parametrize("told", [True, False, None])
+def test_the_direction_of_the_metric_is_the_one_of_the_comparison(changed, told):
+    folder = changed(lambda run: None)
+    content = json.loads((folder / "results.json").read_text())
+    assert content["greater_is_better"] == {"T 1": True}
+    # Reports of old do not say it.
+    content |= {"greater_is_better": {"T 1": told}} if told is not None else {}
+    (folder / "results.json").write_text(
+        json.dumps({k: v for k, v in content.items() if told is not None or k[0] != "g"})
+    )
+    axes = plot_figures.accuracy_over_cost(read_results(folder)[0]).axes[0]
+    assert axes.get_ylabel() == "predict_accuracy" + " (lower is better)" * (told is False)
+
+
+def test_a_metric_that_is_no_number_is_left_out_and_that_is_said(changed, capsys):
+    def change(run):
+        if (run["method"], run["seed"]) == ("SAM", 0):
+            run["metrics"]["predict_accuracy"] = float("nan")
+
+    axes = plot.draw(read_results(changed(change))[0], "flops")["accuracy_over_cost"].axes[0]
+    assert list(points_of(axes)) == ["plain", "_top $k^"]
+    said = "T 1: predict_accuracy of SAM is no finite number, and is not drawn over cost.\n"
+    assert capsys.readouterr().err == said
+
+
 def test_a_method_without_a_run_keeps_the_styles_of_the_others(changed):
     results = read_results(changed(lambda run: run["method"] != "SAM"))[0]
     complete = plot_figures.gradient_norm(read_results(changed(lambda run: None))[0])
@@ -214,4 +239,4 @@ def test_a_run_that_logged_nothing_has_no_norms():
 def test_styles_differ_past_the_last_colour():
     styles = [tuple(style(index).items()) for index in range(3 * len(COLOURS))]
     assert len(set(styles)) == len(styles)
-    assert len({dict(one)["color"] for one in styles[:8]}) == 8
+    assert len({dict(one)["color"] for one in styles[:16]}) == 16

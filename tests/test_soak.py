@@ -58,3 +58,16 @@ def test_a_run_that_logs_nothing_does_not_keep_every_step():
         assert len(log.pending) <= 256
     row = log.row(1000, 1.0)
     assert (row["perturbed"], row["skipped"], row["counts"]) == (900, 100, {"a": 400, "b": 500})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "0"], "soak.py: error: steps must be at least 1, but is 0"),
+        (["--longest", "3"], "soak.py: error: longest must be at least 12, but is 3"),
+        (["--output_file", "none/soak.json"], "soak.py: error: output_file=none/soak.json: none is no folder"),
+    ],
+)
+def test_a_soak_of_nothing_is_refused(options, message):
+    with pytest.raises(SystemExit, match=message):
+        soak.main(options)

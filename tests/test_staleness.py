@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import rounding
 import run_glue
 import staleness
 from safetensors.torch import load_file
@@ -52,3 +53,31 @@ def test_settings_that_it_cannot_measure_are_refused(bert, glue, tmp_path, capsy
     with pytest.raises(SystemExit):
         staleness.main(["--output_file"])
     assert "--output_file: expected one argument" in capsys.readouterr().err
+
+
+def test_a_single_step_has_none_before_it(bert, glue, tmp_path):
+    with pytest.raises(ValueError, match="Nothing was measured, .*: train for 2 steps or more"):
+        staleness.main([*rte(bert, glue, tmp_path), "--do_train", "--max_steps", "1"])
+    with pytest.raises(ValueError, match="output_file=.* is no folder that can be written to"):
+        staleness.main([*rte(bert, glue, tmp_path), "--do_train", "--output_file", str(tmp_path / "none" / "a.json")])
+
+
+def test_rounding_names_a_model_or_a_text_that_is_not_there(bert, tmp_path):
+    """Before it measures on those that are."""
+    text = tmp_path / "dev.tsv"
+    options = ["--text_file", str(text)]
+    with pytest.raises(ValueError, match=r"text_file=.*dev.tsv cannot be read: "):
+        rounding.main([*options, "--models", bert])
+    for content in ("a\tb\n1\t2\n", "sentence\tlabel\n", "sentence\tlabel\ngood\tyes\n"):
+        text.write_text(content)
+        with pytest.raises(ValueError, match="must be a TSV with the columns sentence and label"):
+            rounding.main([*options, "--models", bert])
+    text.write_text("sentence\tlabel\ngood\t1\n")
+    with pytest.raises(ValueError, match=r"models: .*none cannot be loaded \("):
+        rounding.main([*options, "--models", f"{bert},{tmp_path / 'none'}"])
+    for more in (["--rows", "0"], ["--output_file", str(tmp_path / "none" / "a.json")]):
+        with pytest.raises(ValueError, match="rows must be at least 1|is no folder that can be written to"):
+            rounding.main([*options, "--models", bert, *more])
+    output = tmp_path / "rounding.json"
+    rounding.main([*options, "--models", bert, "--output_file", str(output)])
+    assert json.loads(output.read_text())["figures"]

@@ -1,0 +1,29 @@
+"""Files of results: written whole or not at all, in a folder that is known to be there."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def check_output_file(setting: str, path: str | Path | None) -> None:
+    """Raise `ValueError` if `path` is set and no file can be written there: to be known before hours of work."""
+    if path is None:
+        return
+    folder = Path(path).parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"{setting}={path}: {folder} is no folder that can be written to. Make it, or name another.")
+    if Path(path).is_dir():
+        raise ValueError(f"{setting}={path} is a folder: name a file in it.")
+
+
+def read_json(path: Path) -> Any:
+    """What `path` holds, or `None` where it does not exist."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write all of it or nothing."""
+    draft = path.with_name(f"{path.name}.draft")
+    draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    draft.replace(path)
