@@ -155,12 +155,7 @@ class SecondPass:
             elif isinstance(replayed, Tensor) and torch.equal(replayed, full):
                 return None
             elif not torch.allclose(full, micro_batch.loss, rtol=0.01):
-                return (
-                    "it does not repeat pass 1: the same batch, weights and random state had a loss of "
-                    f"{micro_batch.loss.item()}, then of {full.item()}. Where it draws from a generator of its own, "
-                    "or goes on from a state that a pass changes, the weights climb one loss and descend another: "
-                    "let it draw from the global generators, and keep its state in buffers or on the trainer"
-                )
+                self._tell_apart(micro_batch.loss, full)
         elif strange:
             self.narrow = False
         if isinstance(replayed, Exception):
@@ -225,9 +220,20 @@ class SecondPass:
             yield
 
     def _give_up_replay(self, reason: str) -> None:
+        if not self.replays:
+            return
         self.replays = False
         logger.warning(
             f"Pass 2 cannot replay the blocks of {type(self.model).__name__} ({reason}), so it runs all of them from "
             "now on: right, but slower than lsam/overhead predicts. Models whose loss reads what blocks leave behind, "
             "such as the auxiliary loss of mixtures of experts, are among these."
+        )
+
+    def _tell_apart(self, loss: Tensor, other: Tensor) -> None:
+        self.replays = False
+        logger.warning(
+            f"Pass 2 does not repeat pass 1 of {type(self.model).__name__}: the same batch, weights and random state "
+            f"had a loss of {loss.item()}, then of {other.item()}. Where it draws from a generator of its own, or "
+            "goes on from a state that a pass changes, the weights climb one loss and descend another: let it draw "
+            "from the global generators, and keep its state in buffers or on the trainer."
         )

@@ -60,7 +60,7 @@ class LSAMMixin(_AnyTrainer):
             The settings; the defaults of [`LSAMConfig`] where not given. Every other argument is the Trainer's.
 
     Raises:
-        TypeError: if `lsam_config` is none.
+        TypeError: if `lsam_config` is not a [`LSAMConfig`].
         ValueError: before training, if the settings do not fit the model.
         NotImplementedError: before training, for what is not supported; the message names the way out.
     """

@@ -249,7 +249,8 @@ def test_a_loss_that_pass_2_cannot_repeat_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_lsam.second_pass.logger.warning", messages.append)
     trainer = run(type("Drawing", (Mixup, LSAMTrainer), {}), tmp_path)
     assert not trainer._lsam.second_pass.replays
-    assert len(messages) == 1 and "does not repeat pass 1" in messages[0] and "generator of its own" in messages[0]
+    (message,) = messages
+    assert message.startswith("Pass 2 does not repeat pass 1 of Bert") and "generator of its own" in message
 
 
 class AttacksEmbeddings(Trainer):
