@@ -1,4 +1,4 @@
-"""The direction to climb: which candidates, and along what."""
+"""The direction to climb: which candidates, and along what; and what a step keeps of it for the next."""
 
 import math
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from .config import LSAMConfig
 from .distributed import average_over_ranks, is_distributed
 from .perturbation import adaptive_scores, norms
 from .selection import CostModel, select
+from .step_log import StepLog
 
 
 @dataclass
@@ -41,6 +42,22 @@ class Ascent:
         self.gradients, self.direction = [], []
         for weight in self.weights:
             weight.grad = None
+
+
+@dataclass
+class Kept:
+    """
+    What an optimizer step begins with.
+
+    Attributes:
+        previous: What it climbs, found in the step before (one pass).
+        correction: Weights, and for each the orthogonal part of the last perturbed gradient, to reuse (LookSAM).
+        log: Sums since the last log line.
+    """
+
+    previous: Ascent | None
+    correction: tuple[list[Tensor], list[Tensor]] | None
+    log: StepLog
 
 
 @torch.no_grad()

@@ -1,8 +1,7 @@
 """What surrounds a second pass: only some weights take a gradient, and nothing is counted twice."""
 
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from copy import copy
 from typing import Any
 
 import torch
@@ -61,10 +60,15 @@ class Buffers:
 
     Those that passes are seen to change, by their version counters; at first all of them count as such. What a pass
     changes behind these, through `.data`, is not seen.
+
+    Args:
+        model: The model.
+        paused: Its layers whose own buffers pass 2 does not change (`running_statistics_paused`).
     """
 
-    def __init__(self, model: nn.Module):
-        self.all = [buffer for buffer in model.buffers() if not buffer.is_inference()]
+    def __init__(self, model: nn.Module, paused: Iterable[nn.Module]):
+        others = {buffer for layer in paused for buffer in layer.buffers(recurse=False)}
+        self.all = [buffer for buffer in model.buffers() if buffer not in others and not buffer.is_inference()]
         self.changed: set[Tensor] | None = None
 
     @contextmanager
@@ -94,8 +98,8 @@ class Buffers:
     @torch.no_grad()
     def put(self, copies: dict[Tensor, Tensor]) -> None:
         """Write `copies` to their buffers."""
-        for buffer, values in copies.items():
-            buffer.copy_(values)
+        if copies:
+            torch._foreach_copy_(list(copies), list(copies.values()))
 
 
 @contextmanager
@@ -120,17 +124,3 @@ def backward_if_any(accelerator: Accelerator) -> Iterator[None]:
             del accelerator.backward
         else:
             accelerator.backward = own
-
-
-def copy_of(batch: Any) -> Any:
-    """A batch of its own for a pass, since a `compute_loss` may pop labels from it, or mask tokens in place."""
-    if isinstance(batch, Tensor):
-        return batch.clone()
-    if isinstance(batch, MutableMapping):
-        own = copy(batch)
-        for key, entry in batch.items():
-            own[key] = copy_of(entry)
-        return own
-    if type(batch) in (list, tuple):
-        return type(batch)(map(copy_of, batch))
-    return copy(batch)

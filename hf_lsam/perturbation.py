@@ -136,6 +136,19 @@ class Perturbation:
         ]
 
 
+@contextmanager
+def unchanged(weights: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, nothing may change the moved `weights` in place, which would be lost; raises `RuntimeError` after it."""
+    versions = [weight._version for weight in weights]
+    yield
+    if versions != [weight._version for weight in weights]:
+        raise RuntimeError(
+            "A pass changed perturbed weights in place, as nn.Embedding does with max_norm, which ends with the "
+            "perturbation. Use ascent_gradient='current', whose first pass keeps such changes, or perturb other "
+            "weights (block_selection, block_pattern)."
+        )
+
+
 @torch.no_grad()
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
     torch._foreach_copy_(targets, sources)

@@ -1,6 +1,6 @@
 """Suffix replay: pass 2 returns what blocks returned in pass 1, up to the first perturbed one."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,8 +35,8 @@ class Dropped(Tensor):
 
 
 _READ_NO_VALUES = {
-    *("__get__", "dim", "size", "numel", "stride", "is_floating_point", "is_complex", "is_contiguous", "is_inference"),
-    *("detach", "to", "get_device", "untyped_storage"),
+    *("__get__", "dim", "size", "numel", "stride", "get_device"),
+    *("is_floating_point", "is_complex", "is_contiguous", "detach", "to"),
 }
 
 
@@ -111,7 +111,7 @@ class Replay:
                 output = forward(*args, **kwargs)
                 kept = block not in dropped
                 detached = recursively_apply(torch.Tensor.detach if kept else _placeholder, output)
-                recording.calls.append(Call(block, detached, kept, versions(detached), capture(self.device)))
+                recording.calls.append(Call(block, detached, kept, _versions(detached), capture(self.device)))
                 return output
 
             return run
@@ -156,7 +156,7 @@ class Replay:
                 call = recording.calls[position - 1]
                 if call.block != block:
                     raise ReplayError(f"block {block} was called where block {call.block} was called in pass 1")
-                if call.versions != versions(call.output):
+                if call.versions != _versions(call.output):
                     raise ReplayError(f"the output of block {block} was changed in place after the block returned it")
                 call.random_state.restore()
                 return call.output
@@ -209,10 +209,13 @@ def _placeholder(tensor: Tensor) -> Tensor:
     return nan.expand(tensor.shape).as_subclass(Dropped)
 
 
-def versions(output: Any) -> list[int]:
+def _versions(output: Any) -> list[int]:
     """The version counters of all tensors in `output`, which in-place operations count up."""
-    if isinstance(output, Tensor):
-        return [] if output.is_inference() else [output._version]
-    if isinstance(output, Mapping):
-        output = list(output.values())
-    return [version for entry in output for version in versions(entry)] if isinstance(output, (list, tuple)) else []
+    versions: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        versions.append(tensor._version)
+        return tensor
+
+    recursively_apply(note, output)
+    return versions

@@ -19,6 +19,9 @@ logger = logging.get_logger(__name__)
 
 Pass = Callable[[], Tensor]
 
+# What other kernels make of a loss, in 16 bits, is less than this share of it.
+_OTHER_KERNELS = 0.01
+
 
 @dataclass
 class MicroBatch:
@@ -70,7 +73,7 @@ class SecondPass:
         self.parameters = list(dict.fromkeys([*model.parameters(), *beside]))
         self.known = set(self.parameters)
         self.norms = norm_layers(model)
-        self.buffers = Buffers(model)
+        self.buffers = Buffers(model, self.norms)
         hidden = regions.hide(blocks)
         self.blocks = [] if hidden else [regions.caller(block) for block in blocks]
         self.device = compute_device(next(model.parameters()))
@@ -133,12 +136,14 @@ class SecondPass:
             for entry in window:
                 entry.recording.replayable = False
         elif failed:
-            self._give_up_replay(problem or "another process found that it cannot")
+            self._give_up_replay(problem or self._no_replay("another process found that it cannot"))
         elif looked:
             self.checked = dropped
 
     def _problem(self, micro_batch: MicroBatch) -> str | None:
-        """What is wrong with replaying all it can, if anything; may find that other weights need their gradients."""
+        """
+        What to tell of a replay of all it can, if it is not right; may find that other weights need their gradients.
+        """
         for block in (call.block for call in reversed(micro_batch.recording.calls)):
             weights = [p for p in self.blocks[block].parameters() if p.requires_grad and p.grad is not None]
             if weights:
@@ -154,13 +159,13 @@ class SecondPass:
                 self.narrow = False
             elif isinstance(replayed, Tensor) and torch.equal(replayed, full):
                 return None
-            elif not torch.allclose(full, micro_batch.loss, rtol=0.01):
-                self._tell_apart(micro_batch.loss, full)
+            elif not torch.allclose(full, micro_batch.loss, rtol=_OTHER_KERNELS):
+                return self._no_repeat(micro_batch.loss, full)
         elif strange:
             self.narrow = False
         if isinstance(replayed, Exception):
-            return f"{type(replayed).__name__}: {replayed}"
-        return f"the loss was {replayed.item()} instead of {micro_batch.loss.item()}"
+            return self._no_replay(f"{type(replayed).__name__}: {replayed}")
+        return self._no_replay(f"the loss was {replayed.item()} instead of {micro_batch.loss.item()}")
 
     def _attempt(
         self, micro_batch: MicroBatch, weights: Sequence[Tensor], perturbed: set[int] | None
@@ -195,7 +200,7 @@ class SecondPass:
                 if isinstance(error, DroppedError):
                     self.drops = False
                 else:
-                    self._give_up_replay(str(error))
+                    self._give_up_replay(self._no_replay(str(error)))
                 for weight in weights:
                     weight.grad = None
                 self._rerun(window, None)
@@ -219,19 +224,19 @@ class SecondPass:
         with only_gradients_of(self.parameters, taken), running_statistics_paused(self.norms), self.buffers.kept():
             yield
 
-    def _give_up_replay(self, reason: str) -> None:
-        if not self.replays:
-            return
+    def _give_up_replay(self, warning: str) -> None:
         self.replays = False
-        logger.warning(
+        logger.warning(warning)
+
+    def _no_replay(self, reason: str) -> str:
+        return (
             f"Pass 2 cannot replay the blocks of {type(self.model).__name__} ({reason}), so it runs all of them from "
             "now on: right, but slower than lsam/overhead predicts. Models whose loss reads what blocks leave behind, "
             "such as the auxiliary loss of mixtures of experts, are among these."
         )
 
-    def _tell_apart(self, loss: Tensor, other: Tensor) -> None:
-        self.replays = False
-        logger.warning(
+    def _no_repeat(self, loss: Tensor, other: Tensor) -> str:
+        return (
             f"Pass 2 does not repeat pass 1 of {type(self.model).__name__}: the same batch, weights and random state "
             f"had a loss of {loss.item()}, then of {other.item()}. Where it draws from a generator of its own, or "
             "goes on from a state that a pass changes, the weights climb one loss and descend another: let it draw "

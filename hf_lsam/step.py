@@ -15,41 +15,35 @@ return the loss.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from transformers.utils import logging
 
-from .ascent import Ascent, find_ascent
+from .ascent import Ascent, Kept, find_ascent
 from .blocks import everything, find_blocks, find_candidates
 from .compiled import CompiledRegions
 from .config import LSAMConfig
 from .distributed import average_gradients, average_over_ranks
-from .perturbation import Perturbation, add_along, check_rounding, mix, norms, orthogonal_part, where, zero_unless
+from .perturbation import (
+    Perturbation,
+    add_along,
+    check_rounding,
+    mix,
+    norms,
+    orthogonal_part,
+    unchanged,
+    where,
+    zero_unless,
+)
 from .second_pass import MicroBatch, Pass, SecondPass
 from .selection import CostModel, check_selection, earliest_block
 from .shards import reshard, sharded_modules
 from .step_log import Perturbed, StepLog
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass
-class Kept:
-    """
-    What an optimizer step begins with.
-
-    Attributes:
-        previous: What it climbs, found in the step before (one pass).
-        correction: Weights, and for each the orthogonal part of the last perturbed gradient, to reuse (LookSAM).
-        log: Sums since the last log line.
-    """
-
-    previous: Ascent | None
-    correction: tuple[list[Tensor], list[Tensor]] | None
-    log: StepLog
 
 
 class LSAMStep:
@@ -279,16 +273,8 @@ class LSAMStep:
         if ascent is None:
             loss = pass_1()
         else:
-            with self._moved(ascent):
-                versions = [weight._version for weight in ascent.weights]
+            with self._moved(ascent), unchanged(ascent.weights):
                 loss = pass_1()
-                changed = versions != [weight._version for weight in ascent.weights]
-            if changed:
-                raise RuntimeError(
-                    "A pass changed perturbed weights in place, as nn.Embedding does with max_norm, which ends with "
-                    "the perturbation. Use ascent_gradient='current', whose first pass keeps such changes, or perturb "
-                    "other weights (block_selection, block_pattern)."
-                )
         if is_last:
             if ascent is not None:
                 self._count(ascent, 0.0, torch.tensor(True))

@@ -1,10 +1,11 @@
 """`LSAMTrainer`: the Trainer whose training step perturbs a few blocks."""
 
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, recursively_apply
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
@@ -16,7 +17,7 @@ from .config import LSAMConfig
 from .counters import Counters
 from .deepspeed import update_held_back
 from .distributed import check_supported
-from .passes import backward_if_any, copy_of
+from .passes import backward_if_any
 from .state import load_state, save_state
 from .step import LSAMStep
 from .step_log import StuckWatch, append_row, drop_rows_after
@@ -148,11 +149,15 @@ class LSAMMixin(_AnyTrainer):
             return training_step(model, inputs, num_items_in_batch)
         step = self._lsam_of_run(model)
 
+        # A batch of its own for each pass: a `compute_loss` may pop labels from it, or mask its tokens in place.
+        def batch() -> Any:
+            return recursively_apply(Tensor.clone, copy(inputs))
+
         def pass_1() -> Tensor:
             # Micro-batches that are perturbed by their own gradients are averaged over processes by the step.
             own = self.lsam_config.sharpness_scope == "micro_batch" and step.perturbs(self.state.global_step)
             with self.accelerator.no_sync(model) if own else nullcontext():
-                return training_step(model, copy_of(inputs), num_items_in_batch)
+                return training_step(model, batch(), num_items_in_batch)
 
         def pass_2() -> Tensor:
             self._lsam_flops += float(self.floating_point_ops(inputs))
@@ -165,7 +170,7 @@ class LSAMMixin(_AnyTrainer):
                 # FSDP2 reduces gradients as it shards them; without it there would be none at all.
                 sync = nullcontext() if self.accelerator.is_fsdp2 else self.accelerator.no_sync(model)
                 with sync, backward_if_any(self.accelerator):
-                    return training_step(inner, copy_of(inputs), num_items_in_batch)
+                    return training_step(inner, batch(), num_items_in_batch)
             finally:
                 for counter in counters:
                     counter.restore()

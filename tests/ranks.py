@@ -23,13 +23,21 @@ class RowsTrainer(LSAMTrainer):
     """
     Notes the rows of each micro-batch; takes `micro_batches`, one list of rows each, where they are given.
 
-    Its loss is gathered over the processes where it `communicates`, as trl's trainers do for their metrics.
+    Its loss is gathered over the processes where it `communicates`, as trl's trainers do for their metrics, and fails
+    where it `asks_for_all` gradients and some weight has none.
     """
 
-    def __init__(self, micro_batches: list[list[int]] | None, communicates: bool = False, **options):
+    def __init__(
+        self,
+        micro_batches: list[list[int]] | None,
+        communicates: bool = False,
+        asks_for_all: bool = False,
+        **options,
+    ):
         super().__init__(**options)
         self.micro_batches = micro_batches
         self.communicates = communicates
+        self.asks_for_all = asks_for_all
         self.rows: list[list[int]] = []
 
     def get_train_dataloader(self):
@@ -38,6 +46,8 @@ class RowsTrainer(LSAMTrainer):
         return DataLoader(self.train_dataset, batch_sampler=self.micro_batches)
 
     def compute_loss(self, *args, **kwargs):
+        if self.asks_for_all and not all(p.requires_grad for p in self.model.parameters()):
+            raise ValueError("a test's own: some weight has no gradient")
         loss = super().compute_loss(*args, **kwargs)
         if self.communicates:
             self.accelerator.gather(loss.detach())
@@ -75,6 +85,7 @@ def train(case: dict, folder: Path, rank: int = 0) -> dict:
     trainer = RowsTrainer(
         case.get("micro_batches"),
         case.get("communicates", False),
+        case.get("asks_for_all", False),
         model=model,
         args=arguments(folder, max_steps=4, optim="sgd", learning_rate=0.05, **case["arguments"]),
         train_dataset=Ragged(count, language_model=True) if case["model"] == "llama" else Examples(count),

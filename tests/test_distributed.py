@@ -84,6 +84,7 @@ def cases() -> dict[str, dict]:
             made[f"{model}-{name}"] = dict(model=model, config=config, rows=48, arguments=two, single=one)
     base = dict(model="bert", config=METHODS["top-2"], rows=16)
     made["no-accumulation"] = base | dict(arguments=TWO, single=ONE, profiled=True)
+    made["asks-for-all-gradients"] = base | dict(arguments=TWO, single=ONE, asks_for_all=True)
     made["plain"] = made["no-accumulation"] | dict(config=dict(block_selection="none"))
     each = dict(gradient_accumulation_steps=3, accelerator_config={"gradient_accumulation_kwargs": SYNC_EACH})
     made["synced-at-each-batch"] = base | dict(rows=48, arguments=TWO | each, single=ONE | each)

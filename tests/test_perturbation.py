@@ -21,6 +21,7 @@ class Stop(Exception):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_move_and_restore_are_exact(dtype):
+    torch.manual_seed(0)
     weights_, directions = [], []
     for shape in ((7,), (3, 5), ()):
         weights_.append(torch.randn(shape).to(dtype))

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from tiny import (
     VOCABULARY,
     Examples,
@@ -17,6 +18,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, Wav2Vec2Config, Wav2Vec2ForSequenceClassification
 
 from hf_lsam import LSAMConfig, LSAMMixin, LSAMTrainer
+from hf_lsam.passes import backward_if_any
 
 LAST = dict(block_selection="last", num_perturbed_blocks=1)
 
@@ -96,6 +98,21 @@ def test_a_micro_batch_that_leaves_out_all_selected_blocks(tmp_path):
     trainer = run(LSAMTrainer, tmp_path, model, data=Sounds(), max_steps=8, gradient_accumulation_steps=2)
     assert trainer.state.global_step == 8
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_backward_that_someone_else_has_put_in_place_is_there_again():
+    accelerator = Accelerator(cpu=True)
+    own = accelerator.backward
+    with backward_if_any(accelerator):
+        assert accelerator.backward(torch.tensor(1.0)) is None
+    assert accelerator.backward == own and "backward" not in vars(accelerator)
+    losses = []
+    accelerator.backward = losses.append
+    with backward_if_any(accelerator):
+        accelerator.backward(torch.tensor(1.0))
+        accelerator.backward(torch.tensor(2.0, requires_grad=True))
+    accelerator.backward("after")
+    assert losses == [2.0, "after"]
 
 
 class Logs:
