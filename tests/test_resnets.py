@@ -12,7 +12,7 @@ from transformers import AutoModelForImageClassification, set_seed
 
 from hf_lsam import LSAMConfig, LSAMTrainer, reference
 from hf_lsam.blocks import find_blocks, find_candidates
-from hf_lsam.passes import norm_layers, only_gradients_of, running_statistics_paused
+from hf_lsam.passes import Buffers, norm_layers, only_gradients_of, running_statistics_paused
 from hf_lsam.replay import Replay
 
 CONVOLUTIONS = r"stem|blocks\.\d+\.(conv\d|shortcut)"
@@ -204,3 +204,10 @@ def test_the_second_pass_begins_at_the_first_perturbed_block(tmp_path):
     train(model, dict(rho=0.1, block_selection="last", num_perturbed_blocks=1), tmp_path)
     assert (calls.count(0), calls.count(1)) == (STEPS, STEPS)
     assert calls.count(2) >= 2 * STEPS
+
+
+def test_batch_norms_are_paused_and_not_copied():
+    """A ResNet has many of them, and no other buffers: pass 2 has nothing to put back."""
+    model = SMALL["resnet"]()
+    assert sum(1 for _ in model.buffers()) > 10
+    assert Buffers(model, norm_layers(model)).all == []

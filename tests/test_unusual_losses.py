@@ -33,11 +33,11 @@ def run(kind, folder, model=None, config=None, data=None, **options):
     return trainer
 
 
-def distance_to_plain(loss, folder, model=lambda: bert(blocks=6).double(), **options):
+def distance_to_plain(loss, folder, model=lambda: bert(blocks=6).double(), config=LAST, **options):
     """How far the weights and buffers of a run with a rho of next to nothing end from those of the plain Trainer."""
     plain = run(type("Plain", (loss, Trainer), {}), folder, model(), **options)
-    config = {**LAST, "rho": 1e-9}
-    perturbed = run(type("Perturbed", (loss, LSAMTrainer), {}), folder, model(), config, **options)
+    kind = type("Perturbed", (loss, LSAMTrainer), {})
+    perturbed = run(kind, folder, model(), {**config, "rho": 1e-9}, **options)
     return largest_difference(weights(plain.model), weights(perturbed.model)), perturbed
 
 
@@ -161,9 +161,50 @@ class ChangesItsInput:
 
 
 def test_a_batch_that_a_pass_changes_in_place(tmp_path):
-    distance, perturbed = distance_to_plain(ChangesItsInput, tmp_path)
-    assert distance < 1e-6
+    """All blocks are perturbed, so that pass 2 begins at the tokens."""
+    config = dict(block_selection="last", num_perturbed_blocks=None)
+    distance, perturbed = distance_to_plain(ChangesItsInput, tmp_path, config=config, optim="sgd")
+    assert distance < 1e-9
     assert perturbed._lsam.second_pass.replays
+
+
+class Rows:
+    """A batch of a collator's own kind, from which a loss takes the labels out."""
+
+    def __init__(self, examples):
+        self.tokens = torch.stack([example["input_ids"] for example in examples])
+        self.labels = torch.stack([example["labels"] for example in examples])
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def __contains__(self, name):
+        return hasattr(self, name)
+
+
+class TakesLabelsOut:
+    def floating_point_ops(self, inputs):
+        return 0
+
+    def _track_num_input_tokens(self, inputs):
+        pass
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels, inputs.labels = inputs.labels, None
+        return model(input_ids=inputs.tokens, labels=labels).loss
+
+
+def test_a_batch_that_is_no_dictionary(tmp_path):
+    kind = type("Taking", (TakesLabelsOut, LSAMTrainer), {})
+    trainer = kind(
+        bert(),
+        arguments(tmp_path, logging_steps=1, remove_unused_columns=False),
+        train_dataset=Examples(16),
+        data_collator=Rows,
+        lsam_config=LSAMConfig(rho=0.1),
+    )
+    trainer.train()
+    assert training_lines(trainer)[0]["lsam/active"] == 1
 
 
 def spectral():
