@@ -12,7 +12,9 @@ from .blocks import Candidate
 from .config import LSAMConfig
 from .distributed import average_over_ranks, is_distributed
 from .perturbation import adaptive_scores, norms
+from .rounding import add_into, is_coarse
 from .selection import CostModel, select
+from .shards import is_sharded
 from .step_log import StepLog
 
 
@@ -28,6 +30,7 @@ class Ascent:
         weights: Parameters of the selected candidates that have a gradient.
         gradients: Their gradients.
         direction: What is added to the weights, times `rho / norm`: the gradients, or `w^2 g` if adaptive.
+        spent: Whether `direction` holds the moved weights by now (`spend`).
     """
 
     chosen: list[int]
@@ -36,12 +39,30 @@ class Ascent:
     weights: list[Tensor]
     gradients: list[Tensor]
     direction: list[Tensor]
+    spent: bool = False
 
     def release(self) -> None:
         """Let go of the gradients: those of a second pass are about to take as much memory."""
         self.gradients, self.direction = [], []
         for weight in self.weights:
             weight.grad = None
+
+    @torch.no_grad()
+    def spend(self, rho: float) -> None:
+        """
+        Write the moved weights, `w + rho / norm * direction`, over the direction, if that can be done.
+
+        It takes half the time of writing them elsewhere. FSDP2 wants sharded weights where they lie, and the move of
+        16-bit weights is compared with its direction. If this is interrupted, nothing is left to climb.
+        """
+        weights, direction = self.weights, self.direction
+        kinds = {tensor.dtype for tensor in (*weights, *direction)}
+        if self.spent or is_sharded(weights) or len(kinds) != 1 or any(map(is_coarse, weights)):
+            return
+        self.weights, self.direction = [], []
+        add_into(direction, weights, direction, rho / self.norm, seed=0)
+        self.spent = True
+        self.weights, self.direction = weights, direction
 
 
 @dataclass

@@ -52,6 +52,7 @@ class Perturbation:
         if self._undo is not None:
             self._undo()
             self._undo = None
+            torch.clear_autocast_cache()
 
     @contextmanager
     def moved(self, weights: Sequence[Tensor], direction: Sequence[Tensor], scale: float) -> Iterator[list[Tensor]]:
@@ -74,24 +75,21 @@ class Perturbation:
         if is_sharded(weights):
             move = self._in_place(parts, buffers, local_parts(direction), scale)
         else:
-            move = self._exchanged(weights, buffers, direction, scale)
+            add_into(buffers, parts, direction, scale, self.seed)
+            move = self.at(weights, buffers)
         del direction
-        try:
-            with move as before:
-                # Under autocast, casts of the weights may be cached from before.
-                torch.clear_autocast_cache()
-                yield before
-        finally:
-            torch.clear_autocast_cache()
+        with move as before:
+            yield before
 
     @contextmanager
-    def _exchanged(self, weights, buffers, direction, scale) -> Iterator[list[Tensor]]:
+    def at(self, weights: Sequence[Tensor], tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        """Inside, `weights`, none of them sharded, refer to `tensors`; yields what they referred to before."""
         before = [weight.data for weight in weights]
         self._undo = partial(_refer, weights, before)
         try:
-            add_into(buffers, before, direction, scale, self.seed)
-            del direction
-            _refer(weights, buffers)
+            _refer(weights, tensors)
+            # Under autocast, casts of the weights may be cached from before.
+            torch.clear_autocast_cache()
             yield before
         finally:
             self.put_back()
@@ -103,6 +101,7 @@ class Perturbation:
         try:
             add_into(parts, buffers, direction, scale, self.seed)
             del direction
+            torch.clear_autocast_cache()
             yield buffers
         finally:
             self.put_back()

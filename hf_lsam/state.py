@@ -41,6 +41,7 @@ def save_state(step: LSAMStep, checkpoint: str, global_step: int, should_save: b
             "chosen": kept.previous.chosen,
             "squared_norms": kept.previous.squared_norms,
             "norm": kept.previous.norm,
+            "spent": kept.previous.spent,
         }
     elif kept.correction is not None:
         weights, direction = kept.correction

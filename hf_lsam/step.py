@@ -257,7 +257,11 @@ class LSAMStep:
     def _moved(self, ascent: Ascent) -> Iterator[None]:
         """Inside, the weights of S are at w + eps, eps_i = rho * grad_i L(w) / ||grad_S L(w)||; then at w again."""
         reshard(self.sharded_modules)
-        with self.perturbation.moved(ascent.weights, ascent.direction, self.config.rho / ascent.norm) as before:
+        if ascent.spent:
+            move = self.perturbation.at(ascent.weights, ascent.direction)
+        else:
+            move = self.perturbation.moved(ascent.weights, ascent.direction, self.config.rho / ascent.norm)
+        with move as before:
             if not self.rounding_checked:
                 self.rounding_checked = check_rounding(ascent.weights, before, ascent.direction, self.config.rho)
             yield
@@ -273,6 +277,8 @@ class LSAMStep:
         if ascent is None:
             loss = pass_1()
         else:
+            if not self.config.adaptive:
+                ascent.spend(self.config.rho)
             with self._moved(ascent), unchanged(ascent.weights):
                 loss = pass_1()
         if is_last:

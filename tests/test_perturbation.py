@@ -41,7 +41,7 @@ def test_move_and_restore_are_exact(dtype):
         assert all(torch.equal(weight, old) for weight, old in zip(weights_, before, strict=True))
 
 
-WATCHED = ("/hf_lsam/perturbation.py", "/hf_lsam/second_pass.py", "/contextlib.py")
+WATCHED = ("/hf_lsam/ascent.py", "/hf_lsam/perturbation.py", "/hf_lsam/second_pass.py", "/contextlib.py")
 
 
 class Interrupts:

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from tiny import Examples, bert
+from tiny import Examples, assert_equal, bert, largest_difference, weights
 
 from hf_lsam import LSAMConfig
+from hf_lsam.ascent import Ascent
 from hf_lsam.step import LSAMStep
 
 
@@ -81,3 +82,76 @@ def test_micro_batches_left_over_from_a_step_whose_last_pass_failed_are_forgotte
     step(run, run, step=1, is_last=True)
     # Pass 1, the self-check and one pass 2.
     assert len(run_step_done) == 3
+
+
+def one_pass_step(model, micro_batches, fail_at=None):
+    """Climbs in step 1 what step 0 left; returns that, where it was, the weights expected, and those of each pass."""
+    step, batch = LSAMStep(model, LSAMConfig(rho=0.3, ascent_gradient="previous"), 3), Examples(4).batch(0, 4)
+    climbed, seen, fails = [], [], []
+
+    def run():
+        if fails:
+            raise fails.pop()
+        loss = model(**batch).loss
+        loss.backward()
+        seen.append([(weight.data_ptr(), weight.detach().clone()) for weight in climbed])
+        return loss.detach()
+
+    step(run, run, step=0, is_last=True)
+    kept = step.previous
+    climbed.extend(kept.weights)
+    seen.clear()
+    expected = [w + 0.3 / kept.norm * part for w, part in zip(climbed, kept.direction, strict=True)]
+    memory = [part.data_ptr() for part in kept.direction]
+    for number in range(micro_batches):
+        if number == fail_at:
+            fails.append(torch.OutOfMemoryError)
+            with pytest.raises(torch.OutOfMemoryError):
+                step(run, run, step=1, is_last=number == micro_batches - 1)
+        step(run, run, step=1, is_last=number == micro_batches - 1)
+    return kept, memory, expected, seen
+
+
+@pytest.mark.parametrize("fail_at", [None, 0, 2])
+def test_one_pass_moves_once_a_step_into_the_memory_of_what_it_climbs(fail_at):
+    """To write the moved weights elsewhere takes twice as long; a pass that failed may be repeated."""
+    kept, memory, expected, seen = one_pass_step(bert().train(), 3, fail_at)
+    assert kept.spent and len(seen) == 3 and len(expected) > 10
+    for places in seen:
+        assert [address for address, _ in places] == memory
+        assert all(torch.allclose(w, e, rtol=1e-6, atol=0) for (_, w), e in zip(places, expected, strict=True))
+        assert all(torch.equal(w, first) for (_, w), (_, first) in zip(places, seen[0], strict=True))
+
+
+def test_what_cannot_be_overwritten_is_moved_elsewhere():
+    """Weights of 16 bits are compared with their direction, and a gradient of 16 bits cannot hold wider weights."""
+    kept, memory, _, seen = one_pass_step(bert().train().bfloat16(), 2)
+    assert not kept.spent and [address for address, _ in seen[0]] != memory
+    weight, part = torch.ones(3), torch.ones(3, dtype=torch.float16)
+    ascent = Ascent([0], [3.0], 1.0, [weight], [], [part])
+    ascent.spend(0.5)
+    assert not ascent.spent and torch.equal(part, torch.ones(3, dtype=torch.float16))
+
+
+def test_an_interrupted_move_leaves_nothing_to_climb(monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    model, done = bert().train(), []
+    step, batch = LSAMStep(model, LSAMConfig(rho=0.3, ascent_gradient="previous"), 3), Examples(4).batch(0, 4)
+
+    def run():
+        model.zero_grad()
+        model(**batch).loss.backward()
+        done.append(weights(model))
+        return torch.tensor(0.0)
+
+    step(run, run, step=0, is_last=True)
+    with monkeypatch.context() as patched:
+        patched.setattr("hf_lsam.ascent.add_into", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            step(run, run, step=1, is_last=False)
+    step(run, run, step=1, is_last=True)
+    assert_equal(done[0], done[1])
+    step(run, run, step=2, is_last=True)
+    assert largest_difference(done[0], done[2]) > 0
