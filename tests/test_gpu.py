@@ -207,6 +207,8 @@ def test_the_recipe_trains_under_launch(name, tmp_path):
     """With one process, as there may be one device only."""
     root = Path(benchmark.__file__).parents[1]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
+    # Any port that is free: tests may run beside each other.
+    command += ["--main_process_port", "0"]
     command += ["--config_file", str(root / "accelerate_configs" / f"{name}.yaml")]
     command += ["--fsdp_transformer_layer_cls_to_wrap", "BertLayer"] if name == "fsdp2" else []
     command += [str(root / "recipes" / "run_glue.py"), str(root / "recipes" / "glue" / "rte.yaml")]
