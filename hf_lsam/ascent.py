@@ -41,6 +41,10 @@ class Ascent:
     direction: list[Tensor]
     spent: bool = False
 
+    def length(self, rho: float) -> Tensor:
+        """How far the weights move, `||eps||`: not by `rho` where the move is adaptive."""
+        return norms(self.direction).square().sum().sqrt() * (rho / self.norm)
+
     def release(self) -> None:
         """Let go of the gradients: those of a second pass are about to take as much memory."""
         self.gradients, self.direction = [], []

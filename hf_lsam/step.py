@@ -218,7 +218,7 @@ class LSAMStep:
         # S, and for each i in S: grad_i L(w).
         ascent = self._find_ascent()
         if ascent is None:
-            self._skip()
+            self.log.skip()
             return
         selected = [self.candidates[index] for index in ascent.chosen]
         blocks = set().union(*(candidate.blocks for candidate in selected))
@@ -288,7 +288,7 @@ class LSAMStep:
             if self.perturbs(step + 1):
                 following = self._find_ascent()
                 if following is None:
-                    self._skip()
+                    self.log.skip()
                     return loss
                 if not self.config.adaptive:
                     # The optimizer's clipping and zeroing change `.grad` in place.
@@ -306,16 +306,6 @@ class LSAMStep:
         add_along([g for g, _ in kept], [part for _, part in kept], self.config.reuse_correction)
 
     def _count(self, ascent: Ascent, overhead: float, applied: Tensor) -> None:
-        length: float | Tensor = self.config.rho
-        if self.config.adaptive:
-            length = norms(ascent.direction).square().sum().sqrt() * (length / ascent.norm)
+        length = ascent.length(self.config.rho) if self.config.adaptive else self.config.rho
         first_block = min(self.candidates[index].first_block for index in ascent.chosen)
         self.log.add(Perturbed(applied, ascent.chosen, ascent.squared_norms, length, first_block, overhead))
-
-    def _skip(self) -> None:
-        self.log.skipped += 1
-        logger.warning_once(
-            "The gradient is zero or not finite, so the weights were not perturbed and the plain gradient was used. "
-            "(The same is done where no block that has a gradient fits max_overhead.) Steps of this kind are counted "
-            "in lsam/skipped."
-        )

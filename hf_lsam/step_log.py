@@ -78,6 +78,15 @@ class StepLog:
             self.settle()
         self.pending.append(perturbation)
 
+    def skip(self) -> None:
+        """Note a step, or micro-batch, that had nothing to climb."""
+        self.skipped += 1
+        logger.warning_once(
+            "The gradient is zero or not finite, so the weights were not perturbed and the plain gradient was used. "
+            "(The same is done where no block that has a gradient fits max_overhead.) Steps of this kind are counted "
+            "in lsam/skipped."
+        )
+
     def settle(self) -> None:
         """Sum up what was noted: one wait for the device a log line, or where lines are far between, a few."""
         if not self.pending:
