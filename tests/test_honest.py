@@ -81,6 +81,15 @@ def test_adaptive_reports_how_far_it_moved(tmp_path):
     assert 0 < training_lines(trainer)[0]["lsam/perturbation_norm"] < 0.3
 
 
+def test_adaptive_in_one_pass_reports_what_two_passes_report_a_step_before(tmp_path):
+    options = dict(max_steps=2, logging_steps=1, learning_rate=0.0)
+    two, one = (
+        training_lines(run(LSAMConfig(rho=0.3, adaptive=True, ascent_gradient=ascent), tmp_path, **options))
+        for ascent in ("current", "previous")
+    )
+    assert one[1]["lsam/perturbation_norm"] == pytest.approx(two[0]["lsam/perturbation_norm"], rel=1e-5)
+
+
 def test_interval_start_and_end_show_in_active_and_overhead(tmp_path):
     config = LSAMConfig(rho=0.3, block_selection="all", perturb_start=0.25, perturb_interval=2)
     trainer = run(config, tmp_path, max_steps=8, logging_steps=2)

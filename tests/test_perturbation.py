@@ -104,6 +104,17 @@ def test_moved_weights_reuse_their_memory():
     assert len(addresses) == 1
 
 
+def test_casts_that_autocast_has_kept_are_not_used_at_other_weights():
+    """It keeps the cast of a leaf that takes gradients until its outermost block is left."""
+    weight, ones = torch.ones(4, 4, requires_grad=True), torch.ones(1, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = [(ones @ weight).sum().item()]
+        with Perturbation().moved([weight], [torch.ones(4, 4)], 1.0):
+            outputs.append((ones @ weight).sum().item())
+        outputs.append((ones @ weight).sum().item())
+    assert outputs == [16.0, 32.0, 16.0]
+
+
 def test_copies_last_until_the_next_move_and_take_turns_with_it_in_memory():
     """What one pass keeps from a step to the next: a fresh copy of every gradient costs more than the move."""
     perturbation, kept, expected = Perturbation(), [], []

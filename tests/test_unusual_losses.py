@@ -4,45 +4,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import (
-    VOCABULARY,
-    Examples,
-    Unreplayed,
-    arguments,
-    bert,
-    largest_difference,
-    training_lines,
-    weights,
-)
-from torch import nn
+from tiny import Examples, Unreplayed, arguments, bert, largest_difference, training_lines, weights
+from tiny_runs import LAST, distance_to_plain, run
 from transformers import Trainer, TrainerCallback, Wav2Vec2Config, Wav2Vec2ForSequenceClassification
 
 from hf_lsam import LSAMConfig, LSAMMixin, LSAMTrainer
 from hf_lsam.passes import backward_if_any
-
-LAST = dict(block_selection="last", num_perturbed_blocks=1)
-
-
-def run(kind, folder, model=None, config=None, data=None, **options):
-    """A finished run of the Trainer class `kind` on a BERT in float64."""
-    own = {"lsam_config": LSAMConfig(**(config or LAST))} if issubclass(kind, LSAMMixin) else {}
-    trainer = kind(
-        model or bert(blocks=6).double(), arguments(folder, **options), train_dataset=data or Examples(32), **own
-    )
-    trainer.train()
-    return trainer
-
-
-def distance_to_plain(loss, folder, model=lambda: bert(blocks=6).double(), config=LAST, **options):
-    """How far the weights and buffers of a run with a rho of next to nothing end from those of the plain Trainer."""
-    plain = run(type("Plain", (loss, Trainer), {}), folder, model(), **options)
-    kind = type("Perturbed", (loss, LSAMTrainer), {})
-    perturbed = run(kind, folder, model(), {**config, "rho": 1e-9}, **options)
-    return largest_difference(weights(plain.model), weights(perturbed.model)), perturbed
-
-
-class Plainly:
-    """The model's own loss."""
 
 
 class ReadsAnEarlyBlockLater:
@@ -152,106 +119,6 @@ def test_what_a_loss_logs_and_counts_is_that_of_pass_1(tmp_path):
         assert len(seen.moves) == len(lines[-1]) and max(seen.moves) == 0
     assert lines[0] == lines[1] == [0, 1, 2, 3]
     assert calls == [4, 4]
-
-
-class ChangesItsInput:
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs["input_ids"].add_(1).remainder_(VOCABULARY)
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
-
-def test_a_batch_that_a_pass_changes_in_place(tmp_path):
-    """All blocks are perturbed, so that pass 2 begins at the tokens."""
-    config = dict(block_selection="last", num_perturbed_blocks=None)
-    distance, perturbed = distance_to_plain(ChangesItsInput, tmp_path, config=config, optim="sgd")
-    assert distance < 1e-9
-    assert perturbed._lsam.second_pass.replays
-
-
-class Rows:
-    """A batch of a collator's own kind, from which a loss takes the labels out."""
-
-    def __init__(self, examples):
-        self.tokens = torch.stack([example["input_ids"] for example in examples])
-        self.labels = torch.stack([example["labels"] for example in examples])
-
-    def __len__(self):
-        return len(self.tokens)
-
-    def __contains__(self, name):
-        return hasattr(self, name)
-
-
-class TakesLabelsOut:
-    def floating_point_ops(self, inputs):
-        return 0
-
-    def _track_num_input_tokens(self, inputs):
-        pass
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels, inputs.labels = inputs.labels, None
-        return model(input_ids=inputs.tokens, labels=labels).loss
-
-
-def test_a_batch_that_is_no_dictionary(tmp_path):
-    kind = type("Taking", (TakesLabelsOut, LSAMTrainer), {})
-    trainer = kind(
-        bert(),
-        arguments(tmp_path, logging_steps=1, remove_unused_columns=False),
-        train_dataset=Examples(16),
-        data_collator=Rows,
-        lsam_config=LSAMConfig(rho=0.1),
-    )
-    trainer.train()
-    assert training_lines(trainer)[0]["lsam/active"] == 1
-
-
-def spectral():
-    model = bert(blocks=6).double()
-    torch.manual_seed(0)
-    nn.utils.parametrizations.spectral_norm(model.classifier)
-    return model
-
-
-class Averaging(nn.Module):
-    """A head with a running mean that it takes off, as codebooks and centring layers keep one."""
-
-    def __init__(self, head):
-        super().__init__()
-        self.head = head
-        self.register_buffer("mean", torch.zeros(head.in_features, dtype=torch.float64))
-
-    def forward(self, pooled):
-        if self.training:
-            self.mean.lerp_(pooled.detach().mean(0), 0.1)
-        return self.head(pooled - self.mean)
-
-
-def centring():
-    model = bert(blocks=6).double()
-    model.classifier = Averaging(model.classifier)
-    return model
-
-
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("model", [spectral, centring])
-def test_buffers_that_a_forward_pass_updates(model, accumulation, tmp_path):
-    """Pass 2 reads what pass 1 read, and leaves what pass 1 left; replay goes on."""
-    options = dict(gradient_accumulation_steps=accumulation)
-    distance, perturbed = distance_to_plain(Plainly, tmp_path, model, **options)
-    assert distance < 1e-6
-    assert perturbed._lsam.second_pass.replays and perturbed._lsam.second_pass.drops
-
-
-def test_buffers_are_left_as_pass_1_left_them(tmp_path):
-    """However far pass 2 is moved; the weights are those that training begins with."""
-    ends = [
-        run(kind, tmp_path, centring(), {**LAST, "rho": 5.0, "num_perturbed_blocks": 4}, learning_rate=0.0)
-        for kind in (Trainer, LSAMTrainer)
-    ]
-    assert largest_difference(*(weights(end.model) for end in ends)) == 0
-    assert ends[0].model.classifier.mean.abs().max() > 0.01
 
 
 class ReadsUnseen(ReadsAnEarlyBlockLater):
