@@ -17,11 +17,13 @@ training of small data soon does, has next to no gradient there: read the first 
 """
 
 import argparse
+import csv
 import itertools
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from compare_series import Curve, ResultsError, TaskResults, block_norms, read_results, whole_norms
@@ -40,14 +42,17 @@ class Consistency:
     overlap: float
 
 
+RANKING = tuple(field.name for field in fields(Consistency))
+
+
 def late_mean(curve: Curve) -> float | None:
     """The mean of a curve over the last third of the steps, or `None` where it has no point there."""
     late = [value for step, value in curve.items() if step > max(curve) * (PARTS - 1) / PARTS]
     return float(np.mean(late)) if late else None
 
 
-def norm_ratios(results: TaskResults, method: str) -> list[float]:
-    """For each seed, the late gradient norm of the whole model over that of the baseline."""
+def norm_ratios(results: TaskResults, method: str) -> dict[int, float]:
+    """By seed, the late gradient norm of the whole model over that of the baseline."""
     measured = results.measured()
 
     def late(name: str) -> dict[int, float]:
@@ -55,7 +60,7 @@ def norm_ratios(results: TaskResults, method: str) -> list[float]:
         return {seed: mean for seed, mean in means.items() if mean is not None}
 
     own, base = late(method), late(results.baseline)
-    return [own[seed] / base[seed] for seed in own if base.get(seed)]
+    return {seed: own[seed] / base[seed] for seed in own if base.get(seed)}
 
 
 def consistency(norms: dict[str, Curve], k: int) -> Consistency | None:
@@ -80,22 +85,43 @@ def consistency(norms: dict[str, Curve], k: int) -> Consistency | None:
     )
 
 
-def table(results: TaskResults, k: int) -> str:
-    """Markdown: a row for each method."""
+def figures(results: TaskResults, k: int) -> list[dict[str, Any]]:
+    """A row for each run: its figures, `None` where it has none, and what it was made with."""
     measured = results.measured()
+    rows = []
+    for method, runs in results.runs.items():
+        ratios = norm_ratios(results, method) if method != results.baseline else {}
+        for run in runs:
+            ranking = consistency(block_norms(run, measured), k)
+            rows.append(
+                {"task": results.task, "method": method, "seed": run["seed"], "measured": measured, "top_k": k}
+                | {"norm_ratio": ratios.get(run["seed"])}
+                | (asdict(ranking) if ranking else dict.fromkeys(RANKING))
+                | {"commit": run["commit"], "machine": run["machine"]}
+                | {"versions": " ".join(f"{name}={number}" for name, number in run["versions"].items())}
+            )
+    return rows
+
+
+def table(results: TaskResults, rows: Sequence[dict[str, Any]], k: int) -> str:
+    """Markdown: a row for each method."""
     head = ["method", f"late gradient norm / {results.baseline}", "Kendall's W", "Spearman", f"top {k} kept", "n"]
     lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
-    for method, runs in results.runs.items():
-        found = [consistency(block_norms(run, measured), k) for run in runs]
-        rankings = [one for one in found if one is not None]
-        ratios = norm_ratios(results, method) if method != results.baseline else []
-        figures = [ratios] + [
-            [getattr(one, name) for one in rankings] for name in ("kendall_w", "spearman", "overlap")
-        ]
-        intervals = [f"{mean_interval(values):.3f}" if values else "" for values in figures]
-        cells = [method.replace("|", r"\|"), *intervals, str(len(runs))]
+    for method in results.runs:
+        own = [row for row in rows if row["method"] == method]
+        columns = [[row[name] for row in own if row[name] is not None] for name in ("norm_ratio", *RANKING)]
+        intervals = [f"{mean_interval(values):.3f}" if values else "" for values in columns]
+        cells = [method.replace("|", r"\|"), *intervals, str(len(own))]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """All of `rows`, with an empty cell where a run has no such figure."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -103,15 +129,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").strip().partition("\n")[0], allow_abbrev=False)
     parser.add_argument("results", type=Path, help="output_dir of compare.py")
     parser.add_argument("--top_k", type=int, default=2, help="how many layers count as critical (default: 2)")
+    parser.add_argument("--csv", type=Path, help="file to write the figures of each run to")
     args = parser.parse_args(argv)
     if args.top_k < 1:
         parser.error(f"--top_k counts layers and must be at least 1, but is {args.top_k}.")
+    if args.csv and not args.csv.parent.is_dir():
+        parser.error(f"--csv cannot be written: there is no folder {args.csv.parent}.")
     try:
-        for results in read_results(args.results):
-            what = "measured on the same rows" if results.measured() else "as logged, not measured on the same rows"
-            print(f"## {results.task}\n\nGradient norms {what}.\n\n{table(results, args.top_k)}\n")
+        found = read_results(args.results)
     except ResultsError as error:
         sys.exit(f"claims.py: {error}")
+    rows = {results.task: figures(results, args.top_k) for results in found}
+    for results in found:
+        what = "measured on the same rows" if results.measured() else "as logged, not measured on the same rows"
+        print(f"## {results.task}\n\nGradient norms {what}.\n\n{table(results, rows[results.task], args.top_k)}\n")
+    if args.csv:
+        write_csv(args.csv, list(itertools.chain.from_iterable(rows.values())))
 
 
 if __name__ == "__main__":

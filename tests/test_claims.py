@@ -1,5 +1,7 @@
 """The paper's claims on results of a comparison, against values by hand."""
 
+import csv
+
 import claims
 import pytest
 from claims import Consistency, consistency, late_mean, norm_ratios
@@ -71,11 +73,11 @@ def test_late_mean_is_over_the_last_third_of_the_steps():
 def test_norms_are_compared_with_the_baseline_seed_by_seed(compared, changed):
     """Measured: 100 v + step + s at steps 5 and 6; else v * step + s, both with the baseline's v = 1."""
     results = read_results(compared)[0]
-    assert norm_ratios(results, "SAM") == pytest.approx([205.5 / 105.5, 206.5 / 106.5])
+    assert norm_ratios(results, "SAM") == pytest.approx({0: 205.5 / 105.5, 1: 206.5 / 106.5})
     results = read_results(changed(unmeasured))[0]
-    assert norm_ratios(results, "SAM") == pytest.approx([11 / 5.5, 12 / 6.5])
+    assert norm_ratios(results, "SAM") == pytest.approx({0: 11 / 5.5, 1: 12 / 6.5})
     without = read_results(changed(lambda run: (run["method"], run["seed"]) != ("plain", 0)))[0]
-    assert norm_ratios(without, "SAM") == pytest.approx([206.5 / 106.5])
+    assert norm_ratios(without, "SAM") == pytest.approx({1: 206.5 / 106.5})
 
 
 def test_the_table_has_intervals_and_says_what_was_measured(compared, changed, tmp_path, capsys):
@@ -97,3 +99,36 @@ def test_the_table_has_intervals_and_says_what_was_measured(compared, changed, t
         claims.main([str(tmp_path / "empty")])
     with pytest.raises(SystemExit):
         claims.main([str(compared), "--top_k", "0"])
+    with pytest.raises(SystemExit):
+        claims.main([str(compared), "--csv", str(tmp_path / "none" / "claims.csv")])
+    assert "there is no folder" in capsys.readouterr().err
+
+
+def test_each_run_is_a_row_of_the_csv(compared, changed, tmp_path):
+    """Without the baseline's first seed the other's ratio is empty, and so are rankings that there are none of."""
+    path = tmp_path / "claims.csv"
+    claims.main([str(compared), "--csv", str(path)])
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["method"], row["seed"]) for row in rows[:4]] == [
+        ("plain", "0"),
+        ("plain", "1"),
+        ("SAM", "0"),
+        ("SAM", "1"),
+    ]
+    assert [row["norm_ratio"] for row in rows[:2]] == ["", ""]
+    assert [float(row["norm_ratio"]) for row in rows[2:4]] == pytest.approx([205.5 / 105.5, 206.5 / 106.5])
+    assert {(row["kendall_w"], row["overlap"], row["top_k"], row["measured"]) for row in rows[:4]} == {
+        ("1.0", "1.0", "2", "True")
+    }
+    assert {row["task"] for row in rows} == {"T 1"} and all(row["versions"] and row["commit"] for row in rows)
+
+    folder = changed(lambda run: unmeasured(run) if run["method"] != "plain" or run["seed"] else False)
+    claims.main([str(folder), "--csv", str(path)])
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["method"], row["seed"], row["norm_ratio"]) for row in rows[:2]] == [
+        ("plain", "1", ""),
+        ("SAM", "0", ""),
+    ]
+    assert (rows[0]["kendall_w"], rows[0]["measured"]) == ("", "False")
