@@ -276,7 +276,7 @@ class LSAMTrainer(LSAMMixin, Trainer):
     Example:
 
     ```python
-    >>> config = LSAMConfig(block_selection="last", rho=0.15, perturb_start=0.3)
+    >>> config = LSAMConfig(block_selection="last", perturb_start=0.3)
     >>> trainer = LSAMTrainer(model, args, train_dataset=train_dataset, lsam_config=config)
     >>> trainer.train()
     ```
