@@ -104,6 +104,20 @@ def test_the_table_has_intervals_and_says_what_was_measured(compared, changed, t
     assert "there is no folder" in capsys.readouterr().err
 
 
+def test_each_figure_of_the_table_has_its_column(changed, capsys):
+    """Layers that change places in the last third: the parts correlate by 1, -1 and -1; W is (1 - 2 / 3) / 3."""
+
+    def change(run):
+        for line in run["curve"]:
+            if run["method"] == "SAM" and line["step"] > 4 and "sharpness/gradient_norm/all" in line:
+                names = [f"sharpness/gradient_norm/layer.{n}" for n in (2, 10)]
+                line.update(zip(names, [line[name] for name in reversed(names)], strict=True))
+
+    claims.main([str(changed(change)), "--top_k", "1"])
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| SAM")]
+    assert [cell.split()[0] for cell in row.split("|")[3:6]] == ["0.111", "-1.000", "0.000"]
+
+
 def test_each_run_is_a_row_of_the_csv(compared, changed, tmp_path):
     """Without the baseline's first seed the other's ratio is empty, and so are rankings that there are none of."""
     path = tmp_path / "claims.csv"
