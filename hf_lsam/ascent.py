@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .blocks import Candidate
 from .config import LSAMConfig
-from .distributed import average_over_ranks, is_distributed
+from .distributed import average_over_ranks, first_of_ranks, is_distributed
 from .perturbation import adaptive_scores, norms
 from .rounding import add_into, is_coarse
 from .selection import CostModel, select
@@ -86,7 +86,7 @@ class Kept:
 
 
 @torch.no_grad()
-def find_ascent(candidates: Sequence[Candidate], costs: CostModel, config: LSAMConfig) -> Ascent | None:
+def find_ascent(candidates: Sequence[Candidate], costs: CostModel, config: LSAMConfig) -> Ascent | str:
     """
     Select S on the gradients in `.grad`: `eps_i = rho * direction_i / norm` for i in S.
 
@@ -96,25 +96,31 @@ def find_ascent(candidates: Sequence[Candidate], costs: CostModel, config: LSAMC
     they select on the mean of their squared norms, while each climbs its own gradient.
 
     Returns:
-        The ascent, or `None` where there is nothing to climb: a norm is not finite, all of them are zero, or no
-        candidate that has a gradient fits the budget.
+        The ascent, or why there is nothing to climb: a norm is not finite, all of them are zero, no candidate has a
+        gradient, or none that has one fits the budget.
     """
     with_gradient = [[p for p in candidate.parameters if p.grad is not None] for candidate in candidates]
     weights: list[Tensor] = [p for parameters in with_gradient for p in parameters]
     gradients: list[Tensor] = [p.grad for p in weights]  # type: ignore[misc]
-    scores = adaptive_scores(weights, gradients) if config.adaptive and weights else gradients
-    squares = norms(scores).cpu().numpy().astype(np.float64) ** 2 if weights else np.zeros(0)
+    if not weights:
+        return "nothing that may be perturbed is trained now: it is frozen, or not in the optimizer"
+    scores = adaptive_scores(weights, gradients) if config.adaptive else gradients
+    squares = norms(scores).cpu().numpy().astype(np.float64) ** 2
     ends = np.cumsum([len(parameters) for parameters in with_gradient])
     own = agreed = [float(part.sum()) for part in np.split(squares, ends[:-1])]
     if config.sharpness_scope == "micro_batch" and is_distributed():
-        device = candidates[0].parameters[0].device
+        device = weights[0].device
         agreed = average_over_ranks([torch.tensor(own, dtype=torch.float64, device=device)])[0].tolist()
     if not np.isfinite(agreed).all() or not any(agreed):
-        return None
+        return "the gradient is zero or not finite"
     chosen = select(config, candidates, costs, agreed)
+    if config.block_selection == "budget" and is_distributed():
+        chosen = first_of_ranks(chosen, len(candidates), weights[0].device)
+    if not chosen:
+        return f"no block that is trained now fits max_overhead={config.max_overhead}"
     norm = math.sqrt(sum(own[index] for index in chosen))
     if norm == 0:
-        return None
+        return "the gradient of this process is zero"
     starts = [0, *ends]
     places = [place for index in chosen for place in range(starts[index], starts[index + 1])]
     weights, gradients = [weights[i] for i in places], [gradients[i] for i in places]

@@ -11,8 +11,8 @@ from transformers.utils import is_peft_available, logging
 
 logger = logging.get_logger(__name__)
 
-# Classes with a smaller share of the largest class's parameters are no transformer blocks (Wav2Vec2's convolutions).
-_MINOR_CLASS = 0.1
+# Of a smaller share of the largest class's or list's parameters are no transformer blocks.
+_MINOR = 0.1
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,11 @@ class Candidate:
 
     Attributes:
         name: Name of the module in the model, or `"all"`.
-        parameters: Its trainable parameters; one that several candidates share belongs to the first of them.
+        parameters: All its parameters; one that several candidates share belongs to the first of them. Which of them
+            are trained may change from step to step.
         blocks: Indices of the model blocks that use one of them. Weights outside the blocks may act before the first
             block, so they count as used by every one.
-        size: Number of its trainable weights that multiply; embeddings look up.
+        size: Number of its weights that are trained and multiply; embeddings look up.
     """
 
     name: str
@@ -38,22 +39,26 @@ class Candidate:
         """Index of the first model block that uses one of the parameters."""
         return min(self.blocks, default=0)
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether one of its parameters requires a gradient."""
+        return any(parameter.requires_grad for parameter in self.parameters)
+
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """
     The blocks of `model` by name, in the order of `model.named_modules()`.
 
-    The outermost `GradientCheckpointingLayer`s that transformers marks, without classes that hold next to no
-    parameters. If there is none, the children of the outermost `ModuleList`s and `Sequential`s whose children are all
-    of one class.
+    The outermost `GradientCheckpointingLayer`s that transformers marks, without those whose class and whose list hold
+    next to no parameters (Wav2Vec2's convolutions), beside the others or, if they are trained, beside the others that
+    are. If there is none, the children of the outermost `ModuleList`s and `Sequential`s whose children are all of one
+    class.
     """
     marked = dict(_outermost(model, lambda module: isinstance(module, GradientCheckpointingLayer)))
     if marked:
-        sizes: Counter[type] = Counter()
-        for module in marked.values():
-            sizes[type(module)] += _size(module)
-        largest = max(sizes.values())
-        return {name: module for name, module in marked.items() if sizes[type(module)] > _MINOR_CLASS * largest}
+        trained = {name: m for name, m in marked.items() if any(p.requires_grad for p in m.parameters())}
+        major = _major(marked) | _major(trained)
+        return {name: module for name, module in marked.items() if name in major}
     return {
         f"{name}.{child}".removeprefix("."): module
         for name, container in _outermost(model, _is_homogeneous)
@@ -63,10 +68,10 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 def find_candidates(model: nn.Module, blocks: dict[str, nn.Module], pattern: str | None) -> list[Candidate]:
     """
-    The trainable candidates: `blocks`, or the outermost modules whose whole name `pattern` matches.
+    What may be selected: `blocks`, or the outermost modules whose whole name `pattern` matches.
 
     Raises:
-        ValueError: if fewer than 2 blocks hold trainable parameters, or the pattern names no trainable module.
+        ValueError: if fewer than 2 blocks are trained now, or the pattern names no module that is.
     """
     if pattern is None:
         named = blocks
@@ -79,38 +84,40 @@ def find_candidates(model: nn.Module, blocks: dict[str, nn.Module], pattern: str
     candidates: list[Candidate] = []
     taken: set[nn.Parameter] = set()
     for name, module in named.items():
-        parameters = tuple(p for p in module.parameters() if p.requires_grad and p not in taken)
+        parameters = tuple(p for p in module.parameters() if p not in taken)
         taken.update(parameters)
         if parameters:
             used_by: frozenset[int] = frozenset().union(*(uses[p] for p in parameters))
-            size = sum(p.numel() for p in parameters if p in multiplied)
+            size = sum(p.numel() for p in parameters if p.requires_grad and p in multiplied)
             candidates.append(Candidate(name, parameters, used_by, size))
-    if pattern is not None and not candidates:
+    trained = [candidate for candidate in candidates if candidate.is_trained]
+    if pattern is not None and not trained:
         raise ValueError(
             f"block_pattern {pattern!r} matches no module with trainable parameters in {type(model).__name__}. It "
             f"must match a module's whole name, as in model.named_modules(), for instance {_some_names(model)}."
         )
-    if pattern is None and not candidates and len(blocks) >= 2:
+    if pattern is None and not trained and len(blocks) >= 2:
         raise ValueError(
             f"None of the {len(blocks)} blocks of {type(model).__name__} holds a trainable parameter, and layer-wise "
             "perturbation has to choose among at least 2 that do (prompt and prefix tuning train vectors outside of "
-            "the blocks). Perturb every trainable parameter with block_selection='all', or train something in the "
-            "blocks, such as LoRA adapters."
+            "the blocks). Perturb every trainable parameter with block_selection='all', train something in the "
+            "blocks, such as LoRA adapters, or name the modules to choose from with block_pattern, for instance "
+            f"{_some_names(model)}."
         )
-    if pattern is None and len(candidates) < 2:
+    if pattern is None and len(trained) < 2:
         raise ValueError(
-            f"{type(model).__name__} has {len(blocks)} block(s), {len(candidates)} of them trainable, and layer-wise "
+            f"{type(model).__name__} has {len(blocks)} block(s), {len(trained)} of them trainable, and layer-wise "
             "perturbation has to choose among at least 2 (ALBERT, for one, shares a single block). Name the modules "
             f"to choose from with block_pattern, for instance {_some_names(model)}, or perturb every trainable "
             "parameter with block_selection='all'."
         )
-    logger.info(f"Layer-wise SAM chooses among {len(candidates)} blocks: {', '.join(c.name for c in candidates)}")
+    logger.info(f"Layer-wise SAM chooses among {len(trained)} blocks: {', '.join(c.name for c in trained)}")
     return candidates
 
 
 def everything(model: nn.Module, blocks: dict[str, nn.Module]) -> list[Candidate]:
-    """One candidate that holds every trainable parameter, embeddings and head included (SAM)."""
-    parameters = tuple(parameter for parameter in model.parameters() if parameter.requires_grad)
+    """One candidate that holds every parameter, embeddings and head included (SAM)."""
+    parameters = tuple(model.parameters())
     size = sum(p.numel() for p in multiplied_parameters(model) if p.requires_grad)
     return [Candidate("all", parameters, frozenset(range(len(blocks))), size)]
 
@@ -167,6 +174,16 @@ def _uses(model: nn.Module, blocks: dict[str, nn.Module]) -> dict[nn.Parameter, 
         if module not in inside:
             uses.update((parameter, set(range(len(blocks)))) for parameter in module.parameters(recurse=False))
     return uses
+
+
+def _major(modules: dict[str, nn.Module]) -> set[str]:
+    """The names of those whose class, or whose list, holds more than next to nothing."""
+    sizes: Counter[type | str] = Counter()
+    for name, module in modules.items():
+        sizes[type(module)] += _size(module)
+        sizes[name.rpartition(".")[0]] += _size(module)
+    least = _MINOR * max(sizes.values(), default=0)
+    return {n for n, m in modules.items() if max(sizes[type(m)], sizes[n.rpartition(".")[0]]) > least}
 
 
 def _size(module: nn.Module) -> int:

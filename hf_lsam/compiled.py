@@ -1,12 +1,9 @@
 """What `torch.compile` asks of a second pass: nothing that differs from step to step may be seen from inside."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable
 
 from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
-
-from .blocks import Candidate, multiplied_parameters
 
 
 class CompiledRegions:
@@ -30,7 +27,7 @@ class CompiledRegions:
                 compiled.setdefault(module, module)
         self._inside = {inner for module in compiled for inner in module.modules() if inner is not module}
         self._callers = {module: caller for module, caller in compiled.items() if module not in self._inside}
-        self._regions = [{p for p in module.parameters() if p.requires_grad} for module in self._callers]
+        self._regions = [set(module.parameters()) for module in self._callers]
 
     def hide(self, modules: Iterable[nn.Module]) -> bool:
         """Whether one of `modules` is called from inside of a region, where its calls cannot be replaced."""
@@ -41,16 +38,7 @@ class CompiledRegions:
         return self._callers.get(module, module)
 
     def taken_with(self, weights: Iterable[Tensor]) -> set[Tensor]:
-        """`weights`, and every weight that takes a gradient together with one of them."""
+        """`weights`, and every weight that is trained and takes a gradient together with one of them."""
         taken = set(weights)
-        return taken.union(*(region for region in self._regions if not region.isdisjoint(taken)))
-
-    def sized(self, candidates: Sequence[Candidate], model: nn.Module) -> list[Candidate]:
-        """`candidates` of `model` with the size of all that takes a gradient together with them."""
-        if not self._regions:
-            return list(candidates)
-        multiplied = multiplied_parameters(model)
-        return [
-            replace(candidate, size=sum(p.numel() for p in self.taken_with(candidate.parameters) & multiplied))
-            for candidate in candidates
-        ]
+        regions = (region for region in self._regions if not region.isdisjoint(taken))
+        return taken.union(*({parameter for parameter in region if parameter.requires_grad} for region in regions))

@@ -77,6 +77,14 @@ def any_of_ranks(flags: Sequence[bool], device: torch.device) -> list[bool]:
     return [count > 0 for count in counts.tolist()]
 
 
+def first_of_ranks(chosen: Sequence[int], count: int, device: torch.device) -> list[int]:
+    """What the first process has chosen of `count`: costs may differ between batches."""
+    mask = torch.zeros(count, dtype=torch.int32, device=device)
+    mask[list(chosen)] = 1
+    dist.broadcast(mask, 0)
+    return mask.nonzero().flatten().tolist()
+
+
 @torch.no_grad()
 def average_gradients(parameters: Sequence[Tensor]) -> None:
     """Replace every `.grad` by its mean over all processes; one that only some have counts as zero elsewhere."""
@@ -158,6 +166,25 @@ def check_supported(trainer: Trainer, config: LSAMConfig) -> None:
             )
         if not plugin.use_regional_compilation:
             _check_one_graph(trainer, config)
+
+
+def check_hooks(trainer: Trainer) -> None:
+    """
+    Refuse an optimizer that takes each gradient as soon as it is there.
+
+    Raises:
+        NotImplementedError: if a parameter has a hook that sees its gradient within the backward pass.
+    """
+    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return
+    hooked = [name for name, p in trainer.model.named_parameters() if getattr(p, "_post_accumulate_grad_hooks", None)]
+    if hooked:
+        raise NotImplementedError(
+            f"{hooked[0]} has hooks that take its gradient within the backward pass "
+            "(register_post_accumulate_grad_hook), as optimizers have that update or offload there: they would take "
+            "that of either pass, and never the mixed one. Use an optimizer that reads .grad in its step, or train "
+            "plainly with LSAMConfig(block_selection='none')."
+        )
 
 
 def _check_one_graph(trainer: Trainer, config: LSAMConfig) -> None:

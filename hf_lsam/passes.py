@@ -1,105 +1,42 @@
-"""What surrounds a second pass: only some weights take a gradient, and nothing is counted twice."""
+"""What surrounds a second pass: only some weights take a gradient."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from copy import copy, deepcopy
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-
-
-def norm_layers(model: nn.Module) -> list[_NormBase]:
-    """The layers of `model` that may keep running statistics."""
-    return [module for module in model.modules() if isinstance(module, _NormBase)]
 
 
 @contextmanager
-def only_gradients_of(parameters: Iterable[Tensor], weights: Iterable[Tensor]) -> Iterator[None]:
+def only_gradients_of(
+    parameters: Iterable[Tensor], weights: Iterable[Tensor], foreign: Iterable[Tensor] = ()
+) -> Iterator[None]:
     """
     Inside, backward gives gradients to `weights` only, starting from none; afterwards every `.grad` is what it was.
 
     Gradients are switched off on all other `parameters`. `backward(inputs=...)` would give none, and no error, under
     reentrant activation checkpointing, and wrong ones under FSDP2. A forward pass may switch them on again, as PEFT
-    does where it disables an adapter for a while, so what others get is dropped.
+    does where it changes adapters, so what others get is dropped. The `foreign` ones are left as they are, but for
+    their `.grad`.
     """
     wanted = set(weights)
-    trained = [p for p in parameters if p.requires_grad or p in wanted]
-    others = [parameter for parameter in trained if parameter not in wanted]
-    gradients = [parameter.grad for parameter in trained]
+    flags = [(parameter, parameter.requires_grad) for parameter in parameters]
+    gradients = [(p, p.grad) for p in (*parameters, *foreign) if p.grad is not None or p.requires_grad or p in wanted]
     try:
-        for parameter in others:
-            parameter.requires_grad_(False)
-        for parameter in trained:
+        for parameter, takes in flags:
+            if takes and parameter not in wanted:
+                parameter.requires_grad_(False)
+        for parameter, _ in gradients:
             parameter.grad = None
         yield
     finally:
-        for parameter in others:
-            parameter.requires_grad_(True)
-        for parameter, gradient in zip(trained, gradients, strict=True):
+        for parameter, takes in flags:
+            if parameter.requires_grad != takes:
+                parameter.requires_grad_(takes)
+        for parameter, gradient in gradients:
             parameter.grad = gradient
-
-
-@contextmanager
-def running_statistics_paused(norms: Iterable[_NormBase]) -> Iterator[None]:
-    """Inside, batch-norm layers use their batch as in training, but do not update their running statistics."""
-    layers = [layer for layer in norms if layer.track_running_stats]
-    try:
-        for layer in layers:
-            layer.track_running_stats = False
-        yield
-    finally:
-        for layer in layers:
-            layer.track_running_stats = True
-
-
-class Buffers:
-    """
-    Buffers that forward passes update, such as the vectors of a spectral norm: pass 2 reads what pass 1 read.
-
-    Those that passes are seen to change, by their version counters; at first all of them count as such. What a pass
-    changes behind these, through `.data`, is not seen.
-
-    Args:
-        model: The model.
-        paused: Its layers whose own buffers pass 2 does not change (`running_statistics_paused`).
-    """
-
-    def __init__(self, model: nn.Module, paused: Iterable[nn.Module]):
-        others = {buffer for layer in paused for buffer in layer.buffers(recurse=False)}
-        self.all = [buffer for buffer in model.buffers() if buffer not in others and not buffer.is_inference()]
-        self.changed: set[Tensor] | None = None
-
-    @contextmanager
-    def noted(self) -> Iterator[dict[Tensor, Tensor]]:
-        """Note what pass 1, inside, changes; yields copies of what it reads."""
-        copies = self.copies()
-        versions = [buffer._version for buffer in self.all]
-        yield copies
-        pairs = zip(self.all, versions, strict=True)
-        self.changed = (self.changed or set()) | {buffer for buffer, version in pairs if buffer._version != version}
-        for buffer in copies.keys() - self.changed:
-            del copies[buffer]
-
-    @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Whatever is done to them inside, they are afterwards what they were."""
-        copies = self.copies()
-        try:
-            yield
-        finally:
-            self.put(copies)
-
-    def copies(self) -> dict[Tensor, Tensor]:
-        """Copies of those that change, each by its buffer."""
-        return {buffer: buffer.clone() for buffer in (self.all if self.changed is None else self.changed)}
-
-    @torch.no_grad()
-    def put(self, copies: dict[Tensor, Tensor]) -> None:
-        """Write `copies` to their buffers."""
-        if copies:
-            torch._foreach_copy_(list(copies), list(copies.values()))
 
 
 @contextmanager
@@ -124,3 +61,35 @@ def backward_if_any(accelerator: Accelerator) -> Iterator[None]:
             del accelerator.backward
         else:
             accelerator.backward = own
+
+
+@contextmanager
+def buffers_not_sent(model: nn.Module) -> Iterator[None]:
+    """
+    Inside, DistributedDataParallel sends no buffers: a pass that fails on one process and is run again there would
+    send them once more than the others. Pass 2 has those that pass 1 got.
+    """
+    sends = getattr(model, "require_forward_param_sync", None)
+    if not sends:
+        yield
+        return
+    try:
+        model.require_forward_param_sync = False  # type: ignore[assignment]
+        yield
+    finally:
+        model.require_forward_param_sync = sends
+
+
+def copy_of(batch: Any) -> Any:
+    """A copy of a batch, down to its tensors; what cannot be copied is shared."""
+    if isinstance(batch, Tensor):
+        return batch.clone()
+    if type(batch) in (dict, list, tuple):
+        parts = [copy_of(part) for part in (batch.values() if isinstance(batch, dict) else batch)]
+        return dict(zip(batch, parts, strict=True)) if isinstance(batch, dict) else type(batch)(parts)
+    if isinstance(batch, (int, float, str, type(None))):
+        return batch
+    try:
+        return deepcopy(batch)
+    except (TypeError, RuntimeError, NotImplementedError):
+        return copy(batch)

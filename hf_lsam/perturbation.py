@@ -167,16 +167,29 @@ def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
     return tensor.stride() if tensor.is_contiguous() else torch.empty_like(tensor, device="meta").stride()
 
 
+def _real_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The local parts, complex ones as pairs of real numbers; they share memory with `tensors`."""
+    return [torch.view_as_real(part) if part.is_complex() else part for part in local_parts(tensors)]
+
+
 @torch.no_grad()
 def norms(tensors: Sequence[Tensor]) -> Tensor:
     """The Euclidean norm of each whole tensor, in float32 or wider, stacked: shape `(len(tensors),)`."""
-    dtype = max((t.dtype for t in tensors), key=lambda dtype: torch.finfo(dtype).bits)
+    dtype = max((t.dtype.to_real() for t in tensors), key=lambda dtype: torch.finfo(dtype).bits)
     if torch.finfo(dtype).bits < 32:
         dtype = torch.float32
-    parts = torch.stack(torch._foreach_norm(local_parts(tensors), 2, dtype=dtype))
+    parts = torch.stack(torch._foreach_norm(_real_parts(tensors), 2, dtype=dtype))
     if not is_sharded(tensors):
         return parts
     return sum_over_parts(parts.double().square(), tensors).sqrt().to(dtype)
+
+
+@torch.no_grad()
+def distance(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> float:
+    """Euclidean norm of the difference of all of them together, as a share of that of `others`."""
+    parts = torch._foreach_sub(local_parts(tensors), local_parts(others))
+    apart, whole = norms(from_parts(parts, others)).double().norm(), norms(others).double().norm()
+    return float(apart / whole) if whole > 0 or apart > 0 else 0.0
 
 
 @torch.no_grad()
@@ -184,7 +197,7 @@ def mix(plain: Sequence[Tensor], perturbed: Sequence[Tensor], alpha: float) -> S
     """`(1 - alpha) * plain + alpha * perturbed`; may change `plain` in place."""
     if alpha == 1:
         return perturbed
-    torch._foreach_lerp_(local_parts(plain), local_parts(perturbed), alpha)
+    torch._foreach_lerp_(_real_parts(plain), _real_parts(perturbed), alpha)
     return plain
 
 
@@ -217,7 +230,7 @@ def orthogonal_part(perturbed: Sequence[Tensor], plain: Sequence[Tensor]) -> lis
     """The part of the `perturbed` gradient orthogonal to the `plain` one, of unit length (zero if there is none)."""
     # LookSAM's memory is largest here, so what is as large as the gradients is made once, and products one at a time.
     plain_parts, perturbed_parts = wide(local_parts(plain)), wide(local_parts(perturbed))
-    products = [(left * right).sum() for left, right in zip(perturbed_parts, plain_parts, strict=True)]
+    products = [(left.conj() * right).sum().real for left, right in zip(perturbed_parts, plain_parts, strict=True)]
     along = sum_over_parts(torch.stack(products), plain).sum() / norms(plain).square().sum()
     parts = list(torch._foreach_mul(plain_parts, -along))
     torch._foreach_add_(parts, perturbed_parts)

@@ -1,7 +1,9 @@
 """Suffix replay: pass 2 returns what blocks returned in pass 1, up to the first perturbed one."""
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
-from .random_state import RandomState, TorchRandomState
+from .held import RandomState, TorchRandomState, version_of
 
 
 class ReplayError(RuntimeError):
@@ -36,40 +38,69 @@ class Dropped(Tensor):
 
 _READ_NO_VALUES = {
     *("__get__", "dim", "size", "numel", "stride", "get_device"),
-    *("is_floating_point", "is_complex", "is_contiguous", "detach", "to"),
+    *("is_floating_point", "is_complex", "is_contiguous", "is_inference", "detach", "to"),
 }
 
 
 @dataclass
-class Call:
+class Ran:
     """
-    One call of a block in pass 1: what it returned, and the random state when it did.
+    A call of a block, or of the model, as it ran.
+
+    Attributes:
+        block: Index of the block; -1 is the model.
+        places: How many places of the batch it went through (tokens, pixels).
+        has_gradient: Whether a gradient goes through it. A block that runs again in the backward pass, as it does with
+            activation checkpointing, has one of the two times only.
+        dtype: Of its output.
+    """
+
+    block: int
+    places: int
+    has_gradient: bool
+    dtype: torch.dtype
+
+
+@dataclass
+class Call(Ran):
+    """
+    One call of a block in pass 1: what it returned, and the random `state` when it did.
 
     Attributes:
         kept: Whether `output` is what it returned, or a placeholder without memory of its own.
     """
 
-    block: int
-    output: Any
-    kept: bool
-    versions: list[int]
-    random_state: RandomState | TorchRandomState
+    output: Any = None
+    kept: bool = False
+    state: RandomState | TorchRandomState | None = None
+
+    def __post_init__(self):
+        self.versions = _versions(self.output)
 
 
 @dataclass
 class Recording:
     """
-    The calls of one pass in their order, and the random state before it and after it.
+    What one pass called, in its order.
 
     Attributes:
-        dropped: Blocks whose outputs are not kept.
+        models: Calls of the model: names and plain values of their arguments, and the number of tensors returned.
+        again: Calls of blocks in the backward pass.
+        last: What the last pass over this micro-batch called, replayed calls aside.
     """
 
-    before: RandomState
-    after: RandomState
-    dropped: frozenset[int] = frozenset()
     calls: list[Call] = field(default_factory=list)
+    models: list[tuple] = field(default_factory=list)
+    again: list[Ran] = field(default_factory=list)
+    last: list[Ran] = field(default_factory=list)
     replayable: bool = True
+
+    def starts(self) -> dict[int, int]:
+        """The place of the first call of each block."""
+        starts: dict[int, int] = {}
+        for place, call in enumerate(self.calls):
+            starts.setdefault(call.block, place)
+        return starts
 
 
 class Replay:
@@ -84,47 +115,75 @@ class Replay:
     Args:
         blocks: The model's blocks.
         device: Where the model lives, for its random state.
+        model: What the passes call, where its calls are to be compared.
+
+    Attributes:
+        draws_on_host: Whether passes draw from Python's or NumPy's generator, so that each call keeps their states.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], device: torch.device):
+    def __init__(self, blocks: Sequence[nn.Module], device: torch.device, model: nn.Module | None = None):
         self.blocks = list(blocks)
         self.device = device
-        # Whether some forward pass drew from Python's or NumPy's generator; from then on each call keeps their states.
-        self._draws_on_host = False
+        self.model = model
+        self.draws_on_host = False
 
     @contextmanager
-    def recording(self, keep_calls: bool = True, dropped: frozenset[int] = frozenset()) -> Iterator[Recording]:
+    def recording(
+        self,
+        keeps: bool = True,
+        places: Collection[int] | None = None,
+        first_call: Callable[[], None] | None = None,
+    ) -> Iterator[Recording]:
         """
         Record the pass that runs inside.
 
         Args:
-            keep_calls: Whether to keep more than the random states.
-            dropped: Indices of blocks whose outputs are not worth their memory. A replay that would begin right after
-                one of them begins earlier.
+            keeps: Whether to keep what is needed to replay it.
+            places: The calls whose outputs are kept, counted from 0 (default: all). The others are not worth their
+                memory: a replay that would begin right after one of them begins earlier.
+            first_call: Called before the first call of the model.
         """
-        before = RandomState.capture(self.device)
-        recording = Recording(before, before, dropped, replayable=keep_calls)
-        capture = RandomState.capture if self._draws_on_host else TorchRandomState.capture
+        recording = Recording(replayable=keeps)
+        with_gradient: set[int] = set()
+        capture = RandomState.capture if self.draws_on_host else TorchRandomState.capture
 
         def recorded(block: int, forward: Callable) -> Callable:
             def run(*args, **kwargs):
+                again = _is_backward()
                 output = forward(*args, **kwargs)
-                kept = block not in dropped
-                detached = recursively_apply(torch.Tensor.detach if kept else _placeholder, output)
-                recording.calls.append(Call(block, detached, kept, _versions(detached), capture(self.device)))
+                ran = _ran(block, output, with_gradient, again)
+                if again:
+                    recording.again.append(ran)
+                    return output
+                if not keeps:
+                    recording.calls.append(Call(**vars(ran)))
+                    return output
+                kept = places is None or len(recording.calls) in places
+                detached = recursively_apply(Tensor.detach if kept else _placeholder, output)
+                state = capture(self.device)
+                recording.calls.append(Call(**vars(ran), output=detached, kept=kept, state=state))
                 return output
 
             return run
 
-        with self._forwards(recorded if keep_calls else None):
+        def called(forward: Callable) -> Callable:
+            def run(*args, **kwargs):
+                if first_call is not None and not recording.models:
+                    first_call()
+                place = len(recording.models)
+                recording.models.append(())
+                output = forward(*args, **kwargs)
+                recording.models[place] = (_arguments(args, kwargs), len(_tensors(output)))
+                return output
+
+            return run
+
+        with self._forwards(recorded, called):
             yield recording
-        recording.after = RandomState.capture(self.device)
-        if keep_calls and not self._draws_on_host and not recording.after.same_host_state(before):
-            self._draws_on_host = True
-            recording.replayable = False
+        recording.last = [*recording.calls, *recording.again]
 
     @contextmanager
-    def replaying(self, recording: Recording, perturbed: set[int] | None) -> Iterator[None]:
+    def replaying(self, recording: Recording, perturbed: Collection[int] | None) -> Iterator[None]:
         """
         Inside, blocks called before the first one of `perturbed` return what they returned in `recording`, or
         [`Dropped`] where that was not kept: only the last of these outputs is meant to be read.
@@ -134,10 +193,10 @@ class Replay:
             perturbed: Indices of the blocks that hold a perturbed weight; `None` replays nothing.
 
         Raises:
-            ReplayError: inside, if blocks are called in another order than before or a record was changed in place.
+            ReplayError: inside, if blocks are called in another order than before, a record was changed in place, or
+                the model returns fewer tensors than in pass 1.
             DroppedError: inside, if an output is read that was not kept.
         """
-        recording.before.restore()
         first = 0
         if perturbed is not None and recording.replayable:
             first = next(
@@ -145,28 +204,50 @@ class Replay:
             )
             while first > 0 and not recording.calls[first - 1].kept:
                 first -= 1
-        position = 0
+        position, models = 0, 0
+        last: list[Ran] = []
+        with_gradient: set[int] = set()
 
         def replayed(block: int, forward: Callable) -> Callable:
             def run(*args, **kwargs):
                 nonlocal position
+                again = _is_backward()
+                if again or position >= first:
+                    position += not again
+                    output = forward(*self._requiring_grad(block, args), **kwargs)
+                    last.append(_ran(block, output, with_gradient, again))
+                    return output
+                call = recording.calls[position]
                 position += 1
-                if position > first:
-                    return forward(*self._requiring_grad(block, args), **kwargs)
-                call = recording.calls[position - 1]
                 if call.block != block:
                     raise ReplayError(f"block {block} was called where block {call.block} was called in pass 1")
                 if call.versions != _versions(call.output):
                     raise ReplayError(f"the output of block {block} was changed in place after the block returned it")
-                call.random_state.restore()
-                return call.output
+                if call.state is not None:
+                    call.state.restore()
+                # Containers of its own for each pass, which may write to them.
+                return recursively_apply(lambda tensor: tensor, call.output)
 
             return run
 
-        with self._forwards(replayed):
+        def called(forward: Callable) -> Callable:
+            def run(*args, **kwargs):
+                nonlocal models
+                place, models = models, models + 1
+                output = forward(*args, **kwargs)
+                if first > 0 and place < len(recording.models):
+                    count, wanted = len(_tensors(output)), recording.models[place][1]
+                    if count != wanted:
+                        raise ReplayError(f"the model returned {count} tensors where it returned {wanted} in pass 1")
+                return output
+
+            return run
+
+        with self._forwards(replayed, called):
             yield
         if position < first:
             raise ReplayError(f"{position} blocks were called, but {len(recording.calls)} in pass 1")
+        recording.last = last
 
     def _requiring_grad(self, block: int, args: tuple) -> tuple:
         """`args` such that a reentrant checkpoint, which only looks at its inputs, tracks gradients of the weights."""
@@ -180,25 +261,66 @@ class Replay:
         )
 
     @contextmanager
-    def _forwards(self, wrap: Callable[[int, Callable], Callable] | None) -> Iterator[None]:
-        """Replace what each block runs, on the instance, by `wrap(index, forward)`."""
-        if wrap is None:
-            yield
-            return
-        # `forward`, or where `block.compile()` was called what it compiled, so that no wrapper is compiled in.
-        names = ["forward" if block._compiled_call_impl is None else "_compiled_call_impl" for block in self.blocks]
-        # An instance may have a forward of its own already (accelerate's device hooks): it comes back as it was.
-        own = [vars(block).get(name) for block, name in zip(self.blocks, names, strict=True)]
+    def _forwards(
+        self, wrap: Callable[[int, Callable], Callable], wrap_model: Callable[[Callable], Callable]
+    ) -> Iterator[None]:
+        """Inside, each block runs `wrap(index, forward)` in the place of its `forward`, and the model likewise."""
+        wraps: list[tuple[nn.Module, Callable]] = [(b, functools.partial(wrap, i)) for i, b in enumerate(self.blocks)]
+        if self.model is not None:
+            wraps.append((self.model, wrap_model))
+        standins: list[_Standin] = []
         try:
-            for index, (block, name) in enumerate(zip(self.blocks, names, strict=True)):
-                setattr(block, name, wrap(index, getattr(block, name)))
+            for module, wrapped in wraps:
+                standins.append(_Standin(module, wrapped))
+                standins[-1].enter()
             yield
         finally:
-            for block, name, forward in zip(self.blocks, names, own, strict=True):
-                if forward is None:
-                    vars(block).pop(name, None)
-                else:
-                    setattr(block, name, forward)
+            for standin in standins:
+                standin.leave()
+
+
+class _Standin:
+    """
+    What an instance has in the place of its class's `forward`, for the length of a pass.
+
+    A copy of the module that is made meanwhile is one of the module and of nothing else.
+    """
+
+    def __init__(self, module: nn.Module, wrap: Callable[[Callable], Callable]):
+        # `forward`, or where `block.compile()` was called what it compiled, so that no wrapper is compiled in.
+        self.name = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
+        self.module, self.copies = module, []  # type: ignore[var-annotated]
+        # An instance may have one of its own already (accelerate's device hooks): it comes back as it was.
+        self.own = vars(module).get(self.name)
+        self.forward = getattr(module, self.name)
+        self.run = wrap(self.forward)
+
+    def __call__(self, *args, **kwargs):
+        return self.run(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict):
+        self.copies.append(memo.get(id(self.module)))
+        return deepcopy(self.forward, memo)
+
+    def __reduce__(self):
+        return functools.partial, (self.forward,)
+
+    def enter(self) -> None:
+        setattr(self.module, self.name, self)
+
+    def leave(self) -> None:
+        self.run = self.forward
+        if self.own is not None:
+            setattr(self.module, self.name, self.own)
+            return
+        for module in (self.module, *self.copies):
+            if module is not None:
+                vars(module).pop(self.name, None)
+
+
+def _is_backward() -> bool:
+    """Whether this is called from a backward pass."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _placeholder(tensor: Tensor) -> Tensor:
@@ -209,13 +331,35 @@ def _placeholder(tensor: Tensor) -> Tensor:
     return nan.expand(tensor.shape).as_subclass(Dropped)
 
 
-def _versions(output: Any) -> list[int]:
-    """The version counters of all tensors in `output`, which in-place operations count up."""
-    versions: list[int] = []
+def _tensors(output: Any) -> list[Tensor]:
+    """All tensors in `output`."""
+    tensors: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
-        versions.append(tensor._version)
+        tensors.append(tensor)
         return tensor
 
     recursively_apply(note, output)
-    return versions
+    return tensors
+
+
+def _versions(output: Any) -> list[int]:
+    """The version counters of all tensors in `output`, which in-place operations count up."""
+    return [version_of(tensor) for tensor in _tensors(output)]
+
+
+def _ran(block: int, output: Any, with_gradient: set[int], again: bool) -> Ran:
+    """A call that returned `output`: images have their channels first, all else last."""
+    tensors = [t for t in _tensors(output) if t.dim() > 0 and t.is_floating_point()] or [torch.zeros(1)]
+    shape = tensors[0].shape
+    places = shape.numel() // max(shape[1 if len(shape) == 4 else -1], 1)
+    has_gradient = any(tensor.requires_grad for tensor in tensors) and not (again and block in with_gradient)
+    if has_gradient:
+        with_gradient.add(block)
+    return Ran(block, places, has_gradient, tensors[0].dtype)
+
+
+def _arguments(args: tuple, kwargs: dict[str, Any]) -> tuple:
+    """Names and kinds of the arguments of a call, and the values of those that are switches."""
+    named = [*enumerate(args), *kwargs.items()]
+    return tuple((name, v if isinstance(v, (bool, str, type(None))) else type(v)) for name, v in named)

@@ -16,8 +16,8 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .held import RandomState
 from .perturbation import Perturbation, adaptive_scores
-from .random_state import RandomState
 from .rows import check_rows, count_rows, groups_of_rows
 
 LossFunction = Callable[[nn.Module, Any], Tensor]

@@ -84,7 +84,7 @@ def load_state(step: LSAMStep, checkpoint: str) -> None:
         return
     try:
         # What is to be sharded need not lie whole on the device.
-        device = "cpu" if is_sharded(step.model.parameters()) else str(step.second_pass.device)
+        device = "cpu" if is_sharded(step.model.parameters()) else str(step.second_pass.state.device)
         with safe_open(path, framework="pt", device=device) as file:
             contents = json.loads(file.metadata()["lsam"])
             tensors = {name: file.get_tensor(name) for name in contents["weights"]}

@@ -13,9 +13,10 @@ given two callables for each micro-batch, "run pass 1" and "run pass 2", both of
 return the loss.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +24,11 @@ from torch.amp import GradScaler
 from transformers.utils import logging
 
 from .ascent import Ascent, Kept, find_ascent
-from .blocks import everything, find_blocks, find_candidates
+from .blocks import Candidate, everything, find_blocks, find_candidates, multiplied_parameters
 from .compiled import CompiledRegions
 from .config import LSAMConfig
-from .distributed import average_gradients, average_over_ranks
+from .distributed import any_of_ranks, average_gradients
+from .pass_state import PassState
 from .perturbation import (
     Perturbation,
     add_along,
@@ -38,8 +40,9 @@ from .perturbation import (
     where,
     zero_unless,
 )
+from .replay import Recording
 from .second_pass import MicroBatch, Pass, SecondPass
-from .selection import CostModel, check_selection, earliest_block
+from .selection import CostModel, Weights, beginnings, check_selection
 from .shards import reshard, sharded_modules
 from .step_log import Perturbed, StepLog
 
@@ -51,12 +54,15 @@ class LSAMStep:
     One training run's steps on a model: called once for each micro-batch.
 
     Args:
-        model: The model itself, not a wrapper of it; its blocks and trainable parameters are found here.
+        model: The model itself, not a wrapper of it; its blocks and parameters are found here.
         config: The settings.
         max_steps: Optimizer steps of the training, of which `perturb_start` and `perturb_end` are shares.
         scaler: The gradient scaler, if there is one: an overflow is left for it to see, so that it skips the step.
         called (`nn.Module`): What the passes call, where that is not `model`: a wrapper of it, or its compiled copy.
-        beside: Parameters that are trained but not the model's, as those of a loss; they keep their plain gradients.
+        optimized: The parameters that the optimizer trains; `None` where that is not known. Nothing else is selected.
+            Those that are not the model's, as those of a loss, keep their plain gradients.
+        roots: What else a pass may read and change, by the names that a user knows (see `PassState`).
+        raises: Whether an error of pass 2 is for the caller. The others leave the plain gradient.
 
     Raises:
         ValueError: if the model has no blocks to choose from, or the settings do not fit it.
@@ -69,31 +75,36 @@ class LSAMStep:
         max_steps: int,
         scaler: GradScaler | None = None,
         called: nn.Module | None = None,
-        beside: Sequence[Tensor] = (),
+        optimized: Callable[[], Collection[Tensor] | None] = lambda: None,
+        roots: Callable[[], Mapping[str, Any]] = dict,
+        raises: Callable[[Exception], bool] = lambda error: False,
     ):
-        self.model = model
-        self.config = config
-        self.max_steps = max_steps
-        self.scaler = scaler
+        self.model, self.config, self.max_steps, self.scaler = model, config, max_steps, scaler
+        self.optimized = optimized
+        self._made_for = _names(config)
         self.sharded_modules = sharded_modules(model)
         reshard(self.sharded_modules)
         blocks = find_blocks(model)
-        regions = CompiledRegions(model if called is None else called)
+        called = model if called is None else called
+        self.regions = CompiledRegions(called)
         if config.block_selection == "all":
-            candidates = everything(model, blocks)
+            self.candidates = everything(model, blocks)
         else:
-            candidates = find_candidates(model, blocks, config.block_pattern)
-        self.candidates = regions.sized(candidates, model)
+            self.candidates = find_candidates(model, blocks, config.block_pattern)
         # The one-pass rule runs no second pass: there the costs only say which blocks are late ones.
-        one_graph = regions.hide(blocks.values()) and config.ascent_gradient == "current"
+        one_graph = self.regions.hide(blocks.values()) and config.ascent_gradient == "current"
         self.costs = CostModel.of(model, blocks, one_graph)
-        check_selection(config, self.candidates, self.costs)
-        pays = any(candidate.first_block > 0 for candidate in self.candidates)
-        earliest = earliest_block(config, self.candidates, self.costs)
-        self.second_pass = SecondPass(model, list(blocks.values()), regions, beside, earliest, replays=pays)
-        self.trained = [parameter.requires_grad for parameter in self.second_pass.parameters]
-        self.rounding_checked = False
+        check_selection(config, [candidate for candidate in self.candidates if candidate.is_trained], self.costs)
+        self.weights = Weights(model, list(blocks.values()))
+        pays = config.block_selection != "all" and any(c.first_block > 0 for c in self.candidates)
+        state = PassState(model, roots, self._is_trained)
+        self.second_pass = SecondPass(model, called, blocks, self.regions, state, pays, self._beginnings, raises)
         self.perturbation = Perturbation()
+        self.rounding_checked = False
+        self._optimized: Collection[Tensor] | None = None
+        # What is trained, for each set of weights that had a gradient: candidates, and all weights that had one.
+        self._trained: dict[tuple, tuple[list[Candidate], set[Tensor]]] = {}
+        self._multiplied = multiplied_parameters(model)
         # Micro-batches of this step that wait for its last one.
         self.window: list[MicroBatch] = []
         # What goes from step to step (see `Kept`), and the step that runs with what it began with.
@@ -101,7 +112,7 @@ class LSAMStep:
         self.correction: tuple[list[Tensor], list[Tensor]] | None = None
         self.reset_log()
         self.current: tuple[int, Kept] | None = None
-        # Predicted cost of the last pass 2 over a micro-batch, in plain passes over the same one.
+        # Cost of the second passes of the last micro-batch, in plain passes over the same one.
         self.overhead = 0.0
 
     @property
@@ -116,17 +127,17 @@ class LSAMStep:
 
     def reset_log(self) -> None:
         """Begin the sums of the next log line."""
-        self.log = StepLog([candidate.name for candidate in self.candidates])
+        trained = [candidate.name for candidate in self.candidates if candidate.is_trained]
+        self.log = StepLog([candidate.name for candidate in self.candidates], trained)
 
-    def fits(self, beside: Sequence[Tensor]) -> bool:
-        """Whether the same parameters are trained as when this was made, those of the optimizer included."""
-        parameters = self.second_pass.parameters
-        return self.trained == [p.requires_grad for p in parameters] and self.second_pass.known.issuperset(beside)
+    def fits(self, config: LSAMConfig) -> bool:
+        """Whether `config` chooses among the same modules; everything else may change from step to step."""
+        return _names(config) == self._made_for
 
     def go_on_from(self, other: "LSAMStep") -> None:
-        """Take over the sums of the log from `other`, made when other parameters were trained."""
+        """Take over the sums of the log from `other`, made with other settings."""
         other.log.settle()
-        self.log = replace(other.log, names=self.log.names)
+        self.log = replace(other.log, names=self.log.names, trained=self.log.trained)
 
     def perturbs(self, step: int) -> bool:
         """Whether optimizer step `step` is to be perturbed."""
@@ -142,7 +153,7 @@ class LSAMStep:
         """The parameters whose gradients of optimizer step `step` are climbed in the next one (one pass)."""
         if not self.perturbs(step + 1):
             return []
-        return [parameter for candidate in self.candidates for parameter in candidate.parameters]
+        return [p for candidate in self.candidates for p in candidate.parameters if p.requires_grad]
 
     def __call__(self, pass_1: Pass, pass_2: Pass, step: int, is_last: bool) -> Tensor:
         """
@@ -151,7 +162,7 @@ class LSAMStep:
         Args:
             pass_1: Forward and backward at the current weights; returns the detached loss. With
                 `sharpness_scope="micro_batch"`, and for pass 2 always, gradients stay those of this process.
-            pass_2: The same again, counting nothing.
+            pass_2: The same again, of this process alone.
             step: Index of the optimizer step, 0-based.
             is_last: Whether this is the step's last micro-batch.
 
@@ -159,9 +170,10 @@ class LSAMStep:
             The loss of pass 1.
 
         Raises:
-            Whatever a pass raises; the weights are then where they were. If it was pass 2, the selected ones may have
-            lost their gradient of this call.
+            Whatever pass 1 raises; the weights are then where they were. Of pass 2 what is no `Exception` (Ctrl-C) or is
+            for the caller; the selected weights may then have lost their gradient of this call.
         """
+        self.overhead = 0.0
         self.current = (step, self.kept(step))
         self.perturbation.seed = step
         self.log.steps += is_last
@@ -191,6 +203,7 @@ class LSAMStep:
 
     def _batch_step(self, pass_1: Pass, pass_2: Pass, is_last: bool) -> Tensor:
         """Pass 1 of every micro-batch, then, at the last one, pass 2 of all of them."""
+        self.second_pass.state.steps += not self.window
         self.window.append(self.second_pass.record(pass_1, pass_2, alone=is_last and not self.window))
         loss = self.window[-1].loss
         if is_last:
@@ -203,6 +216,7 @@ class LSAMStep:
         sums = {p: p.grad for p in self.model.parameters() if p.grad is not None}
         for parameter in sums:
             parameter.grad = None
+        self.second_pass.state.steps += 1
         try:
             micro_batch = self.second_pass.record(pass_1, pass_2, alone=True)
             self._perturb_and_rerun([micro_batch])
@@ -215,39 +229,111 @@ class LSAMStep:
 
     def _perturb_and_rerun(self, window: Sequence[MicroBatch]) -> None:
         """From the gradient of pass 1 in `.grad` to the mixed one: select, perturb, pass 2, restore, mix."""
+        calls, heads = self._calls_of(window[-1].recording)
+        if calls:
+            self.costs = self.weights.costs(calls, heads, self._trained_now()[1])
         # S, and for each i in S: grad_i L(w).
         ascent = self._find_ascent()
-        if ascent is None:
-            self.log.skip()
+        if isinstance(ascent, str):
+            self.log.skip(ascent)
             return
         selected = [self.candidates[index] for index in ascent.chosen]
         blocks = set().union(*(candidate.blocks for candidate in selected))
-        self.second_pass.check(window, together=self.config.sharpness_scope == "batch")
-        # For each i in S: grad_i L(w + eps).
-        with self._moved(ascent):
-            if not self.keeps_plain:
-                ascent.release()
-            perturbed = self._gradients(window, ascent, blocks)
-        finite = norms(perturbed).isfinite().all()
-        if self.config.reuse_correction > 0:
-            parts = orthogonal_part(perturbed, ascent.gradients)
-            self.correction = (ascent.weights, zero_unless(finite, parts))
-        # Where it is not finite, the plain gradient takes its place. A scaler has to see it, and skips the step.
-        if self.scaler is None and self.keeps_plain:
-            perturbed = where(finite, perturbed, ascent.gradients)
-        elif self.scaler is None and not finite:
-            perturbed = self._gradients(window, ascent, None)
+        with self.second_pass.aside():
+            perturbed = self._perturbed(window, ascent, blocks)
+            if isinstance(perturbed, str):
+                self.log.skip(perturbed)
+                return
+            finite = norms(perturbed).isfinite().all()
+            if self.config.reuse_correction > 0:
+                parts = orthogonal_part(perturbed, ascent.gradients)
+                self.correction = (ascent.weights, zero_unless(finite, parts))
+            # Where it is not finite, the plain gradient takes its place. A scaler has to see it, and skips the step.
+            if self.scaler is None and self.keeps_plain:
+                perturbed = where(finite, perturbed, ascent.gradients)
+            elif self.scaler is None and not finite:
+                perturbed = self._gradients(window, ascent, None)
+                if not norms(perturbed).isfinite().all():
+                    # It is lost: these weights wait for the next step.
+                    perturbed = [None] * len(perturbed)  # type: ignore[list-item]
         # For each i in S: (1 - alpha) * grad_i L(w) + alpha * grad_i L(w + eps). Of the others, `.grad` stays.
         for weight, mixed in zip(ascent.weights, mix(ascent.gradients, perturbed, self.config.alpha), strict=True):
             weight.grad = mixed
-        replays, narrow = self.second_pass.replays, self.second_pass.narrow
-        self.overhead = self.costs.overhead(selected, replayed=replays) if narrow else 1.0
-        self._count(ascent, self.overhead, finite)
+        self.overhead = self._cost(window, selected, ascent)
+        self._count(ascent, self.overhead, finite, min(selected, key=self.costs.start).first_block)
 
-    def _find_ascent(self) -> Ascent | None:
+    def _perturbed(self, window: Sequence[MicroBatch], ascent: Ascent, blocks: set[int]) -> list[Tensor] | str:
+        """For each i in S: grad_i L(w + eps); or why the step stays a plain one."""
+        together = self.config.sharpness_scope == "batch"
+        unseen = next((micro_batch.unseen for micro_batch in window if micro_batch.unseen is not None), None)
+        flags = [self.second_pass.is_due(window, blocks, len(self._trained_now()[1])), unseen is not None]
+        is_due, changed = any_of_ranks(flags, self.second_pass.state.device) if together else flags
+        if changed:
+            return f"pass 1 changed {unseen or 'something in another process'}, of which there is no copy yet"
+        if is_due:
+            problem = self.second_pass.compare_with_pass_1(window, ascent.weights, ascent.gradients, together)
+            if problem is not None:
+                return problem
+        with self._moved(ascent):
+            if not self.keeps_plain:
+                ascent.release()
+            if is_due:
+                return self.second_pass.compare_with_replay(window, ascent.weights, blocks, together)
+            return self._gradients(window, ascent, blocks)
+
+    def _trained_now(self) -> tuple[list[Candidate], set[Tensor]]:
+        """The candidates with what of them has a gradient and is trained, and all weights that have one."""
+        optimized = self.optimized()
+        if optimized is not self._optimized:
+            self._optimized = optimized
+            self.second_pass.parameters = list(dict.fromkeys([*self.model.parameters(), *(optimized or ())]))
+        parameters = self.second_pass.parameters
+        key = (tuple([p.grad is not None for p in parameters]), id(optimized))
+        if key not in self._trained:
+            graded = {p for p, has in zip(parameters, key[0], strict=True) if has}
+            trained = graded if optimized is None else {p for p in graded if p in optimized}
+            self._trained = {key: ([self._live(candidate, trained) for candidate in self.candidates], graded)}
+        return self._trained[key]
+
+    def _live(self, candidate: Candidate, trained: Collection[Tensor]) -> Candidate:
+        parameters = tuple(p for p in candidate.parameters if p in trained)
+        # What is compiled together takes its gradients together.
+        taken = self.regions.taken_with(parameters) & self._multiplied
+        return replace(candidate, parameters=parameters, size=sum(p.numel() for p in taken))
+
+    def _is_trained(self, parameter: Tensor) -> bool:
+        optimized = self.optimized()
+        return optimized is None or parameter in optimized
+
+    def _beginnings(self, recording: Recording) -> set[int]:
+        """Where pass 2 may begin after such a pass 1."""
+        candidates, graded = self._trained_now()
+        calls, heads = self._calls_of(recording)
+        live = [candidate for candidate in candidates if candidate.parameters]
+        return beginnings(self.config, live, self.weights.costs(calls, heads, graded))
+
+    @staticmethod
+    def _calls_of(recording: Recording) -> tuple[list, int]:
+        return [*recording.calls, *recording.again], max(len(recording.models), 1)
+
+    def _cost(self, window: Sequence[MicroBatch], selected: Sequence[Candidate], ascent: Ascent) -> float:
+        """What pass 2 cost, in plain passes, from what ran."""
+        if not window[-1].recording.calls:
+            return self.costs.overhead(selected, replayed=False) if self.second_pass.narrow else 1.0
+        narrow = self.second_pass.narrow
+        graded = self._trained_now()[1]
+        taking = self.regions.taken_with(ascent.weights) if narrow else graded
+        first = second = 0.0
+        for recording in (micro_batch.recording for micro_batch in window):
+            calls, heads = self._calls_of(recording)
+            first += self.weights.cost(calls, heads, graded)
+            second += self.weights.cost(recording.last, heads, taking)
+        return min(second / first, 1.0)
+
+    def _find_ascent(self) -> Ascent | str:
         """The ascent along `.grad`. A scaler's scale is in its direction and norm, not in `squared_norms`."""
-        ascent = find_ascent(self.candidates, self.costs, self.config)
-        if ascent is not None and self.scaler is not None:
+        ascent = find_ascent(self._trained_now()[0], self.costs, self.config)
+        if isinstance(ascent, Ascent) and self.scaler is not None:
             # One wait for the device, and not one for each candidate.
             scale = self.scaler.get_scale()
             ascent.squared_norms = [square / scale**2 for square in ascent.squared_norms]
@@ -268,8 +354,7 @@ class LSAMStep:
 
     def _gradients(self, window: Sequence[MicroBatch], ascent: Ascent, blocks: set[int] | None) -> list[Tensor]:
         """Pass 2: the gradients of the window with respect to the selected weights, where they are now."""
-        gradients = self.second_pass.gradients(window, ascent.weights, blocks)
-        return average_over_ranks(gradients) if self.config.sharpness_scope == "batch" else gradients
+        return self.second_pass.gradients(window, ascent.weights, blocks, self.config.sharpness_scope == "batch")
 
     def _one_pass(self, pass_1: Pass, step: int, is_perturbed: bool, is_last: bool) -> Tensor:
         """Forward and backward at weights moved along the gradient of the step before."""
@@ -283,12 +368,13 @@ class LSAMStep:
                 loss = pass_1()
         if is_last:
             if ascent is not None:
-                self._count(ascent, 0.0, torch.tensor(True))
+                first = min(self.candidates[index].first_block for index in ascent.chosen)
+                self._count(ascent, 0.0, torch.tensor(True), first)
             self.previous = None
             if self.perturbs(step + 1):
                 following = self._find_ascent()
-                if following is None:
-                    self.log.skip()
+                if isinstance(following, str):
+                    self.log.skip(following)
                     return loss
                 if not self.config.adaptive:
                     # The optimizer's clipping and zeroing change `.grad` in place.
@@ -305,7 +391,11 @@ class LSAMStep:
         kept = [(w.grad, part) for w, part in zip(*self.correction, strict=True) if w.grad is not None]
         add_along([g for g, _ in kept], [part for _, part in kept], self.config.reuse_correction)
 
-    def _count(self, ascent: Ascent, overhead: float, applied: Tensor) -> None:
+    def _count(self, ascent: Ascent, overhead: float, applied: Tensor, first_block: int) -> None:
         length = ascent.length(self.config.rho) if self.config.adaptive else self.config.rho
-        first_block = min(self.candidates[index].first_block for index in ascent.chosen)
         self.log.add(Perturbed(applied, ascent.chosen, ascent.squared_norms, length, first_block, overhead))
+
+
+def _names(config: LSAMConfig) -> tuple[bool, str | None]:
+    """What of the settings says which modules are chosen among."""
+    return config.block_selection == "all", config.block_pattern

@@ -52,10 +52,11 @@ class StepLog:
 
     Args:
         names: Names of the candidates.
+        trained: Of these, those that were trained when the run began. The others are told of once they are.
         steps: Optimizer steps.
         chances: Steps, or micro-batches where each has its own perturbation, that could have been perturbed.
         perturbed: Those that were.
-        skipped: Those that should have been, but had a gradient that is zero or not finite.
+        skipped: Those that should have been, but had nothing to climb, or a second pass without a finite gradient.
         sums: Of the figures of the log line, by their names without `lsam/`.
         counts: How often each candidate was selected, by its name.
         norms: Sum of each candidate's gradient norms, by its name.
@@ -63,6 +64,7 @@ class StepLog:
     """
 
     names: Sequence[str]
+    trained: Sequence[str]
     steps: int = 0
     chances: int = 0
     perturbed: int = 0
@@ -78,13 +80,11 @@ class StepLog:
             self.settle()
         self.pending.append(perturbation)
 
-    def skip(self) -> None:
-        """Note a step, or micro-batch, that had nothing to climb."""
+    def skip(self, reason: str) -> None:
+        """Note a step, or micro-batch, that was not perturbed, and tell why, each reason once."""
         self.skipped += 1
         logger.warning_once(
-            "The gradient is zero or not finite, so the weights were not perturbed and the plain gradient was used. "
-            "(The same is done where no block that has a gradient fits max_overhead.) Steps of this kind are counted "
-            "in lsam/skipped."
+            f"A step is plain where it was to be perturbed: {reason}. Steps of this kind are counted in lsam/skipped."
         )
 
     def settle(self) -> None:
@@ -98,8 +98,8 @@ class StepLog:
             else:
                 self.skipped += 1
                 logger.warning_once(
-                    "The gradient at the perturbed weights was not finite, so the plain gradient was used. Steps of "
-                    "this kind are counted in lsam/skipped. A smaller rho may help."
+                    "A step is plain where it was to be perturbed: the gradient at the perturbed weights was not "
+                    "finite, or pass 2 failed. Steps of this kind are counted in lsam/skipped. A smaller rho may help."
                 )
         self.pending.clear()
 
@@ -139,14 +139,15 @@ class StepLog:
     def row(self, step: int, epoch: float) -> dict[str, Any]:
         """The row of `lsam_blocks.jsonl`: how often each block was selected, and its mean gradient norm."""
         self.settle()
+        names = [name for name in self.names if name in self.trained or self.norms.get(name)]
         return {
             "step": step,
             "epoch": epoch,
             "steps": self.steps,
             "perturbed": self.perturbed,
             "skipped": self.skipped,
-            "counts": {name: self.counts.get(name, 0) for name in self.names},
-            "norms": {name: value / self.perturbed for name, value in self.norms.items()},
+            "counts": {name: self.counts.get(name, 0) for name in names},
+            "norms": {name: self.norms[name] / self.perturbed for name in names if name in self.norms},
         }
 
     def copy(self) -> "StepLog":
@@ -157,7 +158,7 @@ class StepLog:
     def state(self) -> dict[str, Any]:
         """The sums, for a checkpoint between two log lines."""
         self.settle()
-        return {key: value for key, value in vars(self).items() if key not in ("names", "pending")}
+        return {key: value for key, value in vars(self).items() if key not in ("names", "trained", "pending")}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's `state()`."""

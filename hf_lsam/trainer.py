@@ -1,23 +1,23 @@
 """`LSAMTrainer`: the Trainer whose training step perturbs a few blocks."""
 
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
-from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import DistributedType, recursively_apply
+from accelerate.utils import DistributedType
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 from transformers.trainer_utils import HPSearchBackend
 from transformers.utils import logging
 
 from .composition import check_order, check_repeatable
 from .config import LSAMConfig
-from .counters import Counters
 from .deepspeed import update_held_back
-from .distributed import check_supported
-from .passes import backward_if_any
+from .distributed import check_hooks, check_supported
+from .held import Attributes
+from .passes import backward_if_any, buffers_not_sent, copy_of
 from .state import load_state, save_state
 from .step import LSAMStep
 from .step_log import StuckWatch, append_row, drop_rows_after
@@ -47,8 +47,8 @@ class LSAMMixin(_AnyTrainer):
     - `lsam/first_block`: index of the first block that was perturbed, which is where pass 2 starts;
     - `lsam/overhead`: predicted cost of pass 2 in plain steps, over all steps, perturbed or not;
     - `lsam/active`: share of the steps that were perturbed;
-    - `lsam/skipped`: number of perturbations left out, for a gradient that is zero or not finite, or a
-      `max_overhead` that no block with a gradient fits.
+    - `lsam/skipped`: number of perturbations left out, for a gradient that is zero or not finite, a `max_overhead`
+      that no block with a gradient fits, or a second pass that failed. A warning tells each reason once.
 
     `lsam_blocks.jsonl` in the output directory gets one row a log line: `counts`, how often each block was selected,
     and `norms`, its mean gradient norm.
@@ -88,12 +88,15 @@ class LSAMMixin(_AnyTrainer):
         self._lsam_watch = StuckWatch()
         self._lsam_flops = 0.0
         self._lsam_in_pass_2 = False
+        self._lsam_reached = False
+        # What the optimizer trains, and what it had when that was looked up.
+        self._lsam_optimized: tuple[Any, Any] = (None, None)
         # The last batch whose operations were counted, and how many.
         self._lsam_counted: tuple[Any, int] = (None, 0)
 
     def train(self, *args: Any, **kwargs: Any):
         """Check that the settings are supported and fit the model, then train."""
-        self._lsam, self._lsam_run, self._lsam_checkpoint = None, None, None
+        self._lsam, self._lsam_run, self._lsam_checkpoint, self._lsam_reached = None, None, None, False
         own_config = self.lsam_config
         try:
             return super().train(*args, **kwargs)
@@ -140,40 +143,43 @@ class LSAMMixin(_AnyTrainer):
             super()._hp_search_setup(values)
             self._trial = trial
 
+    @property
+    def in_second_pass(self) -> bool:
+        """
+        Whether pass 2 runs: `training_step` and `compute_loss` are called a second time for the same batch.
+
+        What passes change on the trainer, in its objects and in modules is put back by itself. Files, iterators and
+        what other threads use are not: `if not self.in_second_pass: self.file.write(...)`.
+        """
+        return self._lsam_in_pass_2
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Both passes over a micro-batch, as far as [`LSAMConfig`] asks for them; returns the loss of pass 1."""
         training_step = super().training_step
-        if not self.lsam_config.enabled:
+        step = self._lsam_of_run(model) if self.lsam_config.enabled else None
+        self._lsam_reached = True
+        if step is None:
             return training_step(model, inputs, num_items_in_batch)
-        step = self._lsam_of_run(model)
-
-        # A batch of its own for each pass: a `compute_loss` may pop labels from it, or mask its tokens in place.
-        def batch() -> Any:
-            return recursively_apply(Tensor.clone, copy(inputs))
+        # Micro-batches that are perturbed by their own gradients are averaged over processes by the step.
+        own = step.config.sharpness_scope == "micro_batch" and step.perturbs(self.state.global_step)
+        # A batch for each pass: a `compute_loss` may pop labels from it, or mask its tokens in place.
+        kept = copy_of((inputs, num_items_in_batch))
 
         def pass_1() -> Tensor:
-            # Micro-batches that are perturbed by their own gradients are averaged over processes by the step.
-            own = self.lsam_config.sharpness_scope == "micro_batch" and step.perturbs(self.state.global_step)
             with self.accelerator.no_sync(model) if own else nullcontext():
-                return training_step(model, batch(), num_items_in_batch)
+                return training_step(model, inputs, num_items_in_batch)
 
         def pass_2() -> Tensor:
-            self._lsam_flops += float(self.floating_point_ops(inputs))
-            counters = Counters(self), Counters(self.state)
+            batch, num_items = copy_of(kept)
             self._lsam_in_pass_2 = True
             try:
-                # Past DistributedDataParallel, which would send buffers on the way: a pass that fails on one process
-                # and is run again there would send them once more than the others.
-                inner = model.module if isinstance(model, DistributedDataParallel) else model
                 # FSDP2 reduces gradients as it shards them; without it there would be none at all.
                 sync = nullcontext() if self.accelerator.is_fsdp2 else self.accelerator.no_sync(model)
-                with sync, backward_if_any(self.accelerator):
-                    return training_step(inner, batch(), num_items_in_batch)
+                with sync, buffers_not_sent(model), backward_if_any(self.accelerator):
+                    return training_step(model, batch, num_items)
             finally:
-                for counter in counters:
-                    counter.restore()
                 self._lsam_in_pass_2 = False
 
         held_back: AbstractContextManager[None] = nullcontext()
@@ -182,11 +188,13 @@ class LSAMMixin(_AnyTrainer):
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             # As the Trainer does in each pass: a schedule-free optimizer moves weights here, and never perturbed ones.
             self.optimizer.train()
+        self._lsam_flops += float(self.floating_point_ops(inputs))
         with held_back:
             loss = step(pass_1, pass_2, self.state.global_step, self.accelerator.sync_gradients)
-        # The Trainer counts pass 1. What pass 2 ran over is counted by the share that it computed.
-        self.current_flos += step.overhead * self._lsam_flops
-        self._lsam_flops = 0.0
+        # The Trainer counts pass 1; of pass 2 counts what ran, but not what it was compared with.
+        if own or self.accelerator.sync_gradients:
+            self.current_flos += step.overhead * self._lsam_flops
+            self._lsam_flops = 0.0
         return loss
 
     def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
@@ -204,48 +212,96 @@ class LSAMMixin(_AnyTrainer):
         if self._lsam_in_pass_2:
             return
         step = self._lsam
-        if "loss" in logs and step is not None and self._lsam_run is self.state:
+        # The Trainer's own lines hold the learning rate; a `compute_loss` may log a loss of its own.
+        is_line = "loss" in logs and "learning_rate" in logs
+        if is_line and step is not None and self._lsam_run is self.state:
             logs.update(step.log.line())
             if self.is_world_process_zero():
                 append_row(self._get_output_dir(self._trial), step.log.row(self.state.global_step, self.state.epoch))
             self._lsam_watch.see(logs["loss"], step.log.perturbed, self.state.global_step, self.state.max_steps)
             step.reset_log()
+        elif is_line and self.lsam_config.enabled and not self._lsam_reached:
+            logger.warning_once(
+                f"{type(self).__name__} has a training_step that does not call super().training_step, so nothing is "
+                "perturbed: it is plain training. Let it call super().training_step for the forward and backward pass."
+            )
         super().log(logs, *args, **kwargs)
 
     def _new_step(self, model: nn.Module, max_steps: int) -> LSAMStep:
         """The steps on `model`, which may be wrapped, compiled, or both."""
-        unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        scaler = self.accelerator.scaler
-        return LSAMStep(unwrapped, self.lsam_config, max_steps, scaler, called=model, beside=self._optimized())
+        check_hooks(self)
+        return LSAMStep(
+            self.accelerator.unwrap_model(model, keep_torch_compile=False),
+            self.lsam_config,
+            max_steps,
+            self.accelerator.scaler,
+            called=model,
+            optimized=self._optimized,
+            roots=lambda: self._lsam_roots(model),
+            raises=lambda error: self.args.auto_find_batch_size and should_reduce_batch_size(error),
+        )
 
-    def _optimized(self) -> list[Tensor]:
-        """What the optimizer trains: a loss may have parameters of its own (sentence-transformers)."""
-        groups = self.optimizer.param_groups if self.optimizer is not None else []
-        return [parameter for group in groups for parameter in group["params"]]
+    def _lsam_roots(self, model: nn.Module) -> dict[str, Any]:
+        """What a pass may read and change beside the model."""
+        gradients = Attributes(self.accelerator.gradient_state, ("sync_gradients",))
+        steps = Attributes(self.accelerator, ("step",))
+        # It tells DistributedDataParallel whether to send buffers before the next pass.
+        sends = Attributes(model, ("require_forward_param_sync",))
+        return {"trainer": self, "trainer.state": self.state, "gradient_state": gradients, "step": steps, "": sends}
 
-    def _lsam_of_run(self, model: nn.Module) -> LSAMStep:
+    def _optimized(self) -> Collection[Tensor] | None:
+        """What the optimizer trains, if that can be seen: DeepSpeed has parameters of its own in its groups."""
+        if self.optimizer is None or self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            return None
+        groups = self.optimizer.param_groups
+        sizes = [len(group["params"]) for group in groups]
+        if self._lsam_optimized[0] != (id(self.optimizer), sizes):
+            every = {parameter: None for group in groups for parameter in group["params"]}
+            self._lsam_optimized = ((id(self.optimizer), sizes), every.keys())
+        return self._lsam_optimized[1]
+
+    def _lsam_of_run(self, model: nn.Module) -> LSAMStep | None:
         """
         The steps of this run; at first the blocks are found, and the checkpoint that it resumes is gone on from.
 
-        They are found anew where other parameters are trained than before (gradual unfreezing).
+        They are found anew where `lsam_config` is another one than before, or names other modules. `None` if that is
+        in the middle of a run, and does not fit the model: then the steps stay plain ones.
         """
-        if self._lsam is not None and self._lsam_run is self.state:
-            if not self._lsam.window and not self._lsam.fits(self._optimized()):
-                former, self._lsam = self._lsam, self._new_step(model, self.state.max_steps)
-                self._lsam.go_on_from(former)
-            return self._lsam
-        self._lsam = self._new_step(model, self.state.max_steps)
-        self._lsam_run = self.state
+        former = self._lsam if self._lsam_run is self.state else None
+        if former is not None and (
+            former.window or (former.config is self.lsam_config and former.fits(former.config))
+        ):
+            return former
+        try:
+            check_supported(self, self.lsam_config)
+            if former is not None and former.fits(self.lsam_config):
+                former.config = self.lsam_config
+                return former
+            step = self._new_step(model, max(self.state.max_steps, 1))
+        except (ValueError, NotImplementedError) as error:
+            if not self._lsam_reached:
+                raise
+            logger.warning_once(f"The new settings do not fit, so the former ones stay: {error}")
+            self.lsam_config = LSAMConfig(block_selection="none") if former is None else former.config
+            return former
+        self._lsam, self._lsam_run = step, self.state
+        if former is not None:
+            step.go_on_from(former)
+            return step
         self._lsam_flops = 0.0
         if self._lsam_checkpoint is not None:
-            load_state(self._lsam, self._lsam_checkpoint)
-        self._warn_if_plain(self._lsam)
+            load_state(step, self._lsam_checkpoint)
+        if self.is_in_train:
+            self._begin_log(step)
+        return step
+
+    def _begin_log(self, step: LSAMStep) -> None:
+        self._warn_if_plain(step)
         logged = [line for line in self.state.log_history if "loss" in line]
         self._lsam_watch = StuckWatch(logged[0]["loss"] if logged else None)
         if self.is_world_process_zero():
             # Not those up to `global_step`: a checkpoint may have been saved between a step and its log line.
             drop_rows_after(self._get_output_dir(self._trial), logged[-1]["step"] if logged else 0)
-        return self._lsam
 
     def _warn_if_plain(self, step: LSAMStep) -> None:
         """Warn if no step of the run will be perturbed. (One pass has nothing to climb in the first one.)"""
@@ -262,7 +318,8 @@ class LSAMMixin(_AnyTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.lsam_config.enabled:
             step = self._lsam_of_run(self.model_wrapped)
-            save_state(step, output_dir, self.state.global_step, self.args.should_save)
+            if step is not None:
+                save_state(step, output_dir, self.state.global_step, self.args.should_save)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

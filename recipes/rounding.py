@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from hf_lsam import LSAMConfig
-from hf_lsam.ascent import find_ascent
+from hf_lsam.ascent import Ascent, find_ascent
 from hf_lsam.perturbation import move_cosine, norms
 from hf_lsam.rounding import round_stochastically
 from hf_lsam.step import LSAMStep
@@ -127,7 +127,7 @@ def measure(model: torch.nn.Module, batch: dict[str, Tensor], dtype: torch.dtype
         step = LSAMStep(model, config, max_steps=1)
         loss = backward(model, batch)
         ascent = find_ascent(step.candidates, step.costs, config)
-        assert ascent is not None
+        assert isinstance(ascent, Ascent)
         before = [weight.detach().clone() for weight in ascent.weights]
         for rho in RHOS:
             row: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "selection": selection, "rho": rho}

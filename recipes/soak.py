@@ -11,7 +11,6 @@ compared, and the memory of the process and its living objects are counted. Ends
 import dataclasses
 import functools
 import gc
-import itertools
 import json
 import random
 import sys
@@ -70,34 +69,29 @@ class SoakTrainer(LSAMTrainer):
 
     def __init__(self, stretch: Stretch, draws: random.Random, **options: Any):
         super().__init__(**options)
-        # Not numbers and lists of its own: what a trainer counts in pass 2 is put back.
-        self.soak = SimpleNamespace(stretch=stretch, draws=draws, window=[], fault=None, passes=None)
+        self.soak = SimpleNamespace(stretch=stretch, draws=draws, window=[], fault=None, start=[])
         # The model's loss is a mean over its micro-batch, whatever number of items it is told.
         self.model_accepts_loss_kwargs = False
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any) -> Tensor:
-        """A pass that raises the injected error leaves the gradients of pass 1, which are then used."""
+        """Note the micro-batch, and at the first of a step where the weights are and what is to go wrong."""
         soak = self.soak
         if not soak.window:
             stretch = soak.stretch
             late = 2 * self.state.global_step >= stretch.steps
             soak.fault = stretch.fault if late and soak.draws.random() < stretch.fault_rate else "none"
+            soak.start = [parameter.detach().clone() for parameter in self.model.parameters()]
         soak.window.append({"inputs": dict(inputs), "state": torch.get_rng_state()})
-        soak.passes = itertools.count()
-        try:
-            return super().training_step(model, inputs, *rest)
-        except InjectedError:
-            return torch.zeros((), dtype=torch.float64)
+        return super().training_step(model, inputs, *rest)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """The loss, but for faults: in every pass 1, or in the last pass of a step."""
+        """The loss, but for faults: in every pass, or in those over a step's last micro-batch at moved weights."""
         loss = super().compute_loss(*args, **kwargs)
         soak = self.soak
         if not self.model.training:
             return loss
-        of_window = self.lsam_config.sharpness_scope == "batch"
-        is_last = self.accelerator.sync_gradients
-        last_pass = is_last and next(soak.passes) == (len(soak.window) if of_window else 1)
+        moved = any(not torch.equal(p, start) for p, start in zip(self.model.parameters(), soak.start, strict=True))
+        last_pass = self.accelerator.sync_gradients and moved
         if soak.fault == "zero":
             return loss * 0.0
         if soak.fault == "not finite" and last_pass:

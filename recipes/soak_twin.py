@@ -94,7 +94,8 @@ class Twin(TrainerCallback):
         else:
             parts = [window] if config.sharpness_scope == "batch" else [[micro_batch] for micro_batch in window]
             climbed = [self._gradient(part) for part in (parts if fault == "none" else parts[:-1])]
-            left = [] if fault == "none" else [self._left(parts[-1], fault)]
+            # Where pass 2 fails, the plain gradient is used.
+            left = [] if fault == "none" else [reference.gradient(self.model, parts[-1])]
             mean = {
                 p: torch.stack([g.get(p, torch.zeros_like(p)) for g in climbed + left]).mean(0)
                 for p in reference.trainable(model)
@@ -107,22 +108,12 @@ class Twin(TrainerCallback):
         settings = (self.blocks, config.rho, config.alpha, self.rule, config.adaptive)
         return reference.lsam_gradient(self.model, batches, *settings)
 
-    def _left(self, batches: reference.Batches, fault: str) -> dict[nn.Parameter, Tensor]:
-        """What a pass 2 that fails leaves: the plain gradient, but where memory holds that of one pass at a time."""
-        plain = reference.gradient(self.model, batches)
-        if fault == "error" and self.config.alpha == 1 and not self.config.adaptive:
-            norms = [reference.norm([plain[p] for p in block if p in plain]) for block in self.blocks]
-            for parameter in [p for index in self.rule(norms) for p in self.blocks[index]]:
-                plain.pop(parameter, None)
-        return plain
-
     def _looksam(self, step: int, window: list[dict[str, Any]], fault: str) -> None:
         config = self.config
         if self._perturbs(step):
-            # Where pass 2 fails nothing is reused; where it raises, what was kept before.
-            if fault == "not finite":
-                self.kept.clear()
             if fault != "none":
+                # Where pass 2 fails, nothing is reused.
+                self.kept.clear()
                 reference.plain_step(self.model, window, self.optimizer)
                 return
         elif not self.kept or not self.config.is_active(step, self.stretch.steps):

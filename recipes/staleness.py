@@ -88,7 +88,7 @@ class Probe:
     def _ascents(self) -> dict[str, Ascent]:
         """One of each selection, along a copy of the gradients in `.grad`."""
         found = {name: find_ascent(step.candidates, step.costs, step.config) for name, step in self.steps.items()}
-        ascents = {name: ascent for name, ascent in found.items() if ascent is not None}
+        ascents = {name: ascent for name, ascent in found.items() if isinstance(ascent, Ascent)}
         for ascent in ascents.values():
             ascent.direction = [part.clone() for part in ascent.direction]
         return ascents

@@ -186,8 +186,8 @@ def terminate():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def fail():
-    raise RuntimeError("of the second process only")
+def leave():
+    raise SystemExit("of the second process only")
 
 
 def main():
@@ -204,7 +204,7 @@ def main():
         reports["read-only, unsaved"] = alone("read-only, unsaved", nobody, folder, save_strategy="no")
         Path(folder).chmod(0o755)
     reports["killed"] = together("killed", kill)
-    reports["raises"] = together("raises", fail)
+    reports["leaves"] = together("leaves", leave)
     (WHERE / "reports.json").write_text(json.dumps(reports, indent=1))
 
 

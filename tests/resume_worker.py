@@ -43,8 +43,9 @@ class Signalled(LSAMTrainer):
     Sends its own process a signal: in the `call`-th `compute_loss` of a step, or at a named point.
 
     Args:
-        moment: `(signal, step, place)`, where the place is a number of a call, "update", "model", "optimizer" or
-            "random state": after the update of the step, or while a checkpoint is saved, after that file.
+        moment: `(signal, step, place)`, where the place is a number of a call, "moved" (the first call of the step at
+            moved weights), "update", "model", "optimizer" or "random state": after the update of the step, or while a
+            checkpoint is saved, after that file.
         report: File that gets whether the weights were moved.
     """
 
@@ -67,7 +68,13 @@ class Signalled(LSAMTrainer):
         loss = super().compute_loss(*args, **kwargs)
         if self.moment is not None and self.state.global_step == self.moment[1]:
             self.reach(next(self.calls))
+            if self.is_moved():
+                self.reach("moved")
         return loss
+
+    def is_moved(self):
+        now = weights(self.model)
+        return any(not torch.equal(now[name], value) for name, value in self.begins.weights.items())
 
     def save_model(self, *args, **kwargs):
         super().save_model(*args, **kwargs)
@@ -84,9 +91,7 @@ class Signalled(LSAMTrainer):
     def reach(self, place):
         if self.moment is None or self.moment[1:] != (self.state.global_step, place):
             return
-        now = weights(self.model)
-        moved = any(not torch.equal(now[name], value) for name, value in self.begins.weights.items())
-        self.report.write_text(json.dumps(moved))
+        self.report.write_text(json.dumps(self.is_moved()))
         os.kill(os.getpid(), self.moment[0])
         if self.moment[0] == signal.SIGTERM:
             manager = next(c.jit_manager for c in self.callback_handler.callbacks if hasattr(c, "jit_manager"))
@@ -145,7 +150,7 @@ def killed(folder, name, config, choose):
     moments = [(signal.SIGKILL, choose.choice([3, 4, 5]), choose.choice(calls))]
     if config.ascent_gradient == "current":
         second = 6 if config.perturb_interval > 1 else choose.choice([6, 7, 8])
-        moments.append((signal.SIGKILL, second, choose.choice(calls) + ACCUMULATION))
+        moments.append((signal.SIGKILL, second, "moved"))
     moments.append((signal.SIGKILL, 10, choose.choice(["model", "optimizer", "random state"])))
     plan = []
     for moment in moments:
@@ -160,8 +165,7 @@ def terminated(folder, name, config, choose):
     """SIGTERM while the weights are moved, or after an update, with `enable_jit_checkpoint`; resumed to the end."""
     train(folder / f"{name}-whole-0", config, None, False, 0.0, save_steps=STEPS)
     plan = []
-    first = ACCUMULATION + 1 if config.ascent_gradient == "current" else 1
-    places = [choose.randrange(first, first + ACCUMULATION)] + (["update"] if name == "lsam" else [])
+    places = ["moved"] + (["update"] if name == "lsam" else [])
     for place in places:
         part = folder / f"{name}-terminated-{'update' if place == 'update' else 'step'}"
         part.mkdir()

@@ -9,7 +9,7 @@ from tiny import Examples, arguments, bert
 from transformers import Trainer
 
 from hf_lsam import LSAMConfig, LSAMTrainer
-from hf_lsam.counters import Counters
+from hf_lsam.pass_state import PassState
 
 
 class Counting:
@@ -72,7 +72,12 @@ class Holder:
         vars(self).update(attributes)
 
 
-def test_what_cannot_be_written_is_left_alone():
+def state_of(owner):
+    """A state that holds what lies in `owner`."""
+    return PassState(torch.nn.Linear(2, 2), lambda: {"owner": owner}, lambda tensor: tensor.requires_grad)
+
+
+def test_what_cannot_be_written_is_left_alone(caplog):
     with torch.inference_mode():
         teacher = torch.ones(3)
     array = np.zeros(2)
@@ -85,20 +90,47 @@ def test_what_cannot_be_written_is_left_alone():
         settings=NoWriting(depth=2),
         array=array,
         loop=loop,
-        dataset=object(),
     )
-    counters = Counters(owner)
+    before = state_of(owner).before_pass_1()
     loop["count"] = 2
-    owner.dataset = None
-    counters.restore()
-    assert owner.teacher is teacher and loop["count"] == 1 and owner.dataset is None
+    dict.__setitem__(owner.settings, "depth", 3)
+    before.put()
+    assert owner.teacher is teacher and loop["count"] == 1
+    assert owner.settings["depth"] == 3 and "owner.settings changes in both passes" in caplog.text
 
 
 def test_datasets_are_not_looked_at():
     """They may be lists of a million rows."""
     rows = [1, 2]
-    owner = Holder(train_dataset=rows)
-    counters = Counters(owner)
+    before = state_of(Holder(train_dataset=rows)).before_pass_1()
     rows.append(3)
-    counters.restore()
+    before.put()
     assert rows == [1, 2, 3]
+
+
+def test_what_never_changes_is_not_copied_again():
+    owner = Holder(cache={number: torch.ones(2000) for number in range(200)}, mean=torch.zeros(2000))
+    state = state_of(owner)
+    held = []
+    for state.steps in range(1, 8):
+        before = state.before_pass_1()
+        owner.mean += 1
+        assert state.learn(before) is None
+        held.append([entry.name for entry in before.entries if isinstance(entry.thing, torch.Tensor)])
+    assert held == [["owner.mean"]] * 7
+    state.steps = 7
+    assert not [entry.name for entry in state.before_pass_1().entries if entry.name.startswith("owner.cache[")]
+
+
+def test_what_begins_to_change_is_told_once_and_held_from_then_on():
+    owner = Holder(mean=torch.zeros(2000))
+    state = state_of(owner)
+    told = []
+    for state.steps in range(1, 8):
+        before = state.before_pass_1()
+        if state.steps > 2:
+            owner.mean += 1
+        told.append(state.learn(before))
+        before.put()
+    assert told == [None, None, "owner.mean", None, None, None, None]
+    assert owner.mean[0] == 1

@@ -55,23 +55,27 @@ UNEVEN = {
     ),
 }
 
-# In pass `call` of rank 1, what the loss is multiplied by, or `None` for an error: pass 1 is the first call, the check
-# of the replay the second, pass 2 the third, and later steps have no check. Then, how often each rank skips.
+# In pass `call` of rank 1, what the loss is multiplied by, or `None` for an error. The calls of the first step are
+# pass 1, two full passes at the weights and at the moved ones, and a replayed one there; those of later steps are pass
+# 1 and pass 2, and in the second step, which begins with a later block, the full passes again. Then, how often each
+# rank skips.
 FAULTS = {
-    "check-differs": ("batch", (2, 2.0), (0, 0)),
-    "check-differs-in-a-loss-that-communicates": ("batch", (2, 2.0), (0, 0)),
-    "check-fails": ("batch", (2, None), (0, 0)),
-    "replay-fails": ("batch", (3, None), (0, 0)),
-    "later-replay-fails": ("batch", (5, None), (0, 0)),
+    "full-pass-differs": ("batch", (2, 2.0), (0, 0)),
+    "replay-differs": ("batch", (4, 2.0), (0, 0)),
+    "replay-differs-in-a-loss-that-communicates": ("batch", (4, 2.0), (0, 0)),
+    "full-pass-fails": ("batch", (2, None), (0, 0)),
+    "full-pass-at-moved-weights-fails": ("batch", (3, None), (0, 0)),
+    "replay-fails": ("batch", (4, None), (0, 0)),
+    "later-replay-fails": ("batch", (10, None), (0, 0)),
     "pass-1-not-finite": ("batch", (1, math.nan), (4, 4)),
-    "pass-2-not-finite": ("batch", (3, math.inf), (1, 1)),
-    "own-check-fails": ("micro_batch", (2, None), (0, 0)),
+    "pass-2-not-finite": ("batch", (4, math.inf), (1, 1)),
+    "own-full-pass-fails": ("micro_batch", (2, None), (0, 0)),
     "own-pass-1-not-finite": ("micro_batch", (1, math.nan), (4, 4)),
     "own-pass-1-zero": ("micro_batch", (1, 0.0), (0, 1)),
-    "own-pass-2-not-finite": ("micro_batch", (3, math.inf), (0, 1)),
+    "own-pass-2-not-finite": ("micro_batch", (4, math.inf), (0, 1)),
 }
 # Those in which the loss communicates, so that both ranks have to run as many passes.
-COMMUNICATING = {"check-differs-in-a-loss-that-communicates"}
+COMMUNICATING = {"replay-differs-in-a-loss-that-communicates"}
 
 
 def cases() -> dict[str, dict]:
@@ -222,11 +226,13 @@ def test_a_fault_on_one_rank_leaves_both_in_step(name, trained):
 
 def test_pass_2_costs_one_all_reduce_of_the_selected_gradients(trained):
     block = sum(p.numel() for p in ranks.MODELS["bert"]().bert.encoder.layer[0].parameters())
-    # And of two flags, once: whether the check of the replay passed on all ranks.
-    assert torch.load(trained / "bert-top-2.0.pt")["all_reduced"] == [2] + [2 * block] * 4
-    # Where nothing can be replayed, there is no check.
+    # And of two flags, whether to compare pass 2 on all ranks. To do so, a full pass 2 at the weights where they are,
+    # whether it differs, and what of a replayed one does: at the first step, and where a later block is the first.
+    usual, compared = [2, 2 * block], [2, 2 * block, 1, 2, 2 * block]
+    assert torch.load(trained / "bert-top-2.0.pt")["all_reduced"] == (compared + usual) * 2
     weights = sum(p.numel() for p in ranks.MODELS["bert"]().parameters())
-    assert torch.load(trained / "bert-sam.0.pt")["all_reduced"] == [weights] * 4
+    sam = [2, weights, 1, 2, weights] + [2, weights] * 3
+    assert torch.load(trained / "bert-sam.0.pt")["all_reduced"] == sam
     assert torch.load(trained / "bert-one-pass.0.pt")["all_reduced"] == []
 
 
@@ -235,7 +241,8 @@ def test_nothing_else_is_sent_beyond_the_plain_step(trained):
     for rank in range(2):
         plain, perturbed = (torch.load(trained / f"{name}.{rank}.pt")["sent"] for name in ("plain", "no-accumulation"))
         assert plain["gloo:all_reduce"] > 0 and plain["gloo:broadcast"] > 0
-        assert perturbed == plain | {"gloo:all_reduce": plain["gloo:all_reduce"] + 1 + 4}
+        # Two steps compare pass 2, and two do not.
+        assert perturbed == plain | {"gloo:all_reduce": plain["gloo:all_reduce"] + 2 * 5 + 2 * 2}
 
 
 def test_micro_batch_scope_sends_norms_at_each_micro_batch_and_gradients_once_a_step(trained):

@@ -30,7 +30,7 @@ def files(checkpoint: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in checkpoint.iterdir() if path.name not in own}
 
 
-@pytest.mark.parametrize("fault", ["killed", "raises"])
+@pytest.mark.parametrize("fault", ["killed", "leaves"])
 def test_where_one_rank_ends_in_pass_2_the_other_ends_with_an_error(fault, ended):
     """With its weights put back, and the checkpoint from before as it was."""
     folder, reports = ended

@@ -13,6 +13,7 @@ from tiny import assert_equal, bert, checkpoint, passes, random_states
 from torch import nn
 
 from hf_lsam.blocks import find_blocks
+from hf_lsam.held import RandomState
 from hf_lsam.replay import Replay, ReplayError
 
 CPU = torch.device("cpu")
@@ -41,6 +42,7 @@ def test_replay_equals_a_full_pass(name, checkpointing):
     blocks = list(find_blocks(model).values())
     run, take_gradients = passes(model, batch_for(name))
     replay = Replay(blocks, CPU)
+    before = RandomState.capture(CPU)
     with replay.recording() as recording:
         first_loss = run()
     take_gradients()
@@ -53,11 +55,12 @@ def test_replay_equals_a_full_pass(name, checkpointing):
     for parameter in others:
         parameter.requires_grad_(False)
 
-    recording.before.restore()
+    before.restore()
     with replay.replaying(recording, None):
         full_loss = run()
     full = take_gradients()
     assert random_states() == after
+    before.restore()
     with replay.replaying(recording, {first}):
         replayed_loss = run()
     replayed = take_gradients()
@@ -73,10 +76,12 @@ def test_replayed_blocks_are_not_run():
     blocks = list(find_blocks(model).values())
     run, _ = passes(model, {"input_ids": TOKENS, "labels": torch.tensor([0, 1])})
     replay, calls = Replay(blocks, CPU), []
+    before = RandomState.capture(CPU)
     with replay.recording() as recording:
         run()
     for index, block in enumerate(blocks):
         block.output.register_forward_pre_hook(lambda *_, index=index: calls.append(index))
+    before.restore()
     with replay.replaying(recording, {2, 3}):
         run()
     assert calls == [2, 3]
@@ -101,11 +106,13 @@ def test_layer_drop():
     replay, counts = Replay(blocks, CPU), set()
     for seed in range(6):
         torch.manual_seed(seed)
+        before = RandomState.capture(CPU)
         with replay.recording() as recording:
             loss = run()
         plain = take_gradients()
         counts.add(len(recording.calls))
         last = recording.calls[-1].block
+        before.restore()
         with replay.replaying(recording, {last}):
             assert torch.equal(run(), loss)
         replayed = take_gradients()
@@ -152,18 +159,20 @@ def stack_pass(model, x):
 
 
 def test_draws_from_numpy_and_python_are_replayed():
-    """Found out at the first pass, which is then run in full, and kept from the second on."""
+    """Where it is known that a pass draws from these, each call keeps their states."""
     model = Stack()
     run = stack_pass(model, torch.ones(2, 8))
     replay = Replay(list(model.blocks), CPU)
-    for replayable in (False, True):
+    for known in (False, True):
+        replay.draws_on_host = known
+        before = RandomState.capture(CPU)
         with replay.recording() as recording:
             loss = run()
         after = random_states()
-        assert recording.replayable is replayable
+        before.restore()
         with replay.replaying(recording, {2}):
-            assert torch.equal(run(), loss)
-        assert random_states() == after
+            assert torch.equal(run(), loss) is known
+        assert (random_states() == after) is known
 
 
 class InPlace(nn.Module):
@@ -182,8 +191,10 @@ def test_records_changed_in_place_are_not_replayed():
     model = Stack(InPlace)
     run = stack_pass(model, torch.ones(2, 8))
     replay = Replay(list(model.blocks), CPU)
+    before = RandomState.capture(CPU)
     with replay.recording() as recording:
         run()
+    before.restore()
     with pytest.raises(ReplayError, match="changed in place"), replay.replaying(recording, {2}):
         run()
 
@@ -193,11 +204,14 @@ def test_another_order_of_calls_is_not_replayed():
     layers = model.bert.encoder.layer
     run, _ = passes(model, {"input_ids": TOKENS, "labels": torch.tensor([0, 1])})
     replay = Replay(list(layers), CPU)
+    before = RandomState.capture(CPU)
     with replay.recording() as recording:
         run()
     model.bert.encoder.layer = nn.ModuleList([layers[1], layers[0], layers[2], layers[3]])
+    before.restore()
     with pytest.raises(ReplayError, match="block 1 was called where block 0"), replay.replaying(recording, {3}):
         run()
     model.bert.encoder.layer = layers[:1]
+    before.restore()
     with pytest.raises(ReplayError, match="1 blocks were called, but 4"), replay.replaying(recording, {3}):
         run()

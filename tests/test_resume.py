@@ -31,8 +31,12 @@ def runs(tmp_path_factory):
     return folder, json.loads((folder / "plan.json").read_text())
 
 
-def assert_same_end(left, right, plan, logs=True):
-    """Every file of the last checkpoints is the same, byte for byte, but those that name the folder."""
+def assert_same_end(left, right, plan, logs=True, within=False):
+    """
+    Every file of the last checkpoints is the same, byte for byte, but those that name the folder.
+
+    Where a checkpoint is saved `within` a step, the Trainer counts what ran of that step once more.
+    """
     left_end, right_end = (folder / f"checkpoint-{STEPS}" for folder in (left, right))
     names = {path.name for path in left_end.iterdir()}
     assert names == {path.name for path in right_end.iterdir()}, plan
@@ -41,8 +45,8 @@ def assert_same_end(left, right, plan, logs=True):
         assert (left_end / name).read_bytes() == (right_end / name).read_bytes(), f"{name} differs: {plan}"
     if logs:
         states = [json.loads((end / "trainer_state.json").read_text()) for end in (left_end, right_end)]
-        # What was computed twice is counted twice.
-        assert states[0].pop("total_flos") <= states[1].pop("total_flos"), plan
+        flos = [state.pop("total_flos") for state in states]
+        assert flos[0] < flos[1] if within else flos[0] == flos[1], plan
         assert states[0] == states[1], plan
         assert len(states[0]["log_history"]) == STEPS // 2
         rows = [(folder / "lsam_blocks.jsonl").read_text() for folder in (left, right)]
@@ -75,7 +79,7 @@ def test_sigterm_at_moved_weights_saves_those_that_the_step_began_with(method, r
     term, end = plan[method]["terminated"][:2]
     assert term[1:] == [0, True] and end[1] == 0, plan
     part = folder / f"{method}-terminated-step"
-    assert_same_end(folder / f"{method}-whole-0", part, plan)
+    assert_same_end(folder / f"{method}-whole-0", part, plan, within=True)
 
 
 def test_sigterm_in_an_update_loses_a_log_line_but_no_row_of_it(runs):

@@ -9,6 +9,7 @@ import transformers.trainer
 from tiny import (
     MODELS,
     Examples,
+    Kept,
     Unreplayed,
     arguments,
     assert_equal,
@@ -22,7 +23,7 @@ from tiny import (
 from tokenizers import Tokenizer, models
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast, Trainer
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_lsam import LSAMConfig, LSAMMixin, LSAMTrainer, reference
@@ -36,13 +37,12 @@ class Noted(Trainer):
 
     def __init__(self, *args, in_pass=None, **kwargs):
         super().__init__(*args, **kwargs)
-        # Not lists of the trainer's own: what a trainer counts in pass 2 is put back.
-        self.noted, self.in_pass = SimpleNamespace(batches=[], results=[]), in_pass
+        self.noted = Kept(batches=[], results=[], in_pass=in_pass)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         self.noted.batches.append(inputs["input_ids"])
-        if self.in_pass is not None:
-            self.noted.results.append(self.in_pass(self, len(self.noted.batches)))
+        if self.noted.in_pass is not None:
+            self.noted.results.append(self.noted.in_pass(self, len(self.noted.batches)))
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
@@ -57,7 +57,9 @@ class Full(Unreplayed, LSAMTrainer):
 def train(folder, trainer_class=LSAMTrainer, config=TOP_2, model=None, **options):
     model = model or bert(dropout=0.1)
     data = options.pop("train_dataset", None) or Examples(32, language_model=hasattr(model, "lm_head"))
-    own = {name: options.pop(name) for name in ("in_pass", "data_collator", "optimizers") if name in options}
+    own = {
+        name: options.pop(name) for name in ("in_pass", "data_collator", "optimizers", "callbacks") if name in options
+    }
     if config is not None:
         own["lsam_config"] = config
     trainer = trainer_class(
@@ -95,9 +97,9 @@ def test_the_cache_is_emptied_in_both_passes_of_every_nth_step(tmp_path, monkeyp
         passes.append(trainer.state.global_step)
 
     trainer = train(tmp_path / "emptied", NotedLSAM, LAST_2, in_pass=note, torch_empty_cache_steps=2)
-    # Steps 0 and 2; the self-check is a third pass of step 0.
-    assert passes == [0, 0, 0, 1, 1, 2, 2, 3, 3]
-    assert emptied == [1, 2, 3, 6, 7]
+    # Steps 0 and 2; two of the passes of step 0 are those that pass 2 is compared with.
+    assert passes == [0, 0, 0, 0, 1, 1, 2, 2, 3, 3]
+    assert emptied == [1, 2, 3, 4, 7, 8]
     assert_equal(weights(trainer.model), weights(train(tmp_path / "kept", config=LAST_2).model))
 
 
@@ -106,15 +108,16 @@ def test_neftune_adds_the_same_noise_in_both_passes(tmp_path):
     embedding = model.get_input_embeddings()
     outputs = []
 
-    def begin(trainer, count):
-        if count == 1:
+    class Begin(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
             # After the hook that adds the noise.
             embedding.register_forward_hook(lambda module, args, output: outputs.append(output.detach().clone()))
 
     options = dict(neftune_noise_alpha=5.0, max_steps=3)
-    trainer = train(tmp_path / "noise", NotedLSAM, LAST_2, model, in_pass=begin, **options)
-    first, check, second, *others = outputs
-    assert torch.equal(first, check) and torch.equal(first, second)
+    trainer = train(tmp_path / "noise", NotedLSAM, LAST_2, model, callbacks=[Begin()], **options)
+    first, *again = outputs[:4]
+    others = outputs[4:]
+    assert all(torch.equal(first, noisy) for noisy in again)
     assert torch.equal(others[0], others[1]) and torch.equal(others[2], others[3])
     clean = nn.functional.embedding(trainer.noted.batches[0], bert().get_input_embeddings().weight)
     assert 0 < float((first - clean).detach().abs().max()) <= 5.0 / (8 * 16) ** 0.5
@@ -182,8 +185,8 @@ def test_batches_grouped_by_length_are_those_of_a_plain_run(tmp_path):
     lsam = train(tmp_path / "lsam", NotedLSAM, LAST_2, **options)
     assert lsam.state.global_step == plain.state.global_step == 14
     assert len({batch.shape for batch in plain.noted.batches}) > 3
-    first = lsam.noted.batches[:1] + lsam.noted.batches[3::2]
-    second = lsam.noted.batches[2:3] + lsam.noted.batches[4::2]
+    first = lsam.noted.batches[:1] + lsam.noted.batches[4::2]
+    second = lsam.noted.batches[3:4] + lsam.noted.batches[5::2]
     for batch, one, two in zip(plain.noted.batches, first, second, strict=True):
         assert torch.equal(batch, one) and torch.equal(batch, two)
 
@@ -192,12 +195,12 @@ def test_batches_grouped_by_length_are_those_of_a_plain_run(tmp_path):
     "at, error",
     [
         (2, RuntimeError("DefaultCPUAllocator: can't allocate memory")),
-        (3, torch.OutOfMemoryError("CUDA out of memory. Tried")),
-        (5, RuntimeError("CUDA out of memory.")),
+        (4, torch.OutOfMemoryError("CUDA out of memory. Tried")),
+        (6, RuntimeError("CUDA out of memory.")),
     ],
 )
 def test_out_of_memory_in_pass_2_starts_anew_with_a_smaller_batch(at, error, tmp_path):
-    """In the self-check, in pass 2 of the first step, and of the second: all is as if it had begun at that size."""
+    """In a full pass of the first step, in a replayed one, and in the second step: as if it had begun at that size."""
     begun = []
 
     def in_pass(trainer, count):

@@ -27,8 +27,8 @@ def test_a_short_soak_agrees_with_the_reference(tmp_path):
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("scope", ["batch", "micro_batch"])
 @pytest.mark.parametrize("alpha", [1.0, 0.5])
-def test_a_second_pass_that_raises_leaves_what_the_twin_says(alpha, scope, accumulation):
-    """With alpha = 1 the selected blocks are then without the gradient of pass 1."""
+def test_a_second_pass_that_raises_leaves_the_plain_gradient(alpha, scope, accumulation):
+    """With alpha = 1, too, where the gradient of pass 1 is computed again."""
     config = {"block_selection": "top_k", "rho": 0.1, "alpha": alpha, "sharpness_scope": scope}
     rest = {"dropout": 0.1, "checkpointing": False, "clipping": 1.0, "adamw": True, "frozen": 0, "logging": 0}
     stretch = Stretch(8, config, accumulation, **rest, evaluation=0, fault="error", fault_rate=0.6)
@@ -52,7 +52,7 @@ def test_a_line_through_what_grows():
 
 
 def test_a_run_that_logs_nothing_does_not_keep_every_step():
-    log = StepLog(["a", "b"])
+    log = StepLog(["a", "b"], ["a", "b"])
     for step in range(1000):
         log.add(Perturbed(torch.tensor(step % 10 != 0), [step % 2], [1.0, 3.0], 0.1, 0, 0.5))
         assert len(log.pending) <= 256

@@ -139,11 +139,12 @@ def test_replay_over_encoder_and_decoder_equals_a_full_pass_2(name, selection, t
         results.append(weights(model))
     assert_equal(*results)
     first = 2 if selection == "encoder.*" else 5
-    # Three steps; a self-check runs the last block only. A decoder reads what the encoder returned: that this was
-    # dropped is found in the first step, whose pass 2 then runs in full, and looked at again in the second. (T5 reads
-    # it before any block of the decoder, BART within the one that runs.)
+    # Three steps. At the first one, a full pass 2 is compared with pass 1, then with a replayed one. A decoder reads
+    # what the encoder returned: that this is dropped is found at the second step, whose pass 2 then runs in full. (T5
+    # reads it before any block of the decoder, BART within the one that runs.)
+    compared = 2 * 6
     found_out = 0 if selection == "encoder.*" else first + (name == "bart")
-    assert ran == [3 * 6 + 3 * (6 - first) + 1 + found_out, 3 * 12]
+    assert ran == [3 * 6 + 3 * (6 - first) + compared + found_out, 3 * 12 + 6]
 
 
 @pytest.mark.parametrize("name", list(SEQ2SEQ))

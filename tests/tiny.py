@@ -2,6 +2,7 @@
 
 import json
 import random
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +188,14 @@ def checkpointed(use_reentrant: bool) -> dict:
 def checkpoint(model: PreTrainedModel, use_reentrant: bool) -> None:
     """Switch activation checkpointing on in a model."""
     getattr(model, f"{_CHECKPOINTING}_enable")({"use_reentrant": use_reentrant})
+
+
+class Kept:
+    """What a test keeps of passes: a lock tells that others use it, too, so that pass 2 does not put it back."""
+
+    def __init__(self, **kept):
+        self.lock = threading.Lock()
+        vars(self).update(kept)
 
 
 def without_replay(step):

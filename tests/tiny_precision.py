@@ -2,7 +2,7 @@
 
 import collections
 
-from tiny import weights
+from tiny import Kept, weights
 from transformers import TrainerCallback
 
 METHODS = {
@@ -20,11 +20,11 @@ class Watch(TrainerCallback):
 
     def __init__(self, trainer):
         self.trainer, self.weights, self.scales = trainer, [weights(trainer.model)], []
-        self.passes = collections.Counter()
+        self.passes = Kept(counts=collections.Counter())
 
     def count_pass(self, step):
-        self.passes[step] += 1
-        return self.passes[step]
+        self.passes.counts[step] += 1
+        return self.passes.counts[step]
 
     def on_step_end(self, args, state, control, **kwargs):
         self.weights.append(weights(self.trainer.model))

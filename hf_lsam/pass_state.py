@@ -1,0 +1,322 @@
+"""What a pass reads and what it leaves: noted before pass 1, put back before pass 2, and after it."""
+
+import functools
+import io
+import sys
+import threading
+import types
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset
+from transformers.utils import logging
+
+from .held import (
+    MAPPING,
+    MODULE,
+    SLOTS,
+    TENSOR,
+    Attributes,
+    Kind,
+    RandomState,
+    attributes_of,
+    kind_of,
+    mark_of,
+    put_tensors,
+    stamp_of,
+)
+from .shards import compute_device
+
+logger = logging.get_logger(__name__)
+
+# Objects of these are not opened: no user counts in them.
+_LIBRARIES = {
+    *sys.stdlib_module_names,
+    *("accelerate", "datasets", "hf_lsam", "huggingface_hub", "numpy", "tokenizers", "torch", "transformers"),
+}
+# What a Trainer and its state hold that no pass changes.
+_LEFT_OUT = {"args", "accelerator", "optimizer", "lr_scheduler", "train_dataset", "eval_dataset", "log_history"}
+_PLAIN = (int, float, complex, str, bytes, type(None), np.generic, torch.dtype, torch.device, torch.Size, type)
+# An object that holds one of these is used by other threads, too: it is not to be put back.
+_THREADS = (threading.Thread, threading.Condition, threading.Event, type(threading.Lock()), type(threading.RLock()))
+# Tensors are copied, to see whether they change, up to so many bytes together; the others are watched.
+_MOST_BYTES = 2**30
+# A tensor of up to so many entries is always copied, if it is no module's.
+_SMALL = 1024
+# What lies in a container of more than these is visited only where it is not what was in it before.
+_LARGE = 64
+
+
+class Entry(NamedTuple):
+    """Something that may change, and what it held; `always` tells whether it is noted at every step."""
+
+    name: str
+    thing: Any
+    kind: Kind
+    kept: Any
+    always: bool
+
+
+class Snapshot:
+    """
+    What can be put back, and what can only be seen to change.
+
+    Attributes:
+        random: The states of the random generators.
+        entries: What can be put back.
+        watched: Tensors that were not copied, by name, each with a stamp that tells whether it changed.
+    """
+
+    def __init__(self, device: torch.device):
+        self.random = RandomState.capture(device)
+        self.entries: list[Entry] = []
+        self.watched: list[tuple[str, Tensor, tuple]] = []
+
+    def take_again(self) -> None:
+        """Note the tensors as they are now, for instance after DistributedDataParallel has sent buffers."""
+        self.entries = [e._replace(kept=e.kind.copy(e.thing)) if e.kind is TENSOR else e for e in self.entries]
+        self.watched = [(name, tensor, stamp_of(tensor)) for name, tensor, _ in self.watched]
+
+    def put(self) -> None:
+        """Put everything back."""
+        tensors = [entry for entry in self.entries if entry.kind is TENSOR]
+        put_tensors([entry.thing for entry in tensors], [entry.kept for entry in tensors])
+        for name, thing, kind, kept, _ in self.entries:
+            if kind is not TENSOR and not kind.same(thing, kept):
+                try:
+                    kind.put(thing, kept)
+                except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+                    logger.warning_once(f"{name} changes in both passes, since it cannot be put back: {error}.")
+        self.random.restore()
+
+
+class PassState:
+    """
+    Holds what passes read and leave, but for the weights that are trained and their gradients.
+
+    That is the random states; of the model, and of other modules, the buffers, the weights that are not trained, and
+    the attributes that users' classes set; whatever else lies in `roots`, to any depth: attributes of users' objects,
+    containers, arrays, tensors, generators, optimizers. Not what libraries keep, and not what other threads use too.
+
+    To copy all of it takes time and memory, so what changes is learnt. At the 1st, 2nd, 4th, 8th, ... step everything
+    is copied, and compared after pass 1. At the others that is done with what was seen to change and what is new.
+    Containers of `roots` are always noted, but not their content; version counters tell whether other tensors change.
+
+    Args:
+        model: The model.
+        roots: What to look through, by the names that a user knows.
+        is_trained: Whether the optimizer trains a parameter.
+
+    Attributes:
+        steps: How many steps were begun, this one included.
+        foreign: Parameters that somebody else trains, as those of a critic: their gradients are put back, too.
+    """
+
+    def __init__(self, model: nn.Module, roots: Callable[[], Mapping[str, Any]], is_trained: Callable[[Tensor], bool]):
+        self.model, self.roots, self.is_trained = model, roots, is_trained
+        self.device = compute_device(next(model.parameters()))
+        self.steps = 0
+        self.foreign: list[Tensor] = []
+        self._changing: dict[int, tuple[str, Any, Kind]] = {}
+        self._unchanged: dict[int, weakref.ref] = {}
+        self._contents: dict[str, list[int]] = {}
+        self._modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._module_tensors: list[tuple[str, Tensor]] = []
+        self._unheld: dict[str, Any] = {}
+        self._told: set[str] = set()
+
+    def before_pass_1(self) -> Snapshot:
+        """What there is before pass 1: all of it, if it is time to look."""
+        return self._snapshot(look=self.steps & (self.steps - 1) == 0, known=False)
+
+    def after_pass_1(self) -> Snapshot:
+        """What there is after it, of that which was seen to change."""
+        return self._snapshot(look=False, known=True)
+
+    def learn(self, before: Snapshot) -> str | None:
+        """
+        After pass 1, leave in `before` only what changed, and what is always noted.
+
+        Returns:
+            The name of something that changed and was not copied, if there is any. From now on it is.
+        """
+        unseen = None
+        for name, tensor, stamp in before.watched:
+            if stamp_of(tensor) != stamp:
+                unseen = unseen or name
+                self._changing[id(tensor)] = (name, tensor, TENSOR)
+        kept = []
+        for entry in before.entries:
+            thing = entry.thing
+            if not entry.always and id(thing) not in self._changing:
+                if entry.kind.same(thing, entry.kept):
+                    if isinstance(thing, Tensor):
+                        self._unchanged[id(thing)] = weakref.ref(thing)
+                    continue
+                self._changing[id(thing)] = (entry.name, thing, entry.kind)
+            kept.append(entry)
+        before.entries, before.watched = kept, []
+        return unseen
+
+    def marks(self) -> dict[str, Any]:
+        """What can be seen of things that are not held."""
+        return {name: mark_of(thing) for name, thing in self._unheld.items()}
+
+    def tell_changes(self, marks: dict[str, Any]) -> None:
+        """Warn of things that are not held and have changed since `marks`, once by each name."""
+        for name, thing in self._unheld.items():
+            if name in marks and name not in self._told and mark_of(thing) != marks[name]:
+                self._told.add(name)
+                logger.warning(
+                    f"{name} changes in pass 2 as it did in pass 1, and a {type(thing).__name__} cannot be put back. "
+                    "Change it in pass 1 only: if not trainer.in_second_pass."
+                )
+
+    def _snapshot(self, look: bool, known: bool) -> Snapshot:
+        """With `look` of everything; where it is `known` what changes, of no other tensors."""
+        self._look, self._known, self._in_module, self._bytes = look, known, False, 0
+        self._now = Snapshot(self.device)
+        self._seen: set[int] = set()
+        if look:
+            self._unchanged, self._contents, self._modules = {}, {}, weakref.WeakSet()
+            self.foreign, self._module_tensors, self._unheld = [], [], {}
+        self._visit("model", self.model)
+        for name, root in self.roots().items():
+            if isinstance(root, Attributes):
+                self._hold(name, root, SLOTS)
+            else:
+                # The object itself may be of a library.
+                self._hold(name, vars(root), MAPPING)
+                own = {k: v for k, v in vars(root).items() if k not in _LEFT_OUT and not k.startswith("_lsam")}
+                self._visit_all((f"{name}.{key}", value) for key, value in own.items())
+        if look:
+            self._changing = {place: entry for place, entry in self._changing.items() if place in self._seen}
+        else:
+            for name, thing, kind in list(self._changing.values()):
+                if id(thing) not in self._seen:
+                    self._hold(name, thing, kind)
+            watched = [(n, t) for n, t in self._module_tensors if not known and id(t) not in self._seen]
+            self._now.watched += [(name, tensor, stamp_of(tensor)) for name, tensor in watched]
+        return self._now
+
+    def _hold(self, name: str, thing: Any, kind: Kind) -> None:
+        self._seen.add(id(thing))
+        always = not (self._in_module or isinstance(thing, (Tensor, np.ndarray, nn.Module)))
+        try:
+            self._now.entries.append(Entry(name, thing, kind, kind.copy(thing), always))
+        except (RuntimeError, TypeError, ValueError):
+            # A closure's variable that is not set yet, or a tensor without values.
+            self._changing.pop(id(thing), None)
+
+    def _visit_all(self, named: Iterable[tuple[str, Any]]) -> None:
+        for name, thing in named:
+            if not isinstance(thing, _PLAIN) and id(thing) not in self._seen:
+                self._visit(name, thing)
+
+    def _visit(self, name: str, thing: Any) -> None:
+        """Hold `thing`, and visit what lies in it."""
+        if isinstance(thing, Tensor):
+            self._visit_tensor(name, thing)
+            return
+        if isinstance(thing, nn.Module):
+            self._visit_module(name, thing)
+            return
+        self._seen.add(id(thing))
+        if (kind := kind_of(thing)) is not None:
+            self._hold(name, thing, kind)
+        if isinstance(thing, (dict, list, tuple, deque)):
+            values = thing.values() if isinstance(thing, dict) else thing
+            if len(thing) > _LARGE:
+                content = [id(thing), *map(id, values)]
+                if self._contents.get(name) == content:
+                    return
+                self._contents[name] = content
+            keys = list(thing) if isinstance(thing, dict) else range(len(thing))
+            self._visit_all((f"{name}[{key!r}]", value) for key, value in zip(keys, list(values), strict=True))
+        if _is_opened(thing):
+            self._visit_object(name, thing)
+        else:
+            self._visit_all((name, part) for part in _parts(thing))
+        if kind is None and (isinstance(thing, io.IOBase) or hasattr(thing, "__next__")):
+            self._unheld[name] = thing
+
+    def _visit_object(self, name: str, thing: Any) -> None:
+        attributes = getattr(thing, "__dict__", {})
+        if any(isinstance(value, _THREADS) for value in attributes.values()):
+            self._unheld[name] = thing
+            return
+        slots = Attributes(thing, tuple(s for c in type(thing).__mro__ for s in vars(c).get("__slots__", ())))
+        if slots.names:
+            self._hold(name, slots, SLOTS)
+        if attributes:
+            self._hold(name, attributes, MAPPING)
+        self._visit_all((f"{name}.{key}", value) for key, value in [*slots.read().items(), *attributes.items()])
+
+    def _visit_module(self, name: str, module: nn.Module) -> None:
+        """All of a module, if it is time to look or it was not seen before."""
+        if module in self._modules or id(module) in self._seen:
+            return
+        outer, self._in_module = self._in_module, True
+        for part_name, part in module.named_modules(prefix=name):
+            if id(part) in self._seen:
+                continue
+            self._modules.add(part)
+            self._seen.add(id(part))
+            tensors = [*part._buffers.items(), *part._parameters.items()]
+            self._visit_all((f"{part_name}.{key}", tensor) for key, tensor in tensors)
+            self._hold(part_name, part, MODULE)
+            if not type(part).__module__.startswith("torch."):
+                self._visit_all((f"{part_name}.{key}", value) for key, value in attributes_of(part).items())
+        self._in_module = outer
+
+    def _visit_tensor(self, name: str, tensor: Tensor) -> None:
+        self._seen.add(id(tensor))
+        if not tensor.is_leaf or (tensor.requires_grad and self.is_trained(tensor)):
+            return
+        if isinstance(tensor, DTensor) or tensor.is_meta or tensor.is_sparse or tensor.is_inference():
+            return
+        if 0 in tensor.stride() and tensor.numel() > 1:
+            # Expanded: its entries share memory, and cannot be written.
+            return
+        if self._in_module:
+            self._module_tensors.append((name, tensor))
+        if tensor.requires_grad:
+            self.foreign.append(tensor)
+        seen_before = self._unchanged.get(id(tensor), lambda: None)() is tensor
+        small = not self._in_module and tensor.numel() <= _SMALL
+        self._bytes += tensor.nbytes
+        if id(tensor) in self._changing or (
+            not self._known and (small or (not seen_before and self._bytes <= _MOST_BYTES))
+        ):
+            self._hold(name, tensor, TENSOR)
+        else:
+            self._now.watched.append((name, tensor, stamp_of(tensor)))
+
+
+def _is_opened(thing: Any) -> bool:
+    """Whether it is an object of a user's class, whose attributes are held."""
+    if isinstance(thing, (Optimizer, LRScheduler, types.SimpleNamespace)):
+        return True
+    package = type(thing).__module__.partition(".")[0]
+    return package not in _LIBRARIES and not isinstance(thing, (type, types.ModuleType, Dataset))
+
+
+def _parts(thing: Any) -> Iterable[Any]:
+    """What lies in a function, or another thing without attributes of its own."""
+    if isinstance(thing, types.FunctionType):
+        return thing.__closure__ or ()
+    if isinstance(thing, types.MethodType):
+        return (thing.__self__,)
+    if isinstance(thing, types.CellType):
+        return (thing.cell_contents,) if thing != types.CellType() else ()
+    if isinstance(thing, functools.partial):
+        return (thing.func, *thing.args, *thing.keywords.values())
+    return ()

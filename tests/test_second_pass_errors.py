@@ -1,0 +1,212 @@
+"""What only pass 2 raises ends no run: the gradient is the literal one or the plain one, counted and told."""
+
+import pytest
+import torch
+from literal_step import assert_literal
+from situations import ALL, BUDGET, LAST, TOP, Situation, follow, make
+from transformers import TrainerCallback
+
+
+class Fails(Situation):
+    """Counts its calls, weighs its loss by them, and raises where it is told to; `struck` holds where it did."""
+
+    keeps = ("calls",)
+    error = RuntimeError
+    fault = staticmethod(lambda self, model: False)
+    where = "before"
+
+    def begin(self, model):
+        self.calls = 0
+
+    def attach(self, model):
+        self.ran = set()
+        for index, block in enumerate(model.blocks):
+            block.up.register_forward_hook(lambda *args, index=index: self.ran.add(index))
+
+    def strike(self, model, where):
+        if where == self.where and self.fault(self, model):
+            self.struck.append(self.state.global_step)
+            raise self.error("a test's own")
+
+    def loss(self, model, batch, items):
+        self.calls += 1
+        self.ran.clear()
+        self.strike(model, "before")
+        output = model(**batch)
+        self.strike(model, "after")
+        loss = output.loss + self.calls % 3 * output.logits.square().mean()
+        if self.where == "backward" and loss.requires_grad:
+            loss.register_hook(lambda gradient: self.strike(model, "backward"))
+        return loss
+
+    def step(self, model, batch, once):
+        loss = once(batch)
+        self.strike(model, "at last")
+        return loss
+
+
+def second(trainer) -> bool:
+    return getattr(trainer, "in_second_pass", False)
+
+
+def once(step):
+    done = []
+
+    def fault(trainer, model):
+        if done or not second(trainer) or trainer.state.global_step < step:
+            return False
+        done.append(True)
+        return True
+
+    return fault
+
+
+def twice(step):
+    done = []
+
+    def fault(trainer, model):
+        if len(done) > 1 or not second(trainer) or trainer.state.global_step < step:
+            return False
+        done.append(True)
+        return True
+
+    return fault
+
+
+def always(step):
+    return lambda trainer, model: second(trainer) and trainer.state.global_step >= step
+
+
+def in_one_step(step):
+    return lambda trainer, model: second(trainer) and trainer.state.global_step == step
+
+
+def replayed(step):
+    """After a forward pass in which the first block did not run."""
+    return lambda trainer, model: 0 not in trainer.ran and trainer.state.global_step >= step
+
+
+def narrowed(step):
+    """Where the embedding takes no gradient."""
+    return lambda trainer, model: not model.embedding.weight.requires_grad and trainer.state.global_step >= step
+
+
+def either(step):
+    return lambda trainer, model: replayed(step)(trainer, model) or narrowed(step)(trainer, model)
+
+
+CONFIGS = {
+    "last": (LAST, 1),
+    "last, two": (LAST, 2),
+    "top_k, two": (TOP, 2),
+    "budget": (BUDGET, 1),
+    "all, two": (ALL, 2),
+    "own, two": ({**LAST, "sharpness_scope": "micro_batch"}, 2),
+}
+
+
+def failing(fault, where="before", error=RuntimeError) -> type[Situation]:
+    own = {"fault": staticmethod(fault), "where": where, "error": error, "struck": []}
+    return type("Failing", (Fails,), own)
+
+
+FAULTS = [
+    *((once, 0, "before"), (once, 1, "backward"), (once, 2, "at last"), (twice, 0, "after"), (twice, 1, "before")),
+    *((always, 0, "backward"), (always, 1, "at last"), (always, 2, "before")),
+    *((in_one_step, 0, "at last"), (in_one_step, 1, "before"), (in_one_step, 2, "backward")),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("fault, step, where", FAULTS, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_what_pass_2_raises_ends_no_run(fault, step, where, config, tmp_path):
+    settings, accumulation = CONFIGS[config]
+    situation = failing(fault(step), where)
+    run = follow(situation, tmp_path, settings, accumulation)
+    assert run.trainer.state.global_step == 4 and situation.struck and run.messages
+    assert_literal_or_plain(run)
+    plain = [line["lsam/skipped"] > 0 for line in run.lines]
+    if fault is always:
+        assert plain == [own >= step for own in range(4)]
+    elif fault is in_one_step:
+        assert plain == [own == step for own in range(4)]
+
+
+SHORTENED = [
+    *((replayed, 0, "after"), (replayed, 1, "at last"), (replayed, 2, "after")),
+    *((narrowed, 0, "at last"), (narrowed, 1, "before"), (narrowed, 2, "backward")),
+    *((either, 0, "after"), (either, 1, "after"), (either, 2, "at last")),
+]
+
+
+@pytest.mark.parametrize("config", ["last", "last, two", "top_k, two", "own, two"])
+@pytest.mark.parametrize("fault, step, where", SHORTENED, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_what_only_a_shortened_pass_2_raises_makes_it_a_whole_one(fault, step, where, config, tmp_path):
+    settings, accumulation = CONFIGS[config]
+    situation = failing(fault(step), where)
+    run = follow(situation, tmp_path, settings, accumulation)
+    assert run.messages or not situation.struck
+    assert_literal(run)
+
+
+def assert_literal_or_plain(run):
+    """Each step is the literal one, or the plain one, which is counted."""
+    if run.trainer.lsam_config.sharpness_scope == "batch":
+        assert_literal(run, may_skip=".")
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError, IndexError, KeyError, AssertionError, StopIteration, NotImplementedError]
+)
+@pytest.mark.parametrize("config", ["last", "all, two"])
+def test_errors_of_any_kind(error, config, tmp_path):
+    settings, accumulation = CONFIGS[config]
+    run = follow(failing(always(1), error=error), tmp_path, settings, accumulation)
+    assert_literal(run, may_skip=".")
+    assert [line["lsam/skipped"] for line in run.lines] == [0, 1, 1, 1]
+
+
+class Begins(TrainerCallback):
+    """The weights and the random state that each step began with."""
+
+    def __init__(self):
+        self.weights = {}
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.weights = {name: weight.clone() for name, weight in model.named_parameters()}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize(
+    "error, step, where",
+    [
+        *((KeyboardInterrupt, 0, "before"), (KeyboardInterrupt, 0, "at last"), (KeyboardInterrupt, 2, "after")),
+        *((KeyboardInterrupt, 2, "backward"), (SystemExit, 1, "after")),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_an_interrupt_in_pass_2_ends_the_run_with_its_weights(error, step, where, config, tmp_path):
+    settings, accumulation = CONFIGS[config]
+    begins = Begins()
+    situation = failing(always(step), where, error)
+    trainer = make(situation, tmp_path, settings, callbacks=[begins], gradient_accumulation_steps=accumulation)
+    with pytest.raises(error):
+        trainer.train()
+    assert trainer.state.global_step == step and not trainer.in_second_pass
+    assert all(torch.equal(weight, begins.weights[name]) for name, weight in trainer.model.named_parameters())
+    assert all(weight.requires_grad for weight in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("config", [None, *CONFIGS])
+@pytest.mark.parametrize("where", ["before", "backward"])
+def test_what_pass_1_raises_is_raised(where, config, tmp_path):
+    """As by the plain Trainer: an error of the user's is no matter of the second pass."""
+
+    def fault(trainer, model):
+        return trainer.state.global_step == 1 and not second(trainer)
+
+    settings, accumulation = CONFIGS[config] if config else (None, 1)
+    trainer = make(failing(fault, where), tmp_path, settings, gradient_accumulation_steps=accumulation)
+    with pytest.raises(RuntimeError, match="a test's own"):
+        trainer.train()
+    assert trainer.state.global_step == 1
