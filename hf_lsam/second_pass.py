@@ -175,6 +175,8 @@ class SecondPass:
         Otherwise it is narrowed no more, or a warning tells that it is another one.
 
         Args:
+            window: Micro-batches in their order.
+            weights: Parameters.
             plain: The gradients that pass 1 left.
             together: Whether every process calls this now; their gradients are then averaged, and they agree.
 
@@ -238,7 +240,7 @@ class SecondPass:
             self.replays = False
             reason = problem or "in another process"
             logger.warning(self._message("from records of its blocks, so that it runs all of them", reason))
-        elif bool(norms(gradients).isfinite().all()):
+        elif not isinstance(full, Exception) and bool(norms([*full[1], *gradients]).isfinite().all()):
             self.checked.update(self._new)
         return gradients
 
@@ -272,8 +274,8 @@ class SecondPass:
                 self.checked.clear()
                 self._comparisons = 0
                 logger.warning_once(
-                    f"Pass 2 of {type(self.model).__name__} failed ({_told(attempt)}), and was run again, in full, for "
-                    "all weights where that failed, too. Where nothing helps, the plain gradient is used."
+                    f"Pass 2 of {type(self.model).__name__} failed ({_told(attempt)}). It is run again in full and, if"
+                    " that fails, for all weights; if nothing helps, the plain gradient is used."
                 )
         return self._averaged(attempt, weights, together)
 

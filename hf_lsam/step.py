@@ -170,8 +170,8 @@ class LSAMStep:
             The loss of pass 1.
 
         Raises:
-            Whatever pass 1 raises; the weights are then where they were. Of pass 2 what is no `Exception` (Ctrl-C) or is
-            for the caller; the selected weights may then have lost their gradient of this call.
+            Whatever pass 1 raises; the weights are then where they were. Of pass 2 what is no `Exception` (Ctrl-C) or
+            is for the caller; the selected weights may then have lost their gradient of this call.
         """
         self.overhead = 0.0
         self.current = (step, self.kept(step))

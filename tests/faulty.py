@@ -1,7 +1,9 @@
 """A model in which something goes wrong once, and what can be drawn: its shape, the settings, and the fault."""
 
+import copy
 import math
-from dataclasses import dataclass, field
+import threading
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,6 +34,13 @@ class Fault:
     now: tuple[int, int, int] = (-1, -1, -1)
     model: nn.Module | None = None
     places: list[int] = field(default_factory=list)
+    # As something that other threads use, it is not put back after pass 2.
+    lock: Any = field(default_factory=threading.Lock)
+
+    def __deepcopy__(self, memo: dict) -> "Fault":
+        copied = memo[id(self)] = replace(self, places=list(self.places), lock=threading.Lock())
+        copied.model = copy.deepcopy(self.model, memo)
+        return copied
 
     def visit(self, block: int, output: torch.Tensor) -> torch.Tensor:
         if self.fired or self.block != block or self.now != (self.step, self.micro_batch, self.in_pass):

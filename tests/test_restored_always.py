@@ -39,7 +39,7 @@ class Run:
             self.model.get_parameter(name).requires_grad_(False)
         self.step = LSAMStep(self.model, LSAMConfig(**case.config), STEPS)
         if case.checked:
-            self.step.second_pass.checked = frozenset(range(case.blocks))
+            self.step.second_pass.is_due = lambda *args: False
 
     def pass_over(self, number: int, micro_batch: int, in_pass: int = 1) -> torch.Tensor:
         """A pass as the Trainer makes it."""
@@ -61,6 +61,8 @@ def without_replay_of(run: Run) -> Run:
     """A copy of a run that replays nothing from here on."""
     clean = copy.deepcopy(run)
     without_replay(clean.step)
+    for parameter, gradient in zip(clean.model.parameters(), run.gradients(), strict=True):
+        parameter.grad = gradient
     return clean
 
 
@@ -87,6 +89,15 @@ def same(left: list, right: list) -> bool:
     """Bitwise, where a NaN is a NaN."""
     return all(
         one is other or (one is not None and other is not None and torch.equal(one.nan_to_num(7), other.nan_to_num(7)))
+        for one, other in zip(left, right, strict=True)
+    )
+
+
+def near(left: list, right: list) -> bool:
+    """But for the last bits of other kernels."""
+    shares = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.1}
+    return all(
+        one is other or float((one - other).norm()) <= shares[one.dtype] * float(other.norm()) + 1e-30
         for one, other in zip(left, right, strict=True)
     )
 
@@ -172,15 +183,22 @@ def test_a_step_leaves_what_it_should_whatever_happens(kind, data):
                     assert moves_at_once or same([left], [whole]) or (gone and (left is None or same([left], [total])))
                 return
 
-            # What a step without replay has; where only the check of the replay fails, nothing is lost but the replay.
-            clean.model.fault.fired = not (fires and (fault.in_pass == 1 or fault.moved))
+            # What a step without replay has. Where pass 2 fails once, another one takes its place, in full and perhaps
+            # for all weights, whose last bits may differ; or it is left out.
+            in_second = fires and fault.in_pass == 2
+            clean.model.fault.fired = not fires or in_second
             torch.set_rng_state(state)
             clean.micro_batch(number, micro_batch)
             assert torch.equal(torch.get_rng_state(), after)
-            assert same(run.gradients(), clean.gradients())
             left_out = bool(run.step.log.pending) and not run.step.log.pending[-1].applied
             if fires and left_out:
                 assert same(run.gradients(), added(totals, plain.gradients()))
+            elif in_second:
+                assert near(run.gradients(), clean.gradients())
+            else:
+                assert same(run.gradients(), clean.gradients())
+            if in_second:
+                clean = without_replay_of(run)
         torch.set_rng_state(after)
         if has_literal and not faulty:
             start.model.fault.fired = True

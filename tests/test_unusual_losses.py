@@ -159,22 +159,24 @@ def test_a_loss_that_differentiates_by_weights_that_are_not_selected(tmp_path):
     assert perturbed._lsam.overhead == 1.0
 
 
+GENERATOR = np.random.default_rng(0)
+
+
 class Mixup:
-    """Draws from a generator of its own."""
+    """Draws from a generator that is neither a global one nor the trainer's."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        self.generator = getattr(self, "generator", None) or np.random.default_rng(0)
         loss, output = super().compute_loss(model, inputs, True, num_items_in_batch)
-        loss = loss * self.generator.uniform()
+        loss = loss * GENERATOR.uniform()
         return (loss, output) if return_outputs else loss
 
 
 def test_a_loss_that_pass_2_cannot_repeat_is_told(tmp_path, monkeypatch):
     messages = []
-    monkeypatch.setattr("hf_lsam.second_pass.logger.warning", messages.append)
+    monkeypatch.setattr("hf_lsam.second_pass.logger.warning_once", messages.append)
     trainer = run(type("Drawing", (Mixup, LSAMTrainer), {}), tmp_path)
     assert not trainer._lsam.second_pass.replays
-    (message,) = messages
+    message = messages[0]
     assert message.startswith("Pass 2 does not repeat pass 1 of Bert") and "generator of its own" in message
 
 
@@ -195,7 +197,7 @@ class AttacksEmbeddings(Trainer):
         return loss
 
 
-def test_an_attack_on_the_embeddings_is_made_in_pass_1(tmp_path):
+def test_an_attack_on_the_embeddings_is_made_in_both_passes_and_counts_once(tmp_path):
     plain = run(AttacksEmbeddings, tmp_path / "plain")
     perturbed = run(type("Attacking", (LSAMMixin, AttacksEmbeddings), {}), tmp_path, config={**LAST, "rho": 0.0})
     assert plain.attacks == perturbed.attacks == 4
