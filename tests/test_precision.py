@@ -14,7 +14,7 @@ from tiny import (
     training_lines,
     weights,
 )
-from tiny_passes import Literally, Steps, share_of_rounding
+from tiny_passes import Literally, Noting, share_of_rounding
 from tiny_precision import METHODS, Replays, Watch
 from transformers import Trainer
 
@@ -32,22 +32,16 @@ class Overflowing(LSAMTrainer):
         return loss * float("inf") if now == self.overflow else loss
 
 
-class Noting(Overflowing):
-    """Notes its steps."""
-
+class Noted(Noting, Overflowing):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         # BERT's loss is a mean over its micro-batch, whatever number of items it is told.
         self.model_accepts_loss_kwargs = False
-        self.steps = Steps(self.model)
-        self.add_callback(self.steps)
-
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        self.steps.note_pass(inputs)
-        return super().compute_loss(model, inputs, *args, **kwargs)
 
 
-NOTED = dict(dropout=0, gradient_accumulation_steps=2, per_device_train_batch_size=2, optim="sgd", max_grad_norm=0.0)
+NOTED = dict(
+    kind=Noted, dropout=0, gradient_accumulation_steps=2, per_device_train_batch_size=2, optim="sgd", max_grad_norm=0.0
+)
 
 
 @contextmanager
@@ -179,7 +173,7 @@ def test_the_logged_gradient_norm_is_that_of_the_unscaled_gradient(tmp_path):
 def test_fp16_autocast_with_a_scaler_steps_close_to_float32(method, tmp_path):
     """Each step by itself, since the rounding of one grows in the steps after it."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
-    half = run(tmp_path, METHODS[method], scaler, autocast=True, kind=Noting, **NOTED)
+    half = run(tmp_path, METHODS[method], scaler, autocast=True, **NOTED)
     single = bert()
     literally = Literally(single, LSAMConfig(**METHODS[method]), share_of_rounding(single, torch.float16))
     assert all(literally.assert_step(step) > 0 for step in half.steps.noted)
@@ -188,7 +182,7 @@ def test_fp16_autocast_with_a_scaler_steps_close_to_float32(method, tmp_path):
 @pytest.mark.parametrize("method", list(METHODS))
 def test_bf16_autocast_equals_the_reference_under_bf16_autocast(method, tmp_path):
     """To some float32 epsilons. One more, and a weight is rounded to another bf16: hence each step by itself, too."""
-    fast = run(tmp_path, METHODS[method], bf16=True, kind=Noting, **NOTED)
+    fast = run(tmp_path, METHODS[method], bf16=True, **NOTED)
     autocast = torch.autocast("cpu", dtype=torch.bfloat16)
     literally = Literally(bert(), LSAMConfig(**METHODS[method]), 8 * torch.finfo(torch.float32).eps, autocast)
     for step in fast.steps.noted:

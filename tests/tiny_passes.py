@@ -23,7 +23,7 @@ class Step:
 
 
 class Steps(TrainerCallback):
-    """Notes the steps; the trainer's `compute_loss` has to note each pass here."""
+    """Notes the steps; a trainer's `compute_loss` has to note each pass here."""
 
     def __init__(self, model: nn.Module):
         self.model, self.noted = model, []
@@ -38,7 +38,21 @@ class Steps(TrainerCallback):
         self.noted.append(Step(self._parameters()))
 
     def on_optimizer_step(self, *args, **kwargs):
-        self.noted[-1].gradient = {name: p.grad.clone() for name, p in self.model.named_parameters()}
+        gradients = {name: p.grad for name, p in self.model.named_parameters()}
+        self.noted[-1].gradient = {name: slope.clone() for name, slope in gradients.items() if slope is not None}
+
+
+class Noting:
+    """For classes such as `class Noted(Noting, LSAMTrainer)`: notes its steps."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.steps = Steps(self.model)
+        self.add_callback(self.steps)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.steps.note_pass(inputs)
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
 
 def length(tensors: Tensors) -> float:
