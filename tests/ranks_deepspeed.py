@@ -33,8 +33,8 @@ class Noted(Noting, LSAMTrainer):
     pass
 
 
-def trained(folder: Path, options: dict, config: dict, **run) -> dict:
-    """The weights after a training of BERT, which left the engine as it was; and those of each step and its pass."""
+def trained(folder: Path, options: dict, config: dict, noted: bool = False, **run) -> dict:
+    """The weights after a training of BERT, which left the engine as it was; `noted`, also those of each pass."""
     trainer = Noted(
         model=bert(),
         args=arguments(folder, optim="sgd", learning_rate=0.05, **options),
@@ -45,7 +45,7 @@ def trained(folder: Path, options: dict, config: dict, **run) -> dict:
     assert "step" not in vars(trainer.model_wrapped)
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
     result = weights(trainer.model)
-    for number, step in enumerate(trainer.steps.noted):
+    for number, step in enumerate(trainer.steps.noted if noted else ()):
         ((moved, _),) = step.passes
         for name, value in step.start.items():
             result |= {f"{number}.start.{name}": value, f"{number}.pass.{name}": moved[name]}
@@ -67,7 +67,7 @@ def main():
         results[name] = trained(out, options, config)
         results[f"{name}-again"] = trained(out, options, config, resume_from_checkpoint=str(out / "checkpoint-2"))
     for name, (options, config) in cases["trained"].items():
-        results[name] = trained(folder / "out", options, config)
+        results[name] = trained(folder / "out", options, config, noted=True)
     torch.save(results, folder / f"{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()
