@@ -2,6 +2,8 @@
 #             more seeds: make demo SEEDS='0 1 2'; without downloads: make demo DEMO_MODEL=PATH DEMO_REVIEWS=PATH
 # make test   lint, types and tests, as the continuous integration runs them
 # make test-oldest  the tests with the oldest torch, transformers and accelerate that pyproject.toml allows
+# make test-kernels  what compares numbers, with the kernels of other CPUs, on one thread and on two
+# make test-newest   the tests with the newest of everything, on the newest Python at hand: NEWEST_PYTHON=PATH
 # make audit  look up what constraints.txt names in the database of known vulnerabilities
 # make clean  remove the environment and the caches, but not demo/
 # Environments are made in .venv with PYTHON (python3.11); nothing is installed outside of it.
@@ -9,10 +11,18 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
 PYTHON ?= python3.11
+NEWEST_PYTHON ?= $(firstword $(foreach python,python3.13 python3.12 python3.11,\
+	$(shell $(python) -c 'import sys; print(sys.executable)' 2>/dev/null)))
 SEEDS ?= 0 1
 DEMO_DIR ?= demo
 
-.PHONY: help demo test test-oldest audit format clean
+# What compares one computation with another in its own process: not recipes, launches and other libraries' trainers.
+KERNEL_TESTS = $(wildcard tests/test_second_pass*.py) $(patsubst %,tests/test_%.py,16_bit_weights batches_and_buffers \
+	changes compile counters faults honest life off peft perturbation precision quantised replay replayed_steps resnets \
+	restored restored_always right savers selection sharpness split staleness state step trainers untouched \
+	unusual_losses)
+
+.PHONY: help demo test test-oldest test-newest test-kernels audit format clean
 
 help:
 	@sed -n '/^[^#]/q; s/^# //p' $(MAKEFILE_LIST)
@@ -33,6 +43,21 @@ test-oldest:
 		--editable '.[test]'
 	.venv-oldest/bin/pytest -n 2 --dist loadfile
 
+test-newest:
+	'$(NEWEST_PYTHON)' -m venv .venv-newest
+	.venv-newest/bin/python -m pip install -qq --disable-pip-version-check --upgrade --upgrade-strategy eager \
+		--editable '.[test]'
+	.venv-newest/bin/pytest -n 2 --dist loadfile
+
+# MKL chooses kernels by itself, and would not be told by the others.
+test-kernels: .venv/.installed-test
+	@for kernels in 'ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE' ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2; \
+	do for threads in 1 2; do \
+		echo "$$kernels TEST_THREADS=$$threads"; \
+		env $$kernels TEST_THREADS=$$threads OMP_WAIT_POLICY=passive .venv/bin/pytest -n 2 --dist loadfile \
+			$(KERNEL_TESTS); \
+	done; done
+
 audit:
 	'$(PYTHON)' -m venv .venv-audit
 	.venv-audit/bin/python -m pip install -qq --disable-pip-version-check pip-audit
@@ -52,4 +77,4 @@ format: .venv/.installed-test
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-audit build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest .venv-newest .venv-audit build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -17,9 +17,9 @@ def frozen_imports():
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny tensors gain nothing from threads, and several test processes share the cores."""
-    torch.set_num_threads(1)
+def few_threads():
+    """One, unless `make test-kernels` asks for more: tiny tensors gain nothing, and test processes share the cores."""
+    torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
 
 
 @pytest.fixture

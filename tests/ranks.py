@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from test_split import Ragged
 from tiny import MODELS, Examples, arguments, bert, weights
 from torch.utils.data import DataLoader
+from transformers import TrainerCallback
 
 from hf_lsam import LSAMConfig, LSAMTrainer
 from hf_lsam.replay import ReplayError
@@ -78,7 +80,7 @@ def add_fault(model: torch.nn.Module, call: int, factor: float | None) -> None:
     model.forward = faulty
 
 
-def train(case: dict, folder: Path, rank: int = 0) -> dict:
+def train(case: dict, folder: Path, rank: int = 0, callbacks: Sequence[TrainerCallback] = ()) -> dict:
     """What the training that `case` describes leaves: the weights, and what was done on the way."""
     model = MODELS[case["model"]]()
     count = case["rows"]
@@ -90,6 +92,7 @@ def train(case: dict, folder: Path, rank: int = 0) -> dict:
         args=arguments(folder, max_steps=4, optim="sgd", learning_rate=0.05, **case["arguments"]),
         train_dataset=Ragged(count, language_model=True) if case["model"] == "llama" else Examples(count),
         lsam_config=LSAMConfig(**case["config"]),
+        callbacks=[*callbacks],
     )
     # BERT's loss is a mean over its micro-batch, whatever number of items it is told.
     if case["model"] == "bert":

@@ -1,6 +1,7 @@
 """Settings are refused where they make no sense, with the way out."""
 
 import dataclasses
+import inspect
 import re
 
 import pytest
@@ -54,8 +55,9 @@ def test_parsed_beside_training_arguments(tmp_path):
 
 
 def test_every_field_is_documented_once_and_has_a_help():
+    documentation = inspect.getdoc(LSAMConfig)
     for field in dataclasses.fields(LSAMConfig):
-        entries = re.findall(rf"^        {field.name} \(.*\):$", LSAMConfig.__doc__, re.MULTILINE)
+        entries = re.findall(rf"^    {field.name} \(.*\):$", documentation, re.MULTILINE)
         assert len(entries) == 1, field.name
         assert field.metadata["help"], field.name
         if field.default is not None:

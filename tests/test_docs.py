@@ -58,7 +58,7 @@ def test_every_setting_and_figure_is_on_the_page_of_settings():
         documented |= zip(re.findall(r"`([\w/]+)`", names), values.split(", "), strict=False)
     for field in dataclasses.fields(hf_lsam.LSAMConfig):
         assert documented[field.name] == str(field.default), field.name
-    figures = set(re.findall(r"^    - `(lsam/\w+)`", hf_lsam.LSAMMixin.__doc__, re.MULTILINE))
+    figures = set(re.findall(r"^- `(lsam/\w+)`", inspect.getdoc(hf_lsam.LSAMMixin), re.MULTILINE))
     assert figures == {name for name in documented if name.startswith("lsam/")}
     log = StepLog(["a"], ["a"])
     log.add(Perturbed(torch.tensor(True), [0], [1.0], 0.1, 0, 0.5))

@@ -101,7 +101,7 @@ def one_pass_step(model, micro_batches, fail_at=None):
     kept = step.previous
     climbed.extend(kept.weights)
     seen.clear()
-    expected = [w + 0.3 / kept.norm * part for w, part in zip(climbed, kept.direction, strict=True)]
+    expected = [torch.add(w, part, alpha=0.3 / kept.norm) for w, part in zip(climbed, kept.direction, strict=True)]
     memory = [part.data_ptr() for part in kept.direction]
     for number in range(micro_batches):
         if number == fail_at:
@@ -119,7 +119,7 @@ def test_one_pass_moves_once_a_step_into_the_memory_of_what_it_climbs(fail_at):
     assert kept.spent and len(seen) == 3 and len(expected) > 10
     for places in seen:
         assert [address for address, _ in places] == memory
-        assert all(torch.allclose(w, e, rtol=1e-6, atol=0) for (_, w), e in zip(places, expected, strict=True))
+        assert all(torch.equal(w, e) for (_, w), e in zip(places, expected, strict=True))
         assert all(torch.equal(w, first) for (_, w), (_, first) in zip(places, seen[0], strict=True))
 
 
