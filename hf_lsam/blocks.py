@@ -66,9 +66,13 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def find_candidates(model: nn.Module, blocks: dict[str, nn.Module], pattern: str | None) -> list[Candidate]:
+def find_candidates(
+    model: nn.Module, blocks: dict[str, nn.Module], pattern: str | None, may_be_frozen: bool = False
+) -> list[Candidate]:
     """
     What may be selected: `blocks`, or the outermost modules whose whole name `pattern` matches.
+
+    Where they `may_be_frozen`, for now, too few that are trained are no error.
 
     Raises:
         ValueError: if fewer than 2 blocks are trained now, or the pattern names no module that is.
@@ -90,7 +94,7 @@ def find_candidates(model: nn.Module, blocks: dict[str, nn.Module], pattern: str
             used_by: frozenset[int] = frozenset().union(*(uses[p] for p in parameters))
             size = sum(p.numel() for p in parameters if p.requires_grad and p in multiplied)
             candidates.append(Candidate(name, parameters, used_by, size))
-    trained = [candidate for candidate in candidates if candidate.is_trained]
+    trained = candidates if may_be_frozen else [candidate for candidate in candidates if candidate.is_trained]
     if pattern is not None and not trained:
         raise ValueError(
             f"block_pattern {pattern!r} matches no module with trainable parameters in {type(model).__name__}. It "

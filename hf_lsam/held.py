@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 # What every module has, and what is set on one for the length of a pass; of that, what passes may change.
 _OWN_OF_MODULES = {*vars(nn.Module()), "forward", "_compiled_call_impl"}
-_TABLES = {name for name, value in vars(nn.Module()).items() if isinstance(value, dict)} - {"_parameters", "_modules"}
+_TABLES = {name for name, value in vars(nn.Module()).items() if isinstance(value, dict)} - {"_modules"}
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def _same(items: Collection, kept: Collection) -> bool:
 
 
 def _same_mapping(mapping: dict, kept: dict) -> bool:
-    return mapping.keys() == kept.keys() and _same(mapping.values(), kept.values())
+    return list(mapping) == list(kept) and _same(mapping.values(), kept.values())
 
 
 def _put_mapping(mapping: dict, kept: dict) -> None:
@@ -144,6 +145,8 @@ def _put_mapping(mapping: dict, kept: dict) -> None:
     for key, value in kept.items():
         if key not in mapping or mapping[key] is not value:
             mapping[key] = value
+        if isinstance(mapping, collections.OrderedDict):
+            mapping.move_to_end(key)
 
 
 def _put_items(items: Any, kept: list) -> None:
@@ -157,9 +160,12 @@ def attributes_of(module: nn.Module) -> dict[str, Any]:
 
 
 def _tables_of(module: nn.Module) -> dict[str, dict]:
-    """Its attributes, its buffers and its hooks; those of a class of torch's own are not for others to put back."""
+    """Its attributes, buffers, weights and hooks; those of a class of torch's own are not for others to put back."""
     is_users = not type(module).__module__.startswith("torch.")
     tables = {name: table for name, table in vars(module).items() if name in _TABLES}
+    if any(isinstance(parameter, DTensor) for parameter in module._parameters.values()):
+        # FSDP2 changes them as it gathers weights and lets go of them.
+        del tables["_parameters"]
     return {"": attributes_of(module) if is_users else {}, **tables}
 
 
@@ -168,12 +174,12 @@ def _copy_module(module: nn.Module) -> dict[str, dict]:
 
 
 def _same_module(module: nn.Module, kept: dict[str, dict]) -> bool:
-    return all(_same_mapping(table, kept[name]) for name, table in _tables_of(module).items())
+    return all(_same_mapping(table, kept[name]) for name, table in _tables_of(module).items() if name in kept)
 
 
 def _put_module(module: nn.Module, kept: dict[str, dict]) -> None:
     tables = _tables_of(module)
-    for name in tables.keys() - {""}:
+    for name in tables.keys() & kept.keys() - {""}:
         _put_mapping(tables[name], kept[name])
     for name in tables[""].keys() - kept[""].keys():
         del vars(module)[name]

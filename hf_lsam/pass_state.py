@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from .held import (
+    LIST,
     MAPPING,
     MODULE,
     SLOTS,
@@ -73,20 +74,40 @@ class Snapshot:
         random: The states of the random generators.
         entries: What can be put back.
         watched: Tensors that were not copied, by name, each with a stamp that tells whether it changed.
+        slots: Where modules have their tensors.
+        tensors: The tensors that were there.
     """
 
     def __init__(self, device: torch.device):
         self.random = RandomState.capture(device)
         self.entries: list[Entry] = []
         self.watched: list[tuple[str, Tensor, tuple]] = []
+        self.slots: list[tuple[dict[str, Any], str]] = []
+        self.tensors: list[Tensor | None] = []
 
-    def take_again(self) -> None:
-        """Note the tensors as they are now, for instance after DistributedDataParallel has sent buffers."""
-        self.entries = [e._replace(kept=e.kind.copy(e.thing)) if e.kind is TENSOR else e for e in self.entries]
-        self.watched = [(name, tensor, stamp_of(tensor)) for name, tensor, _ in self.watched]
+    def take_again(self, tensors: Iterable[Tensor]) -> None:
+        """Note some tensors as they are now: buffers that DistributedDataParallel has sent, for instance."""
+        wanted = set(map(id, tensors))
+        self.entries = [e._replace(kept=e.kind.copy(e.thing)) if id(e.thing) in wanted else e for e in self.entries]
+        self.watched = [(n, t, stamp_of(t) if id(t) in wanted else stamp) for n, t, stamp in self.watched]
+
+    def touched(self) -> set[tuple]:
+        """What has been set since: names of containers and objects, and keys within; not what was mutated."""
+        pairs: list[tuple[str, dict, dict]] = []
+        for name, thing, kind, kept, _ in self.entries:
+            if kind in (MAPPING, SLOTS):
+                pairs.append((name, kind.copy(thing), kept))
+            elif kind is LIST:
+                pairs.append((name, dict(enumerate(thing)), dict(enumerate(kept))))
+            elif kind is MODULE:
+                pairs += [(f"{name} {table}", now, kept[table]) for table, now in kind.copy(thing).items()]
+        return {(n, key) for n, now, kept in pairs for key in now if key not in kept or now[key] is not kept[key]}
 
     def put(self) -> None:
         """Put everything back."""
+        for (table, key), tensor in zip(self.slots, self.tensors, strict=True):
+            if table.get(key) is not tensor:
+                table[key] = tensor
         tensors = [entry for entry in self.entries if entry.kind is TENSOR]
         put_tensors([entry.thing for entry in tensors], [entry.kept for entry in tensors])
         for name, thing, kind, kept, _ in self.entries:
@@ -108,7 +129,8 @@ class PassState:
 
     To copy all of it takes time and memory, so what changes is learnt. At the 1st, 2nd, 4th, 8th, ... step everything
     is copied, and compared after pass 1. At the others that is done with what was seen to change and what is new.
-    Containers of `roots` are always noted, but not their content; version counters tell whether other tensors change.
+    Containers of `roots`, small tensors, and which tensors a module has are always noted; version counters tell whether
+    other tensors change.
 
     Args:
         model: The model.
@@ -125,13 +147,25 @@ class PassState:
         self.device = compute_device(next(model.parameters()))
         self.steps = 0
         self.foreign: list[Tensor] = []
+        # What the micro-batches of this step began with, and what the last one left.
+        self._window: list[Snapshot] = []
         self._changing: dict[int, tuple[str, Any, Kind]] = {}
         self._unchanged: dict[int, weakref.ref] = {}
         self._contents: dict[str, list[int]] = {}
         self._modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        # Of all modules: their tensors by name, the small ones, and the places where they are.
         self._module_tensors: list[tuple[str, Tensor]] = []
+        self._small: list[tuple[str, Tensor]] = []
+        self._slots: list[tuple[dict[str, Any], str]] = []
+        # What the last look has copied and has not seen to change.
+        self._looked: list[Entry] = []
         self._unheld: dict[str, Any] = {}
         self._told: set[str] = set()
+
+    def begin_step(self) -> None:
+        """To be called before the first micro-batch of a step that is to be perturbed."""
+        self.steps += 1
+        self._window = []
 
     def before_pass_1(self) -> Snapshot:
         """What there is before pass 1: all of it, if it is time to look."""
@@ -139,7 +173,9 @@ class PassState:
 
     def after_pass_1(self) -> Snapshot:
         """What there is after it, of that which was seen to change."""
-        return self._snapshot(look=False, known=True)
+        after = self._snapshot(look=False, known=True)
+        self._window.append(after)
+        return after
 
     def learn(self, before: Snapshot) -> str | None:
         """
@@ -153,18 +189,34 @@ class PassState:
             if stamp_of(tensor) != stamp:
                 unseen = unseen or name
                 self._changing[id(tensor)] = (name, tensor, TENSOR)
-        kept = []
+        kept, self._looked = [], []
         for entry in before.entries:
             thing = entry.thing
             if not entry.always and id(thing) not in self._changing:
                 if entry.kind.same(thing, entry.kept):
                     if isinstance(thing, Tensor):
                         self._unchanged[id(thing)] = weakref.ref(thing)
+                    self._looked.append(entry)
                     continue
-                self._changing[id(thing)] = (entry.name, thing, entry.kind)
+                self._note_change(entry)
             kept.append(entry)
         before.entries, before.watched = kept, []
+        self._window.append(before)
         return unseen
+
+    def settle(self) -> None:
+        """After pass 2, put back what pass 1 did not change, and pass 2 did: a teacher that was its student at first."""
+        changed = [entry for entry in self._looked if not entry.kind.same(entry.thing, entry.kept)]
+        for entry in changed:
+            self._looked.remove(entry)
+            entry.kind.put(entry.thing, entry.kept)
+            self._note_change(entry)
+
+    def _note_change(self, entry: Entry) -> None:
+        """It is held from now on. Before the former micro-batches of this step it was what it was before this one."""
+        self._changing[id(entry.thing)] = entry[:3]
+        for former in self._window:
+            former.entries.append(entry)
 
     def marks(self) -> dict[str, Any]:
         """What can be seen of things that are not held."""
@@ -187,8 +239,10 @@ class PassState:
         self._seen: set[int] = set()
         if look:
             self._unchanged, self._contents, self._modules = {}, {}, weakref.WeakSet()
-            self.foreign, self._module_tensors, self._unheld = [], [], {}
+            self.foreign, self._unheld, self._module_tensors, self._small, self._slots = [], {}, [], [], []
+        self._in_model = True
         self._visit("model", self.model)
+        self._in_model = False
         for name, root in self.roots().items():
             if isinstance(root, Attributes):
                 self._hold(name, root, SLOTS)
@@ -197,6 +251,11 @@ class PassState:
                 self._hold(name, vars(root), MAPPING)
                 own = {k: v for k, v in vars(root).items() if k not in _LEFT_OUT and not k.startswith("_lsam")}
                 self._visit_all((f"{name}.{key}", value) for key, value in own.items())
+        for name, tensor in self._small:
+            if id(tensor) not in self._seen:
+                self._hold(name, tensor, TENSOR, always=True)
+        self._now.slots = list(self._slots)
+        self._now.tensors = [table.get(key) for table, key in self._slots]
         if look:
             self._changing = {place: entry for place, entry in self._changing.items() if place in self._seen}
         else:
@@ -207,9 +266,9 @@ class PassState:
             self._now.watched += [(name, tensor, stamp_of(tensor)) for name, tensor in watched]
         return self._now
 
-    def _hold(self, name: str, thing: Any, kind: Kind) -> None:
+    def _hold(self, name: str, thing: Any, kind: Kind, always: bool = False) -> None:
         self._seen.add(id(thing))
-        always = not (self._in_module or isinstance(thing, (Tensor, np.ndarray, nn.Module)))
+        always = always or not (self._in_module or isinstance(thing, (Tensor, np.ndarray, nn.Module)))
         try:
             self._now.entries.append(Entry(name, thing, kind, kind.copy(thing), always))
         except (RuntimeError, TypeError, ValueError):
@@ -270,8 +329,20 @@ class PassState:
                 continue
             self._modules.add(part)
             self._seen.add(id(part))
-            tensors = [*part._buffers.items(), *part._parameters.items()]
+            tensors = [*part.named_buffers(recurse=False), *part.named_parameters(recurse=False)]
+            untrained = [(k, t) for k, t in tensors if not (t.requires_grad and self.is_trained(t))]
+            for key, tensor in untrained:
+                if (
+                    tensor.numel() <= _SMALL
+                    and id(tensor) not in self._seen
+                    and (key in part._buffers or not self._in_model)
+                ):
+                    self._small.append((f"{part_name}.{key}", tensor))
             self._visit_all((f"{part_name}.{key}", tensor) for key, tensor in tensors)
+            if isinstance(part, torch.jit.ScriptModule):
+                continue
+            self._slots += [(part._buffers, key) for key in part._buffers]
+            self._slots += [(part._parameters, key) for key, _ in untrained if key in part._parameters]
             self._hold(part_name, part, MODULE)
             if not type(part).__module__.startswith("torch."):
                 self._visit_all((f"{part_name}.{key}", value) for key, value in attributes_of(part).items())

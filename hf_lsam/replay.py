@@ -67,7 +67,7 @@ class Call(Ran):
     One call of a block in pass 1: what it returned, and the random `state` when it did.
 
     Attributes:
-        kept: Whether `output` is what it returned, or a placeholder without memory of its own.
+        kept: Whether a replay may begin right after it; otherwise `output` may be a placeholder without memory of its own.
     """
 
     output: Any = None
@@ -94,6 +94,7 @@ class Recording:
     again: list[Ran] = field(default_factory=list)
     last: list[Ran] = field(default_factory=list)
     replayable: bool = True
+    has_dropped: bool = False
 
     def starts(self) -> dict[int, int]:
         """The place of the first call of each block."""
@@ -159,6 +160,7 @@ class Replay:
                     recording.calls.append(Call(**vars(ran)))
                     return output
                 kept = places is None or len(recording.calls) in places
+                recording.has_dropped |= not kept
                 detached = recursively_apply(Tensor.detach if kept else _placeholder, output)
                 state = capture(self.device)
                 recording.calls.append(Call(**vars(ran), output=detached, kept=kept, state=state))
@@ -303,7 +305,8 @@ class _Standin:
         return deepcopy(self.forward, memo)
 
     def __reduce__(self):
-        return functools.partial, (self.forward,)
+        # In a pickle, whose modules are without attributes when this is called: that of the class.
+        return getattr, (self.module, self.name)
 
     def enter(self) -> None:
         setattr(self.module, self.name, self)

@@ -94,6 +94,10 @@ class SecondPass:
         self.drops = True
         self.narrow = True
         self.checked: dict[tuple, int] = {}
+        # Which pass runs again, if one does: 2, or where nothing else helps 1.
+        self.running = 0
+        self.has_failed = False
+        self._comparing = False
         self._comparisons, self._due = 0, 0
         # Places of the calls whose outputs are kept; `None` before the first recording.
         self._kept: Collection[int] | None = None
@@ -113,14 +117,20 @@ class SecondPass:
                 memory together, so only every second output is kept: a block more may run again, forward only.
         """
         before = self.state.before_pass_1()
-        kept = None if self._kept is None or not self.drops else set(sorted(self._kept)[:: 1 if alone else 2])
+        stride = 1 if alone else 2
+        kept = None if self._kept is None or not self.drops else set(sorted(self._kept)[::stride])
         wrapper = self._wrapper
         is_sent = wrapper is not None and wrapper.require_forward_param_sync and wrapper.broadcast_buffers
-        with self.replay.recording(self.replays, kept, before.take_again if is_sent else None) as recording:
+        sent = (lambda: before.take_again(self.model.buffers())) if is_sent else None
+        with self.replay.recording(self.replays, kept, sent) as recording:
             loss = pass_1()
         unseen = self.state.learn(before)
         if self.replays:
-            self._kept = {place - 1 for place in self.begins(recording)}
+            known, self._kept = self._kept, {place - 1 for place in self.begins(recording)}
+            if known is None:
+                # All outputs are there, but a run that resumes is to begin where an uninterrupted one does.
+                for place in set(range(len(recording.calls))).difference(sorted(self._kept)[::stride]):
+                    recording.calls[place].kept = False
             if not self.replay.draws_on_host:
                 after = RandomState.capture(self.state.device)
                 self.replay.draws_on_host = not after.same_host_state(before.random)
@@ -219,14 +229,19 @@ class SecondPass:
 
         Args and returns: see `gradients`.
         """
+        self._comparing = True
         full = self._attempt(window, weights, None, self.narrow)
         if isinstance(full, Exception):
             full = self._attempt(window, weights, None, False)
         ran, replayed, problem = [micro_batch.recording.last for micro_batch in window], full, None
         if self.replays and not isinstance(full, Exception):
+            left = self._touched
             replayed = self._attempt(window, weights, blocks, self.narrow)
             problem = self._difference(window, replayed, *full, together=False)
-        has_dropped = any(not call.kept for micro_batch in window for call in micro_batch.recording.calls)
+            if problem is None and self._touched != left:
+                problem = f"it leaves no {sorted(map(str, left[-1] - self._touched[-1]))[:3]} behind"
+        self._comparing = False
+        has_dropped = any(micro_batch.recording.has_dropped for micro_batch in window)
         differs, may_read = self._any([problem is not None, self.drops and has_dropped], together)
         if differs:
             for micro_batch, last in zip(window, ran, strict=True):
@@ -271,6 +286,7 @@ class SecondPass:
                 self.drops = False
             else:
                 # It is compared anew at the next step.
+                self.has_failed = True
                 self.checked.clear()
                 self._comparisons = 0
                 logger.warning_once(
@@ -278,6 +294,10 @@ class SecondPass:
                     " that fails, for all weights; if nothing helps, the plain gradient is used."
                 )
         return self._averaged(attempt, weights, together)
+
+    def pass_1_again(self, window: Sequence[MicroBatch], weights: Sequence[Tensor], together: bool) -> list[Tensor]:
+        """The gradients of pass 1, where they were let go of and pass 2 fails at any weights."""
+        return self._averaged(self._attempt(window, weights, None, False, running=1), weights, together)
 
     @staticmethod
     def _averaged(
@@ -288,22 +308,34 @@ class SecondPass:
         return average_over_ranks(attempt[1]) if together else attempt[1]
 
     def _attempt(
-        self, window: Sequence[MicroBatch], weights: Sequence[Tensor], perturbed: set[int] | None, narrow: bool
+        self,
+        window: Sequence[MicroBatch],
+        weights: Sequence[Tensor],
+        perturbed: set[int] | None,
+        narrow: bool,
+        running: int = 2,
     ) -> tuple[list[Tensor], list[Tensor]] | Exception:
         """The losses of a pass 2 over each micro-batch, and the gradients of all together; or what it raised."""
         taken = self.regions.taken_with(weights) if narrow else [p for p in self.parameters if p.requires_grad]
         losses = []
+        self._touched: list[set] = []
         try:
             with only_gradients_of(self.parameters, taken, self.state.foreign):
                 for micro_batch in window:
                     micro_batch.before.put()
+                    self.running = running
                     with self.replay.replaying(micro_batch.recording, perturbed):
                         losses.append(micro_batch.rerun())
+                    self.state.settle()
+                    if self._comparing:
+                        self._touched.append(micro_batch.before.touched())
                 return losses, [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
         except Exception as error:
             if self.raises(error):
                 raise
             return error
+        finally:
+            self.running = 0
 
     def _difference(
         self,

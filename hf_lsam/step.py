@@ -63,6 +63,7 @@ class LSAMStep:
             Those that are not the model's, as those of a loss, keep their plain gradients.
         roots: What else a pass may read and change, by the names that a user knows (see `PassState`).
         raises: Whether an error of pass 2 is for the caller. The others leave the plain gradient.
+        has_begun: Whether training has begun, so that blocks may be frozen for now, and fewer are left than wanted.
 
     Raises:
         ValueError: if the model has no blocks to choose from, or the settings do not fit it.
@@ -78,6 +79,7 @@ class LSAMStep:
         optimized: Callable[[], Collection[Tensor] | None] = lambda: None,
         roots: Callable[[], Mapping[str, Any]] = dict,
         raises: Callable[[Exception], bool] = lambda error: False,
+        has_begun: bool = False,
     ):
         self.model, self.config, self.max_steps, self.scaler = model, config, max_steps, scaler
         self.optimized = optimized
@@ -90,11 +92,12 @@ class LSAMStep:
         if config.block_selection == "all":
             self.candidates = everything(model, blocks)
         else:
-            self.candidates = find_candidates(model, blocks, config.block_pattern)
+            self.candidates = find_candidates(model, blocks, config.block_pattern, has_begun)
         # The one-pass rule runs no second pass: there the costs only say which blocks are late ones.
         one_graph = self.regions.hide(blocks.values()) and config.ascent_gradient == "current"
         self.costs = CostModel.of(model, blocks, one_graph)
-        check_selection(config, [candidate for candidate in self.candidates if candidate.is_trained], self.costs)
+        if not has_begun:
+            check_selection(config, [candidate for candidate in self.candidates if candidate.is_trained], self.costs)
         self.weights = Weights(model, list(blocks.values()))
         pays = config.block_selection != "all" and any(c.first_block > 0 for c in self.candidates)
         state = PassState(model, roots, self._is_trained)
@@ -121,9 +124,10 @@ class LSAMStep:
         Whether the gradient of pass 1 is needed after the move.
 
         If not, memory holds that of one pass at a time, and where pass 2 is not finite, which is rare, it is computed
-        again.
+        again. So it is where pass 2 fails, for the first time.
         """
-        return self.config.alpha < 1 or self.config.reuse_correction > 0 or self.config.adaptive
+        config = self.config
+        return config.alpha < 1 or config.reuse_correction > 0 or config.adaptive or self.second_pass.has_failed
 
     def reset_log(self) -> None:
         """Begin the sums of the next log line."""
@@ -203,7 +207,8 @@ class LSAMStep:
 
     def _batch_step(self, pass_1: Pass, pass_2: Pass, is_last: bool) -> Tensor:
         """Pass 1 of every micro-batch, then, at the last one, pass 2 of all of them."""
-        self.second_pass.state.steps += not self.window
+        if not self.window:
+            self.second_pass.state.begin_step()
         self.window.append(self.second_pass.record(pass_1, pass_2, alone=is_last and not self.window))
         loss = self.window[-1].loss
         if is_last:
@@ -216,7 +221,7 @@ class LSAMStep:
         sums = {p: p.grad for p in self.model.parameters() if p.grad is not None}
         for parameter in sums:
             parameter.grad = None
-        self.second_pass.state.steps += 1
+        self.second_pass.state.begin_step()
         try:
             micro_batch = self.second_pass.record(pass_1, pass_2, alone=True)
             self._perturb_and_rerun([micro_batch])
@@ -249,13 +254,13 @@ class LSAMStep:
                 parts = orthogonal_part(perturbed, ascent.gradients)
                 self.correction = (ascent.weights, zero_unless(finite, parts))
             # Where it is not finite, the plain gradient takes its place. A scaler has to see it, and skips the step.
-            if self.scaler is None and self.keeps_plain:
+            if self.scaler is None and ascent.gradients:
                 perturbed = where(finite, perturbed, ascent.gradients)
             elif self.scaler is None and not finite:
                 perturbed = self._gradients(window, ascent, None)
                 if not norms(perturbed).isfinite().all():
-                    # It is lost: these weights wait for the next step.
-                    perturbed = [None] * len(perturbed)  # type: ignore[list-item]
+                    together = self.config.sharpness_scope == "batch"
+                    perturbed = self.second_pass.pass_1_again(window, ascent.weights, together)
         # For each i in S: (1 - alpha) * grad_i L(w) + alpha * grad_i L(w + eps). Of the others, `.grad` stays.
         for weight, mixed in zip(ascent.weights, mix(ascent.gradients, perturbed, self.config.alpha), strict=True):
             weight.grad = mixed

@@ -87,7 +87,6 @@ class LSAMMixin(_AnyTrainer):
         self._lsam_checkpoint: str | None = None
         self._lsam_watch = StuckWatch()
         self._lsam_flops = 0.0
-        self._lsam_in_pass_2 = False
         self._lsam_reached = False
         # What the optimizer trains, and what it had when that was looked up.
         self._lsam_optimized: tuple[Any, Any] = (None, None)
@@ -117,7 +116,7 @@ class LSAMMixin(_AnyTrainer):
         if self.lsam_config.enabled:
             check_repeatable(type(self), LSAMMixin)
             check_supported(self, self.lsam_config)
-            self._new_step(self.model, max_steps=1)
+            self._new_step(self.model, max_steps=1, has_begun=False)
 
     def _set_up_trial(self, trial: Any) -> None:
         """Set the fields of [`LSAMConfig`] here, and let the Trainer set the others on its arguments."""
@@ -151,7 +150,7 @@ class LSAMMixin(_AnyTrainer):
         What passes change on the trainer, in its objects and in modules is put back by itself. Files, iterators and
         what other threads use are not: `if not self.in_second_pass: self.file.write(...)`.
         """
-        return self._lsam_in_pass_2
+        return self._lsam is not None and self._lsam.second_pass.running == 2
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
@@ -173,14 +172,10 @@ class LSAMMixin(_AnyTrainer):
 
         def pass_2() -> Tensor:
             batch, num_items = copy_of(kept)
-            self._lsam_in_pass_2 = True
-            try:
-                # FSDP2 reduces gradients as it shards them; without it there would be none at all.
-                sync = nullcontext() if self.accelerator.is_fsdp2 else self.accelerator.no_sync(model)
-                with sync, buffers_not_sent(model), backward_if_any(self.accelerator):
-                    return training_step(model, batch, num_items)
-            finally:
-                self._lsam_in_pass_2 = False
+            # FSDP2 reduces gradients as it shards them; without it there would be none at all.
+            sync = nullcontext() if self.accelerator.is_fsdp2 else self.accelerator.no_sync(model)
+            with sync, buffers_not_sent(model), backward_if_any(self.accelerator):
+                return training_step(model, batch, num_items)
 
         held_back: AbstractContextManager[None] = nullcontext()
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -209,9 +204,9 @@ class LSAMMixin(_AnyTrainer):
 
         What a `compute_loss` logs is logged once: pass 2 is silent, and no callback sees its weights.
         """
-        if self._lsam_in_pass_2:
-            return
         step = self._lsam
+        if step is not None and step.second_pass.running:
+            return
         # The Trainer's own lines hold the learning rate; a `compute_loss` may log a loss of its own.
         is_line = "loss" in logs and "learning_rate" in logs
         if is_line and step is not None and self._lsam_run is self.state:
@@ -227,7 +222,7 @@ class LSAMMixin(_AnyTrainer):
             )
         super().log(logs, *args, **kwargs)
 
-    def _new_step(self, model: nn.Module, max_steps: int) -> LSAMStep:
+    def _new_step(self, model: nn.Module, max_steps: int, has_begun: bool = True) -> LSAMStep:
         """The steps on `model`, which may be wrapped, compiled, or both."""
         check_hooks(self)
         return LSAMStep(
@@ -239,6 +234,7 @@ class LSAMMixin(_AnyTrainer):
             optimized=self._optimized,
             roots=lambda: self._lsam_roots(model),
             raises=lambda error: self.args.auto_find_batch_size and should_reduce_batch_size(error),
+            has_begun=has_begun,
         )
 
     def _lsam_roots(self, model: nn.Module) -> dict[str, Any]:

@@ -21,7 +21,6 @@ def budget(max_overhead):
 CONFIGS = {
     "last": dict(block_selection="last", num_perturbed_blocks=2, rho=0.05),
     "top_k": dict(block_selection="top_k", num_perturbed_blocks=2, rho=0.05),
-    "each": dict(block_selection="top_k", num_perturbed_blocks=None, rho=0.05),
     "all": dict(block_selection="all", rho=0.05),
     **{f"budget {share}": budget(share) for share in (0.1, 0.25, 0.5)},
 }
@@ -53,25 +52,11 @@ class TwoForwards(Large):
         return one.loss + other.loss + (one.logits - other.logits).square().mean()
 
 
-class ThreeForwards(Large):
-    def loss(self, model, batch, items):
-        outputs = [model(**{**batch, "input_ids": batch["input_ids"].roll(shift, 1)}) for shift in range(3)]
-        return sum(output.loss for output in outputs) + (outputs[0].logits - outputs[1].logits).square().mean()
-
-
 class GuessesFirst(Large):
     def loss(self, model, batch, items):
         with torch.no_grad():
             guesses = model(**batch).logits.argmax(-1)
         output = model(**batch)
-        return output.loss + nn.functional.cross_entropy(output.logits, guesses)
-
-
-class GuessesLast(Large):
-    def loss(self, model, batch, items):
-        output = model(**batch)
-        with torch.no_grad():
-            guesses = model(**batch).logits.argmax(-1)
         return output.loss + nn.functional.cross_entropy(output.logits, guesses)
 
 
@@ -164,9 +149,7 @@ SITUATIONS = {
     "as it is": Large,
     "bert": of(lambda: bert(12)),
     "two forwards": TwoForwards,
-    "three forwards": ThreeForwards,
     "guesses first": GuessesFirst,
-    "guesses last": GuessesLast,
     "towers as registered": towers("ab", a=1, b=1),
     "towers in the other order": towers("ba", a=1, b=1),
     "a longer first tower": towers("ab", a=4, b=1),
@@ -182,9 +165,9 @@ SITUATIONS = {
 
 
 def counted(situation, folder, config=None):
-    """The operations of the last step, and the trainer."""
-    flops = Flops()
-    trainer = make(situation, folder, config, callbacks=[flops], max_steps=3)
+    """The operations of the last of three equal steps, so that it needs no check, and the trainer."""
+    flops, same = Flops(), type("Same", (situation,), {"data": Examples(4)})
+    trainer = make(same, folder, config, callbacks=[flops], max_steps=3, learning_rate=0.0)
     trainer.train()
     return flops.last, trainer
 
@@ -206,8 +189,7 @@ def test_overhead_is_what_pass_2_costs(name, config, tmp_path_factory):
         return
     cost, lines = both / plain - 1, training_lines(trainer)
     logged = [line["lsam/overhead"] for line in lines]
-    assert logged[-1] == pytest.approx(cost, abs=NEAR)
-    assert max(logged) <= 1 + 1e-9
+    assert cost - NEAR <= logged[-1] <= cost + 2 * NEAR and max(logged) <= 1 + 1e-9
     if "budget" in config:
         assert cost <= CONFIGS[config]["max_overhead"] + NEAR and logged[-1] <= CONFIGS[config]["max_overhead"] + 1e-9
     else:
@@ -248,9 +230,10 @@ def flops_of(folder, situation, config, accumulation, resumed_at=None, **options
     return trainer.state.total_flos, training_lines(trainer)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("config", RUNS)
-@pytest.mark.parametrize("model", MODELS)
+COUNTED = [*(("bert", config, 1) for config in RUNS), *(("llama", config, 2) for config in ("last", "all", "own"))]
+
+
+@pytest.mark.parametrize("model, config, accumulation", COUNTED)
 def test_total_flos_are_those_of_training(model, config, accumulation, tmp_path):
     """A step has those of the plain Trainer, and its overhead; the check's passes are no training."""
     plain, _ = flops_of(tmp_path / "plain", MODELS[model], None, accumulation)
@@ -259,9 +242,11 @@ def test_total_flos_are_those_of_training(model, config, accumulation, tmp_path)
     assert ours == pytest.approx(plain / 6 * sum(1 + line["lsam/overhead"] for line in lines), rel=1e-9)
 
 
-@pytest.mark.parametrize("step", [2, 4])
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("config", [None, *RUNS])
+RESUMED = [*((config, 2, 2) for config in (None, "last", "top_k", "budget", "all")), ("budget", 4, 1)]
+RESUMED += [("own", 2, 2), ("one pass", 2, 1), ("each second", 4, 1)]
+
+
+@pytest.mark.parametrize("config, step, accumulation", RESUMED)
 def test_total_flos_of_a_resumed_run(config, accumulation, step, tmp_path):
     """They are those of the run without an interruption."""
     settings = RUNS[config] if config else None

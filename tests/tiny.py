@@ -207,8 +207,8 @@ def without_replay(step):
 class Unreplayed:
     """For classes such as `class Full(Unreplayed, LSAMTrainer)`: pass 2 runs every block."""
 
-    def _new_step(self, model, max_steps):
-        return without_replay(super()._new_step(model, max_steps))
+    def _new_step(self, *args, **kwargs):
+        return without_replay(super()._new_step(*args, **kwargs))
 
 
 def blocks_of(model: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
