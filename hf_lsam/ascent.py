@@ -10,10 +10,11 @@ from torch import Tensor
 
 from .blocks import Candidate
 from .config import LSAMConfig
+from .costs import CostModel
 from .distributed import average_over_ranks, first_of_ranks, is_distributed
 from .perturbation import adaptive_scores, norms
 from .rounding import add_into, is_coarse
-from .selection import CostModel, select
+from .selection import select
 from .shards import is_sharded
 from .step_log import StepLog
 

@@ -129,8 +129,8 @@ class PassState:
 
     To copy all of it takes time and memory, so what changes is learnt. At the 1st, 2nd, 4th, 8th, ... step everything
     is copied, and compared after pass 1. At the others that is done with what was seen to change and what is new.
-    Containers of `roots`, small tensors, and which tensors a module has are always noted; version counters tell whether
-    other tensors change.
+    Containers of `roots`, small tensors, and which tensors a module has are always noted; version counters tell of
+    changes of the other tensors.
 
     Args:
         model: The model.
@@ -205,7 +205,7 @@ class PassState:
         return unseen
 
     def settle(self) -> None:
-        """After pass 2, put back what pass 1 did not change, and pass 2 did: a teacher that was its student at first."""
+        """After pass 2, put back what only pass 2 changed: a teacher that was its student at first."""
         changed = [entry for entry in self._looked if not entry.kind.same(entry.thing, entry.kept)]
         for entry in changed:
             self._looked.remove(entry)

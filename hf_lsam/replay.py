@@ -67,7 +67,7 @@ class Call(Ran):
     One call of a block in pass 1: what it returned, and the random `state` when it did.
 
     Attributes:
-        kept: Whether a replay may begin right after it; otherwise `output` may be a placeholder without memory of its own.
+        kept: Whether a replay may begin right after it. If not, `output` may be a placeholder without own memory.
     """
 
     output: Any = None
@@ -95,6 +95,16 @@ class Recording:
     last: list[Ran] = field(default_factory=list)
     replayable: bool = True
     has_dropped: bool = False
+
+    @property
+    def first(self) -> list[Ran]:
+        """All calls of pass 1."""
+        return [*self.calls, *self.again]
+
+    @property
+    def heads(self) -> int:
+        """How often the model was called."""
+        return max(len(self.models), 1)
 
     def starts(self) -> dict[int, int]:
         """The place of the first call of each block."""
@@ -182,7 +192,7 @@ class Replay:
 
         with self._forwards(recorded, called):
             yield recording
-        recording.last = [*recording.calls, *recording.again]
+        recording.last = recording.first
 
     @contextmanager
     def replaying(self, recording: Recording, perturbed: Collection[int] | None) -> Iterator[None]:

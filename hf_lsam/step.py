@@ -27,6 +27,7 @@ from .ascent import Ascent, Kept, find_ascent
 from .blocks import Candidate, everything, find_blocks, find_candidates, multiplied_parameters
 from .compiled import CompiledRegions
 from .config import LSAMConfig
+from .costs import CostModel, Weights
 from .distributed import any_of_ranks, average_gradients
 from .pass_state import PassState
 from .perturbation import (
@@ -42,7 +43,7 @@ from .perturbation import (
 )
 from .replay import Recording
 from .second_pass import MicroBatch, Pass, SecondPass
-from .selection import CostModel, Weights, beginnings, check_selection
+from .selection import beginnings, check_selection
 from .shards import reshard, sharded_modules
 from .step_log import Perturbed, StepLog
 
@@ -234,9 +235,10 @@ class LSAMStep:
 
     def _perturb_and_rerun(self, window: Sequence[MicroBatch]) -> None:
         """From the gradient of pass 1 in `.grad` to the mixed one: select, perturb, pass 2, restore, mix."""
-        calls, heads = self._calls_of(window[-1].recording)
-        if calls:
-            self.costs = self.weights.costs(calls, heads, self._trained_now()[1])
+        recordings = [micro_batch.recording for micro_batch in window]
+        graded = self._trained_now()[1]
+        if recordings[-1].calls:
+            self.costs = self.weights.costs(recordings[-1].first, recordings[-1].heads, graded)
         # S, and for each i in S: grad_i L(w).
         ascent = self._find_ascent()
         if isinstance(ascent, str):
@@ -264,7 +266,12 @@ class LSAMStep:
         # For each i in S: (1 - alpha) * grad_i L(w) + alpha * grad_i L(w + eps). Of the others, `.grad` stays.
         for weight, mixed in zip(ascent.weights, mix(ascent.gradients, perturbed, self.config.alpha), strict=True):
             weight.grad = mixed
-        self.overhead = self._cost(window, selected, ascent)
+        if not self.second_pass.narrow:
+            self.overhead = 1.0
+        elif recordings[-1].calls:
+            self.overhead = self.weights.overhead(recordings, graded, self.regions.taken_with(ascent.weights))
+        else:
+            self.overhead = self.costs.overhead(selected, replayed=False)
         self._count(ascent, self.overhead, finite, min(selected, key=self.costs.start).first_block)
 
     def _perturbed(self, window: Sequence[MicroBatch], ascent: Ascent, blocks: set[int]) -> list[Tensor] | str:
@@ -313,27 +320,8 @@ class LSAMStep:
     def _beginnings(self, recording: Recording) -> set[int]:
         """Where pass 2 may begin after such a pass 1."""
         candidates, graded = self._trained_now()
-        calls, heads = self._calls_of(recording)
         live = [candidate for candidate in candidates if candidate.parameters]
-        return beginnings(self.config, live, self.weights.costs(calls, heads, graded))
-
-    @staticmethod
-    def _calls_of(recording: Recording) -> tuple[list, int]:
-        return [*recording.calls, *recording.again], max(len(recording.models), 1)
-
-    def _cost(self, window: Sequence[MicroBatch], selected: Sequence[Candidate], ascent: Ascent) -> float:
-        """What pass 2 cost, in plain passes, from what ran."""
-        if not window[-1].recording.calls:
-            return self.costs.overhead(selected, replayed=False) if self.second_pass.narrow else 1.0
-        narrow = self.second_pass.narrow
-        graded = self._trained_now()[1]
-        taking = self.regions.taken_with(ascent.weights) if narrow else graded
-        first = second = 0.0
-        for recording in (micro_batch.recording for micro_batch in window):
-            calls, heads = self._calls_of(recording)
-            first += self.weights.cost(calls, heads, graded)
-            second += self.weights.cost(recording.last, heads, taking)
-        return min(second / first, 1.0)
+        return beginnings(self.config, live, self.weights.costs(recording.first, recording.heads, graded))
 
     def _find_ascent(self) -> Ascent | str:
         """The ascent along `.grad`. A scaler's scale is in its direction and norm, not in `squared_norms`."""

@@ -8,7 +8,7 @@ peers that one would pick instead.
 The methods take turns in one process, a few steps each, over and over, and between any two of them the plain Trainer
 takes one: each is compared with the plain turns right before and after it, so that a machine whose speed changes hits
 both alike. Memory is what is allocated on the GPU or, on a CPU, that of a process of its own for each method. The
-bound is 1 + the predicted overhead, counted from the parameters of the model (hf_lsam/selection.py).
+bound is 1 + the predicted overhead, counted from the parameters of the model (hf_lsam/costs.py).
 """
 
 import gc
@@ -37,7 +37,7 @@ from workload import Rows, WorkloadArguments, make_model
 
 from hf_lsam import LSAMConfig, LSAMTrainer
 from hf_lsam.blocks import find_blocks, find_candidates
-from hf_lsam.selection import CostModel
+from hf_lsam.costs import CostModel
 
 METHODS: dict[str, dict[str, Any]] = {
     "plain": {"block_selection": "none"},

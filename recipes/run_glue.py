@@ -18,6 +18,7 @@ from adapters import AdapterArguments, save_model_config
 from common import StepTimer, check_output_dir, make_compute_loss, parse_arguments, read_logits, report, run_script
 from datasets import Dataset
 from glue_data import TextData, load_text_data
+from glue_metric import GlueMetric
 from glue_tasks import DRAWN, GLUE_TASKS, HUB_NAME, PREDICTIONS, STSB_RANGE, DataArguments
 from loading import ModelArguments, find_model, load_model
 from measures import MeasureArguments, set_up_measures, write_landscapes
@@ -34,7 +35,6 @@ from transformers import (
 )
 
 from hf_lsam import LSAMConfig, LSAMTrainer
-from hf_lsam.glue_metric import GlueMetric
 
 SETTINGS = (ModelArguments, AdapterArguments, DataArguments, MeasureArguments, LSAMConfig, TrainingArguments)
 

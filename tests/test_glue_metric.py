@@ -4,11 +4,10 @@ import math
 
 import numpy as np
 import pytest
+from glue_metric import METRICS, GlueMetric
 from glue_tasks import GLUE_TASKS
 from scipy import stats
 from sklearn import metrics
-
-from hf_lsam.glue_metric import METRICS, GlueMetric
 
 REFERENCES = {
     "accuracy": lambda p, r: metrics.accuracy_score(r, p),

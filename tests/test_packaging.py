@@ -182,7 +182,7 @@ def test_core_dependencies_are_few():
 def test_an_extra_holds_what_is_imported_and_nothing_else(extra):
     """What a script imports directly is required directly."""
     scripts = {"demo": reached_from(ROOT / "recipes" / "demo.py")}
-    scripts["recipes"] = {*(ROOT / "recipes").glob("*.py"), ROOT / "hf_lsam" / "glue_metric.py"}
+    scripts["recipes"] = {*(ROOT / "recipes").glob("*.py")}
     scripts["test"] = {*scripts["recipes"], *(ROOT / "tests").glob("*.py")}
     wanted = requirements(extra) - {"hf-lsam"}
     distributions = importlib.metadata.packages_distributions()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import run_glue
 import torch
+from glue_metric import METRICS
 from glue_tasks import GLUE_TASKS, DataArguments
 from tiny import largest_difference, training_lines, weights
 from tiny_glue import QUICK, files_in, make_rows, rte, save_bert, save_tokenizer, write_rows
@@ -23,8 +24,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
-
-from hf_lsam.glue_metric import METRICS
 
 pytest_plugins = ["glue_fixtures"]
 

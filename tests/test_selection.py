@@ -9,7 +9,8 @@ from tiny import bert, llama, qwen2
 
 from hf_lsam import LSAMConfig, reference
 from hf_lsam.blocks import Candidate, everything, find_blocks, find_candidates
-from hf_lsam.selection import CostModel, check_selection, select
+from hf_lsam.costs import CostModel
+from hf_lsam.selection import check_selection, select
 
 
 def equal_blocks(count, size=100):

@@ -1,0 +1,136 @@
+"""What a second pass costs, counted from the calls that a pass makes."""
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import Candidate, idle_parameters, multiplied_parameters
+from .replay import Ran, Recording
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """
+    What pass 2 costs, in units of a plain step, counted in weights and the places (tokens, pixels) that they meet.
+
+    A weight costs 1 in the forward pass, 1 for the gradient of its input and, if it is trained, 1 for its own
+    gradient. A plain step pays for all of it, but for gradients only where there are any. Pass 2 starts at the first
+    call of a block that holds a perturbed weight, and takes weight gradients for the selected S only:
+
+        overhead = (2 * (weights from that call on, and of the head) + weights of S) / plain,  at most 1
+
+    For N equal blocks in their order, k of them selected from block s on, and nothing else that is (2 (N - s) + k) /
+    (3 N). It is what pass 2 costs at most: calls that depend on no perturbed weight need no gradient of their input.
+    Products without weights, as those of attention, are left out.
+
+    Attributes:
+        passed: For each call of a block, the weights from it to the loss, frozen ones included. Embeddings look up and
+            do not multiply, so they are free.
+        plain: Cost of a plain step.
+        one_graph: Whether the blocks are compiled into one graph, all of which pass 2 runs, whatever is perturbed.
+        gradients: As `passed`, of the calls that have a gradient (default: all).
+        starts: For each block the place of its first call (default: each is called once, in their order).
+        places: For each block the places that its weights meet in all calls (default: 1).
+    """
+
+    passed: tuple[float, ...]
+    plain: float
+    one_graph: bool = False
+    gradients: tuple[float, ...] | None = None
+    starts: Mapping[int, int] | None = None
+    places: Mapping[int, float] | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, blocks: dict[str, nn.Module], one_graph: bool = False) -> "CostModel":
+        """Those of `model`, if its `blocks` are called once each, in their order, at equally many places."""
+        trained = [any(p.requires_grad for p in block.parameters()) for block in blocks.values()]
+        embeddings = (module for module in model.modules() if isinstance(module, nn.Embedding))
+        below = any(p.requires_grad for module in embeddings for p in module.parameters()) or not any(trained)
+        grades = [below or any(trained[: index + 1]) for index in range(len(blocks))]
+        calls = [Ran(index, 1, has_gradient, torch.float32) for index, has_gradient in enumerate(grades)]
+        weights = Weights(model, list(blocks.values()))
+        costs = weights.costs(calls, 1, {p for p in model.parameters() if p.requires_grad})
+        return cls(costs.passed, costs.plain, one_graph)
+
+    def start(self, candidate: Candidate) -> int:
+        """Place of the first call of a block that holds a weight of `candidate`."""
+        if self.starts is None:
+            return candidate.first_block
+        return min((self.starts[block] for block in candidate.blocks if block in self.starts), default=0)
+
+    def size(self, candidate: Candidate) -> float:
+        """Cost of the gradients of the weights of `candidate`."""
+        if self.places is None or not candidate.blocks:
+            return candidate.size
+        return candidate.size * sum(self.places.get(b, 0) for b in candidate.blocks) / len(candidate.blocks)
+
+    def reaching(self, start: int) -> float:
+        """Cost of the forward pass from call `start` on, and of the gradients of inputs."""
+        return self.passed[start] + (self.passed if self.gradients is None else self.gradients)[start]
+
+    def overhead(self, candidates: Iterable[Candidate], replayed: bool = True) -> float:
+        """Predicted cost of pass 2 when these are perturbed, in plain steps; without replay it runs forward from 0."""
+        chosen = list(candidates)
+        if not chosen:
+            return 0.0
+        if self.one_graph:
+            return 1.0
+        first = min(map(self.start, chosen))
+        again = 0 if replayed else self.passed[0] - self.passed[first]
+        return min((again + self.reaching(first) + sum(map(self.size, chosen))) / self.plain, 1.0)
+
+
+class Weights:
+    """The weights of a model that multiply, block by block, and those outside of the blocks, which are its head."""
+
+    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module]):
+        inside = {module for block in blocks for module in block.modules()}
+        used = multiplied_parameters(model) - idle_parameters(model)
+        outside = [m for m in model.modules() if m not in inside and not isinstance(m, nn.Embedding)]
+        head = dict.fromkeys(p for module in outside for p in module.parameters(recurse=False))
+        # The head comes last, as block -1.
+        self.parts = [[p for p in part if p in used] for part in (*(b.parameters() for b in blocks), head)]
+        self.sizes = [sum(p.numel() for p in part) for part in self.parts]
+
+    def overhead(
+        self, recordings: Sequence[Recording], graded: Collection[Tensor], taking: Collection[Tensor]
+    ) -> float:
+        """
+        What the last passes over some micro-batches cost, in plain ones: at most 1 for a pass that repeats pass 1.
+
+        Args:
+            recordings: What was called for each micro-batch.
+            graded: The weights that have a gradient of pass 1.
+            taking: Those that took one in the last passes.
+        """
+        first = sum(self._cost(recording.first, recording.heads, graded) for recording in recordings)
+        return min(sum(self._cost(r.last, r.heads, taking) for r in recordings) / first, 1.0)
+
+    def costs(self, calls: Sequence[Ran], heads: int, graded: Collection[Tensor]) -> CostModel:
+        """What to expect of a second pass where the first made these calls, and so many of the model."""
+        starts: dict[int, int] = {}
+        places: Counter[int] = Counter()
+        head = self._head(calls, heads).places * self.sizes[-1]
+        passed, gradients = [head], [head]
+        for place, ran in reversed(list(enumerate(calls))):
+            starts[ran.block] = place
+            places[ran.block] += ran.places * ran.has_gradient
+            passed.append(passed[-1] + ran.places * self.sizes[ran.block])
+            gradients.append(gradients[-1] + ran.places * self.sizes[ran.block] * ran.has_gradient)
+        sums = [tuple(reversed(total[1:] or total)) for total in (passed, gradients)]
+        return CostModel(sums[0], self._cost(calls, heads, graded), False, sums[1], starts, places)
+
+    def _cost(self, calls: Sequence[Ran], heads: int, taking: Collection[Tensor]) -> float:
+        taken = [sum(p.numel() for p in part if p in taking) for part in self.parts]
+        return sum(
+            ran.places * (self.sizes[ran.block] * (1 + ran.has_gradient) + taken[ran.block] * ran.has_gradient)
+            for ran in (*calls, self._head(calls, heads))
+        )
+
+    def _head(self, calls: Sequence[Ran], heads: int) -> Ran:
+        """What lies outside of the blocks, at as many places as the last block that was called."""
+        places = calls[-1].places if calls else 1
+        return Ran(-1, places * heads, True, torch.float32)
