@@ -1,7 +1,9 @@
 """What a pass reads and what it leaves: noted before pass 1, put back before pass 2, and after it."""
 
+import concurrent.futures
 import functools
 import io
+import queue
 import sys
 import threading
 import types
@@ -20,6 +22,7 @@ from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from .held import (
+    ARRAY,
     LIST,
     MAPPING,
     MODULE,
@@ -41,13 +44,15 @@ logger = logging.get_logger(__name__)
 # Objects of these are not opened: no user counts in them.
 _LIBRARIES = {
     *sys.stdlib_module_names,
-    *("accelerate", "datasets", "hf_lsam", "huggingface_hub", "numpy", "tokenizers", "torch", "transformers"),
+    *("accelerate", "datasets", "evaluate", "hf_lsam", "huggingface_hub", "matplotlib", "numpy", "pandas", "PIL"),
+    *("pyarrow", "scipy", "sklearn", "tokenizers", "torch", "tqdm", "transformers", "wandb"),
 }
 # What a Trainer and its state hold that no pass changes.
 _LEFT_OUT = {"args", "accelerator", "optimizer", "lr_scheduler", "train_dataset", "eval_dataset", "log_history"}
 _PLAIN = (int, float, complex, str, bytes, type(None), np.generic, torch.dtype, torch.device, torch.Size, type)
 # An object that holds one of these is used by other threads, too: it is not to be put back.
-_THREADS = (threading.Thread, threading.Condition, threading.Event, type(threading.Lock()), type(threading.RLock()))
+_LOCKS = (threading.Condition, threading.Event, type(threading.Lock()), type(threading.RLock()))
+_THREADS = (*_LOCKS, threading.Thread, queue.Queue, concurrent.futures.Executor)
 # Tensors are copied, to see whether they change, up to so many bytes together; the others are watched.
 _MOST_BYTES = 2**30
 # A tensor of up to so many entries is always copied, if it is no module's.
@@ -194,7 +199,7 @@ class PassState:
             thing = entry.thing
             if not entry.always and id(thing) not in self._changing:
                 if entry.kind.same(thing, entry.kept):
-                    if isinstance(thing, Tensor):
+                    if isinstance(thing, (Tensor, np.ndarray)):
                         self._unchanged[id(thing)] = weakref.ref(thing)
                     self._looked.append(entry)
                     continue
@@ -289,6 +294,10 @@ class PassState:
             self._visit_module(name, thing)
             return
         self._seen.add(id(thing))
+        if isinstance(thing, np.ndarray):
+            if self._is_due(thing, thing.size):
+                self._hold(name, thing, ARRAY)
+            return
         if (kind := kind_of(thing)) is not None:
             self._hold(name, thing, kind)
         if isinstance(thing, (dict, list, tuple, deque)):
@@ -361,15 +370,18 @@ class PassState:
             self._module_tensors.append((name, tensor))
         if tensor.requires_grad:
             self.foreign.append(tensor)
-        seen_before = self._unchanged.get(id(tensor), lambda: None)() is tensor
-        small = not self._in_module and tensor.numel() <= _SMALL
-        self._bytes += tensor.nbytes
-        if id(tensor) in self._changing or (
-            not self._known and (small or (not seen_before and self._bytes <= _MOST_BYTES))
-        ):
+        if self._is_due(tensor, tensor.numel()):
             self._hold(name, tensor, TENSOR)
         else:
             self._now.watched.append((name, tensor, stamp_of(tensor)))
+
+    def _is_due(self, thing: Tensor | np.ndarray, entries: int) -> bool:
+        """Whether a tensor or array is to be copied: if it changes, is small, or was not seen before."""
+        if id(thing) in self._changing or self._known:
+            return id(thing) in self._changing
+        self._bytes += thing.nbytes
+        is_new = self._unchanged.get(id(thing), lambda: None)() is not thing
+        return (entries <= _SMALL and not self._in_module) or (is_new and self._bytes <= _MOST_BYTES)
 
 
 def _is_opened(thing: Any) -> bool:

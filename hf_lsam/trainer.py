@@ -45,7 +45,7 @@ class LSAMMixin(_AnyTrainer):
     - `lsam/captured`: share of its square that the selected blocks hold;
     - `lsam/perturbation_norm`: how far the weights were moved;
     - `lsam/first_block`: index of the first block that was perturbed, which is where pass 2 starts;
-    - `lsam/overhead`: predicted cost of pass 2 in plain steps, over all steps, perturbed or not;
+    - `lsam/overhead`: cost of pass 2 in plain steps, counted from what ran, over all steps, perturbed or not;
     - `lsam/active`: share of the steps that were perturbed;
     - `lsam/skipped`: number of perturbations left out, for a gradient that is zero or not finite, a `max_overhead`
       that no block with a gradient fits, or a second pass that failed. A warning tells each reason once.

@@ -220,7 +220,7 @@ NOTHING = [
 ]
 
 
-@pytest.mark.parametrize("change, config", NOTHING, ids=str)
+@pytest.mark.parametrize("change, config", NOTHING, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_there_is_no_such_warning_without_need(change, config, tmp_path):
     """Nothing happens to it in a second pass, or there is none."""
     with hearing() as messages:
