@@ -96,7 +96,6 @@ class SecondPass:
         self.checked: dict[tuple, int] = {}
         # Which pass runs again, if one does: 2, or where nothing else helps 1.
         self.running = 0
-        self.has_failed = False
         self._comparing = False
         self._comparisons, self._due = 0, 0
         # Places of the calls whose outputs are kept; `None` before the first recording.
@@ -286,7 +285,6 @@ class SecondPass:
                 self.drops = False
             else:
                 # It is compared anew at the next step.
-                self.has_failed = True
                 self.checked.clear()
                 self._comparisons = 0
                 logger.warning_once(

@@ -105,6 +105,8 @@ class LSAMStep:
         self.second_pass = SecondPass(model, called, blocks, self.regions, state, pays, self._beginnings, raises)
         self.perturbation = Perturbation()
         self.rounding_checked = False
+        # Whether the gradient of pass 1 was let go of and pass 2 could not give it back: the same in all processes.
+        self.has_lost = False
         self._optimized: Collection[Tensor] | None = None
         # What is trained, for each set of weights that had a gradient: candidates, and all weights that had one.
         self._trained: dict[tuple, tuple[list[Candidate], set[Tensor]]] = {}
@@ -125,10 +127,10 @@ class LSAMStep:
         Whether the gradient of pass 1 is needed after the move.
 
         If not, memory holds that of one pass at a time, and where pass 2 is not finite, which is rare, it is computed
-        again. So it is where pass 2 fails, for the first time.
+        again; where pass 2 fails at any weights, by pass 1 once more, and then kept from the next step on.
         """
         config = self.config
-        return config.alpha < 1 or config.reuse_correction > 0 or config.adaptive or self.second_pass.has_failed
+        return config.alpha < 1 or config.reuse_correction > 0 or config.adaptive or self.has_lost
 
     def reset_log(self) -> None:
         """Begin the sums of the next log line."""
@@ -263,6 +265,7 @@ class LSAMStep:
                 if not norms(perturbed).isfinite().all():
                     together = self.config.sharpness_scope == "batch"
                     perturbed = self.second_pass.pass_1_again(window, ascent.weights, together)
+                    self.has_lost = True
         # For each i in S: (1 - alpha) * grad_i L(w) + alpha * grad_i L(w + eps). Of the others, `.grad` stays.
         for weight, mixed in zip(ascent.weights, mix(ascent.gradients, perturbed, self.config.alpha), strict=True):
             weight.grad = mixed
@@ -278,7 +281,7 @@ class LSAMStep:
         """For each i in S: grad_i L(w + eps); or why the step stays a plain one."""
         together = self.config.sharpness_scope == "batch"
         unseen = next((micro_batch.unseen for micro_batch in window if micro_batch.unseen is not None), None)
-        flags = [self.second_pass.is_due(window, blocks, len(self._trained_now()[1])), unseen is not None]
+        flags = [self.second_pass.is_due(window, blocks, hash(next(iter(self._trained)))), unseen is not None]
         is_due, changed = any_of_ranks(flags, self.second_pass.state.device) if together else flags
         if changed:
             return f"pass 1 changed {unseen or 'something in another process'}, of which there is no copy yet"
