@@ -252,7 +252,9 @@ class PassState:
             if isinstance(root, Attributes):
                 self._hold(name, root, SLOTS)
             else:
-                # The object itself may be of a library.
+                # The object itself may be of a library. What is left out is so wherever else it lies, too.
+                out = [value for key, value in vars(root).items() if key in _LEFT_OUT]
+                self._seen.update(map(id, [root, *out, *(getattr(value, "optimizer", None) for value in out)]))
                 self._hold(name, vars(root), MAPPING)
                 own = {k: v for k, v in vars(root).items() if k not in _LEFT_OUT and not k.startswith("_lsam")}
                 self._visit_all((f"{name}.{key}", value) for key, value in own.items())

@@ -134,3 +134,16 @@ def test_what_begins_to_change_is_told_once_and_held_from_then_on():
         before.put()
     assert told == [None, None, "owner.mean", None, None, None, None]
     assert owner.mean[0] == 1
+
+
+def test_what_lies_in_a_circle_is_gone_through_once():
+    """As a callback of the trainer's that knows the trainer, and with it the optimizer, whose state is no pass's."""
+    weight = torch.nn.Parameter(torch.ones(2000))
+    optimizer = torch.optim.Adam([weight])
+    weight.grad = torch.ones(2000)
+    optimizer.step()
+    owner = Holder(optimizer=optimizer, friend=Holder())
+    owner.friend.owner, owner.friend.scheduler = owner, torch.optim.lr_scheduler.ConstantLR(optimizer)
+    names = [entry.name for entry in state_of(owner).before_pass_1().entries]
+    assert "owner.friend" in names and len(names) == len(set(names))
+    assert not any("optimizer.state" in name or "friend.owner." in name for name in names)
