@@ -105,7 +105,9 @@ class Snapshot:
             elif kind is LIST:
                 pairs.append((name, dict(enumerate(thing)), dict(enumerate(kept))))
             elif kind is MODULE:
-                pairs += [(f"{name} {table}", now, kept[table]) for table, now in kind.copy(thing).items()]
+                # Hooks have a new key each time.
+                tables = [table for table in kept if "hooks" not in table]
+                pairs += [(f"{name} {table}", kind.copy(thing).get(table, {}), kept[table]) for table in tables]
         return {(n, key) for n, now, kept in pairs for key in now if key not in kept or now[key] is not kept[key]}
 
     def put(self) -> None:

@@ -34,7 +34,10 @@ CODE = [
     *RECIPES.parent.glob("hf_lsam/*.py"),
     # What run_glue.py imports, but for the model card.
     *(RECIPES / f"{name}.py" for name in ("run_glue", "adapters", "common", "loading", "measures")),
-    *(RECIPES / f"{name}.py" for name in ("glue_data", "glue_sampling", "glue_tasks", "tables", "yaml_text")),
+    *(
+        RECIPES / f"{name}.py"
+        for name in ("glue_data", "glue_metric", "glue_sampling", "glue_tasks", "tables", "yaml_text")
+    ),
 ]
 
 SPLITS = Splits(train=400, validation=1000, test=2000, flipped=0.3)

@@ -1,5 +1,6 @@
 """The steps of a run, each by itself: what the equations say of it at the very weights that its passes were at."""
 
+import threading
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -27,6 +28,8 @@ class Steps(TrainerCallback):
 
     def __init__(self, model: nn.Module):
         self.model, self.noted = model, []
+        # As something that other threads use, it is not put back after pass 2.
+        self.lock = threading.Lock()
 
     def _parameters(self) -> Tensors:
         return {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
