@@ -125,9 +125,14 @@ def mark_of(thing: Any) -> Any:
         frame = thing.gi_frame
         return frame and (frame.f_lasti, *map(id, frame.f_locals.values()))
     if isinstance(thing, io.IOBase):
-        return thing.tell() if not thing.closed and thing.seekable() else None
+        try:
+            return thing.tell()
+        except (OSError, ValueError):
+            # Closed, a pipe, or a file that is being iterated over.
+            return None
     plain = [value for value in getattr(thing, "__dict__", {}).values() if isinstance(value, (int, float, str))]
-    return plain, repr(thing), thing.__length_hint__() if hasattr(thing, "__length_hint__") else None
+    count = repr(thing) if type(thing).__module__ == "itertools" else None
+    return plain, count, thing.__length_hint__() if hasattr(thing, "__length_hint__") else None
 
 
 def _same(items: Collection, kept: Collection) -> bool:
