@@ -70,6 +70,13 @@ class Entry(NamedTuple):
     kept: Any
     always: bool
 
+    def is_same(self) -> bool:
+        """Whether it holds that still; not where it cannot be told, as of arrays of arrays."""
+        try:
+            return self.kind.same(self.thing, self.kept)
+        except (RuntimeError, TypeError, ValueError):
+            return False
+
 
 class Snapshot:
     """
@@ -117,12 +124,12 @@ class Snapshot:
                 table[key] = tensor
         tensors = [entry for entry in self.entries if entry.kind is TENSOR]
         put_tensors([entry.thing for entry in tensors], [entry.kept for entry in tensors])
-        for name, thing, kind, kept, _ in self.entries:
-            if kind is not TENSOR and not kind.same(thing, kept):
+        for entry in self.entries:
+            if entry.kind is not TENSOR and not entry.is_same():
                 try:
-                    kind.put(thing, kept)
+                    entry.kind.put(entry.thing, entry.kept)
                 except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-                    logger.warning_once(f"{name} changes in both passes, since it cannot be put back: {error}.")
+                    logger.warning_once(f"{entry.name} changes in both passes, since it cannot be put back: {error}.")
         self.random.restore()
 
 
@@ -200,7 +207,7 @@ class PassState:
         for entry in before.entries:
             thing = entry.thing
             if not entry.always and id(thing) not in self._changing:
-                if entry.kind.same(thing, entry.kept):
+                if entry.is_same():
                     if isinstance(thing, (Tensor, np.ndarray)):
                         self._unchanged[id(thing)] = weakref.ref(thing)
                     self._looked.append(entry)
@@ -213,7 +220,7 @@ class PassState:
 
     def settle(self) -> None:
         """After pass 2, put back what only pass 2 changed: a teacher that was its student at first."""
-        changed = [entry for entry in self._looked if not entry.kind.same(entry.thing, entry.kept)]
+        changed = [entry for entry in self._looked if not entry.is_same()]
         for entry in changed:
             self._looked.remove(entry)
             entry.kind.put(entry.thing, entry.kept)
@@ -287,7 +294,11 @@ class PassState:
     def _visit_all(self, named: Iterable[tuple[str, Any]]) -> None:
         for name, thing in named:
             if not isinstance(thing, _PLAIN) and id(thing) not in self._seen:
-                self._visit(name, thing)
+                try:
+                    self._visit(name, thing)
+                except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                    # Another's object may do as it likes when it is looked at, which must end no training.
+                    logger.warning_once(f"{name} cannot be looked at, and is not put back after pass 2: {error}.")
 
     def _visit(self, name: str, thing: Any) -> None:
         """Hold `thing`, and visit what lies in it."""

@@ -147,3 +147,21 @@ def test_what_lies_in_a_circle_is_gone_through_once():
     names = [entry.name for entry in state_of(owner).before_pass_1().entries]
     assert "owner.friend" in names and len(names) == len(set(names))
     assert not any("optimizer.state" in name or "friend.owner." in name for name in names)
+
+
+class Odd(dict):
+    """Does not want to be looked at."""
+
+    def __len__(self):
+        raise RuntimeError("no length")
+
+
+def test_what_does_not_want_to_be_looked_at_ends_nothing(caplog):
+    owner = Holder(odd=Odd(a=1), calls=[], mixed=np.array([np.zeros(2), np.zeros(3)], dtype=object))
+    state = state_of(owner)
+    for state.steps in (1, 2, 3):
+        before = state.before_pass_1()
+        owner.calls.append(1)
+        state.learn(before)
+        before.put()
+    assert owner.calls == [] and "owner.odd cannot be looked at" in caplog.text
