@@ -149,7 +149,7 @@ class PassState:
     Args:
         model: The model.
         roots: What to look through, by the names that a user knows.
-        is_trained: Whether the optimizer trains a parameter.
+        is_trained: Whether the optimizer trains a parameter, be it frozen for now or not.
 
     Attributes:
         steps: How many steps were begun, this one included.
@@ -354,7 +354,7 @@ class PassState:
             self._modules.add(part)
             self._seen.add(id(part))
             tensors = [*part.named_buffers(recurse=False), *part.named_parameters(recurse=False)]
-            untrained = [(k, t) for k, t in tensors if not (t.requires_grad and self.is_trained(t))]
+            untrained = [(k, t) for k, t in tensors if not self.is_trained(t)]
             for key, tensor in untrained:
                 if (
                     tensor.numel() <= _SMALL
@@ -374,7 +374,7 @@ class PassState:
 
     def _visit_tensor(self, name: str, tensor: Tensor) -> None:
         self._seen.add(id(tensor))
-        if not tensor.is_leaf or (tensor.requires_grad and self.is_trained(tensor)):
+        if not tensor.is_leaf or self.is_trained(tensor):
             return
         if isinstance(tensor, DTensor) or tensor.is_meta or tensor.is_sparse or tensor.is_inference():
             return

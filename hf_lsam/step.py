@@ -318,7 +318,7 @@ class LSAMStep:
 
     def _is_trained(self, parameter: Tensor) -> bool:
         optimized = self.optimized()
-        return optimized is None or parameter in optimized
+        return parameter.requires_grad if optimized is None else parameter in optimized
 
     def _beginnings(self, recording: Recording) -> set[int]:
         """Where pass 2 may begin after such a pass 1."""

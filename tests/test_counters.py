@@ -165,3 +165,10 @@ def test_what_does_not_want_to_be_looked_at_ends_nothing(caplog):
         state.learn(before)
         before.put()
     assert owner.calls == [] and "owner.odd cannot be looked at" in caplog.text
+
+
+def test_a_weight_of_the_optimizer_is_not_held_though_it_is_frozen_for_now():
+    """An adapter that a loss switches on is moved in pass 2, and what is held is put back there."""
+    model = torch.nn.Linear(2, 2).requires_grad_(False)
+    state = PassState(model, dict, lambda tensor: tensor is model.weight)
+    assert [entry.name for entry in state.before_pass_1().entries] == ["model.bias", "model"]
