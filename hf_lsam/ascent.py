@@ -87,14 +87,17 @@ class Kept:
 
 
 @torch.no_grad()
-def find_ascent(candidates: Sequence[Candidate], costs: CostModel, config: LSAMConfig) -> Ascent | str:
+def find_ascent(
+    candidates: Sequence[Candidate], costs: CostModel, config: LSAMConfig, device: torch.device | None = None
+) -> Ascent | str:
     """
     Select S on the gradients in `.grad`: `eps_i = rho * direction_i / norm` for i in S.
 
     The norms come to the host together, in one wait for the device.
 
     Processes select the same: with `sharpness_scope="batch"` their gradients are the same, and with `"micro_batch"`
-    they select on the mean of their squared norms, while each climbs its own gradient.
+    they select on the mean of their squared norms, while each climbs its own gradient: also one that has none, for
+    which the others would wait. `device` is where they meet.
 
     Returns:
         The ascent, or why there is nothing to climb: a norm is not finite, all of them are zero, no candidate has a
@@ -103,20 +106,21 @@ def find_ascent(candidates: Sequence[Candidate], costs: CostModel, config: LSAMC
     with_gradient = [[p for p in candidate.parameters if p.grad is not None] for candidate in candidates]
     weights: list[Tensor] = [p for parameters in with_gradient for p in parameters]
     gradients: list[Tensor] = [p.grad for p in weights]  # type: ignore[misc]
-    if not weights:
+    apart = config.sharpness_scope == "micro_batch" and is_distributed()
+    if not weights and not apart:
         return "nothing that may be perturbed is trained now: it is frozen, or not in the optimizer"
-    scores = adaptive_scores(weights, gradients) if config.adaptive else gradients
-    squares = norms(scores).cpu().numpy().astype(np.float64) ** 2
+    scores = adaptive_scores(weights, gradients) if config.adaptive and weights else gradients
+    squares = norms(scores).cpu().numpy().astype(np.float64) ** 2 if weights else np.zeros(0)
     ends = np.cumsum([len(parameters) for parameters in with_gradient])
     own = agreed = [float(part.sum()) for part in np.split(squares, ends[:-1])]
-    if config.sharpness_scope == "micro_batch" and is_distributed():
-        device = weights[0].device
+    device = weights[0].device if weights else device
+    if apart:
         agreed = average_over_ranks([torch.tensor(own, dtype=torch.float64, device=device)])[0].tolist()
     if not np.isfinite(agreed).all() or not any(agreed):
         return "the gradient is zero or not finite"
     chosen = select(config, candidates, costs, agreed)
     if config.block_selection == "budget" and is_distributed():
-        chosen = first_of_ranks(chosen, len(candidates), weights[0].device)
+        chosen = first_of_ranks(chosen, len(candidates), device)
     if not chosen:
         return f"no block that is trained now fits max_overhead={config.max_overhead}"
     norm = math.sqrt(sum(own[index] for index in chosen))

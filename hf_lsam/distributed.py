@@ -77,7 +77,7 @@ def any_of_ranks(flags: Sequence[bool], device: torch.device) -> list[bool]:
     return [count > 0 for count in counts.tolist()]
 
 
-def first_of_ranks(chosen: Sequence[int], count: int, device: torch.device) -> list[int]:
+def first_of_ranks(chosen: Sequence[int], count: int, device: torch.device | None) -> list[int]:
     """What the first process has chosen of `count`: costs may differ between batches."""
     mask = torch.zeros(count, dtype=torch.int32, device=device)
     mask[list(chosen)] = 1

@@ -248,7 +248,7 @@ class PassState:
 
     def _snapshot(self, look: bool, known: bool) -> Snapshot:
         """With `look` of everything; where it is `known` what changes, of no other tensors."""
-        self._look, self._known, self._in_module, self._bytes = look, known, False, 0
+        self._known, self._in_module, self._bytes = known, False, 0
         self._now = Snapshot(self.device)
         self._seen: set[int] = set()
         if look:

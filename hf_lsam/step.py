@@ -328,7 +328,7 @@ class LSAMStep:
 
     def _find_ascent(self) -> Ascent | str:
         """The ascent along `.grad`. A scaler's scale is in its direction and norm, not in `squared_norms`."""
-        ascent = find_ascent(self._trained_now()[0], self.costs, self.config)
+        ascent = find_ascent(self._trained_now()[0], self.costs, self.config, self.second_pass.state.device)
         if isinstance(ascent, Ascent) and self.scaler is not None:
             # One wait for the device, and not one for each candidate.
             scale = self.scaler.get_scale()

@@ -164,7 +164,8 @@ class LSAMMixin(_AnyTrainer):
         # Micro-batches that are perturbed by their own gradients are averaged over processes by the step.
         own = step.config.sharpness_scope == "micro_batch" and step.perturbs(self.state.global_step)
         # A batch for each pass: a `compute_loss` may pop labels from it, or mask its tokens in place.
-        kept = copy_of((inputs, num_items_in_batch))
+        has_two = step.config.ascent_gradient == "current" and step.perturbs(self.state.global_step)
+        kept = copy_of((inputs, num_items_in_batch)) if has_two else None
 
         def pass_1() -> Tensor:
             with self.accelerator.no_sync(model) if own else nullcontext():

@@ -7,7 +7,7 @@ import torch
 from tiny import Examples, assert_equal, bert, largest_difference, weights
 
 from hf_lsam import LSAMConfig
-from hf_lsam.ascent import Ascent
+from hf_lsam.ascent import Ascent, find_ascent
 from hf_lsam.step import LSAMStep
 
 
@@ -155,3 +155,14 @@ def test_an_interrupted_move_leaves_nothing_to_climb(monkeypatch):
     assert_equal(done[0], done[1])
     step(run, run, step=2, is_last=True)
     assert largest_difference(done[0], done[2]) > 0
+
+
+def test_a_process_without_a_gradient_does_not_leave_the_others_waiting(monkeypatch):
+    """With a perturbation for each micro-batch, a process may have none of the selected blocks in its own."""
+    met = []
+    monkeypatch.setattr("hf_lsam.ascent.is_distributed", lambda: True)
+    monkeypatch.setattr("hf_lsam.ascent.average_over_ranks", lambda tensors: met.append(tensors) or tensors)
+    model = bert()
+    step = LSAMStep(model, LSAMConfig(sharpness_scope="micro_batch"), 1)
+    assert isinstance(find_ascent(step._trained_now()[0], step.costs, step.config, torch.device("cpu")), str)
+    assert [tensor.tolist() for (tensor,) in met] == [[0.0] * 4]
