@@ -1,6 +1,5 @@
 """The direction to climb: which candidates, and along what; and what a step keeps of it for the next."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from .perturbation import adaptive_scores, norms
 from .rounding import add_into, is_coarse
 from .selection import select
 from .shards import is_sharded
-from .step_log import StepLog
+from .step_log import StepLog, sums_of_candidates
 
 
 @dataclass
@@ -26,8 +25,10 @@ class Ascent:
 
     Attributes:
         chosen: Indices of the selected candidates.
-        squared_norms: Squared gradient norm of every candidate (of `|w| g` if adaptive) that was selected on.
-        norm: Joint norm of the selected gradients, the denominator of eps.
+        squares: Squared gradient norm of each weight (of `|w| g` if adaptive) that has a gradient, on the device where
+            nothing was selected on them.
+        counts: How many of these weights each candidate has.
+        norm: Joint norm of the selected gradients, the denominator of eps: one number, on the device.
         weights: Parameters of the selected candidates that have a gradient.
         gradients: Their gradients.
         direction: What is added to the weights, times `rho / norm`: the gradients, or `w^2 g` if adaptive.
@@ -35,22 +36,21 @@ class Ascent:
     """
 
     chosen: list[int]
-    squared_norms: list[float]
-    norm: float
+    squares: Tensor
+    counts: list[int]
+    norm: Tensor
     weights: list[Tensor]
     gradients: list[Tensor]
     direction: list[Tensor]
     spent: bool = False
 
+    def scale(self, rho: float) -> Tensor:
+        """`rho / norm`; 0 where the norm is zero or not finite, so that nothing moves."""
+        return torch.where((self.norm > 0) & self.norm.isfinite(), rho / self.norm, 0.0)
+
     def length(self, rho: float) -> Tensor:
         """How far the weights move, `||eps||`: not by `rho` where the move is adaptive."""
-        return norms(self.direction).square().sum().sqrt() * (rho / self.norm)
-
-    def release(self) -> None:
-        """Let go of the gradients: those of a second pass are about to take as much memory."""
-        self.gradients, self.direction = [], []
-        for weight in self.weights:
-            weight.grad = None
+        return norms(self.direction).square().sum().sqrt() * self.scale(rho)
 
     @torch.no_grad()
     def spend(self, rho: float) -> None:
@@ -65,7 +65,7 @@ class Ascent:
         if self.spent or is_sharded(weights) or len(kinds) != 1 or any(map(is_coarse, weights)):
             return
         self.weights, self.direction = [], []
-        add_into(direction, weights, direction, rho / self.norm, seed=0)
+        add_into(direction, weights, direction, self.scale(rho), seed=0)
         self.spent = True
         self.weights, self.direction = weights, direction
 
@@ -93,44 +93,45 @@ def find_ascent(
     """
     Select S on the gradients in `.grad`: `eps_i = rho * direction_i / norm` for i in S.
 
-    The norms come to the host together, in one wait for the device.
+    Where they are selected on, the norms come to the host together, in one wait for the device; else there is none.
 
     Processes select the same: with `sharpness_scope="batch"` their gradients are the same, and with `"micro_batch"`
     they select on the mean of their squared norms, while each climbs its own gradient: also one that has none, for
     which the others would wait. `device` is where they meet.
 
     Returns:
-        The ascent, or why there is nothing to climb: a norm is not finite, all of them are zero, no candidate has a
-        gradient, or none that has one fits the budget.
+        The ascent, or why there is nothing to climb: a norm that is selected on is not finite, all of them are zero,
+        no candidate has a gradient, or none that has one fits the budget.
     """
     with_gradient = [[p for p in candidate.parameters if p.grad is not None] for candidate in candidates]
+    counts = [len(parameters) for parameters in with_gradient]
     weights: list[Tensor] = [p for parameters in with_gradient for p in parameters]
     gradients: list[Tensor] = [p.grad for p in weights]  # type: ignore[misc]
     apart = config.sharpness_scope == "micro_batch" and is_distributed()
     if not weights and not apart:
         return "nothing that may be perturbed is trained now: it is frozen, or not in the optimizer"
     scores = adaptive_scores(weights, gradients) if config.adaptive and weights else gradients
-    squares = norms(scores).cpu().numpy().astype(np.float64) ** 2 if weights else np.zeros(0)
-    ends = np.cumsum([len(parameters) for parameters in with_gradient])
-    own = agreed = [float(part.sum()) for part in np.split(squares, ends[:-1])]
-    device = weights[0].device if weights else device
-    if apart:
-        agreed = average_over_ranks([torch.tensor(own, dtype=torch.float64, device=device)])[0].tolist()
-    if not np.isfinite(agreed).all() or not any(agreed):
-        return "the gradient is zero or not finite"
-    chosen = select(config, candidates, costs, agreed)
-    if config.block_selection == "budget" and is_distributed():
-        chosen = first_of_ranks(chosen, len(candidates), device)
-    if not chosen:
-        return f"no block that is trained now fits max_overhead={config.max_overhead}"
-    norm = math.sqrt(sum(own[index] for index in chosen))
-    if norm == 0:
-        return "the gradient of this process is zero"
-    starts = [0, *ends]
-    places = [place for index in chosen for place in range(starts[index], starts[index + 1])]
-    weights, gradients = [weights[i] for i in places], [gradients[i] for i in places]
-    if config.adaptive:
-        direction = adaptive_scores(weights, [scores[i] for i in places])
+    squares = norms(scores).double().square() if weights else torch.zeros(0, dtype=torch.float64, device=device)
+    if config.block_selection == "all" or (config.block_selection == "last" and not apart):
+        chosen = select(config, candidates, costs, counts)
     else:
-        direction = gradients
-    return Ascent(chosen, agreed, norm, weights, gradients, direction)
+        squares = squares.cpu()
+        agreed = sums_of_candidates(squares.numpy(), counts)
+        if apart:
+            own = torch.tensor(agreed, device=weights[0].device if weights else device)
+            agreed = average_over_ranks([own])[0].tolist()
+        if not np.isfinite(agreed).all() or not any(agreed):
+            return "the gradient is zero or not finite"
+        chosen = select(config, candidates, costs, agreed)
+        if config.block_selection == "budget" and is_distributed():
+            chosen = first_of_ranks(chosen, len(candidates), device)
+        if not chosen:
+            return f"no block that is trained now fits max_overhead={config.max_overhead}"
+    ends = np.cumsum(counts).tolist()
+    places = [place for index in chosen for place in range(ends[index] - counts[index], ends[index])]
+    norm = torch.cat([squares[ends[index] - counts[index] : ends[index]] for index in chosen]).sum().sqrt()
+    if norm.device.type == "cpu" and not 0 < norm.numpy() < np.inf:
+        return "the gradient is zero or not finite"
+    weights, gradients = [weights[i] for i in places], [gradients[i] for i in places]
+    direction = adaptive_scores(weights, [scores[i] for i in places]) if config.adaptive else gradients
+    return Ascent(chosen, squares, counts, norm, weights, gradients, direction)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import Candidate, idle_parameters, multiplied_parameters
-from .replay import Ran, Recording
+from .replay import Call, Recording
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class CostModel:
         embeddings = (module for module in model.modules() if isinstance(module, nn.Embedding))
         below = any(p.requires_grad for module in embeddings for p in module.parameters()) or not any(trained)
         grades = [below or any(trained[: index + 1]) for index in range(len(blocks))]
-        calls = [Ran(index, 1, has_gradient, torch.float32) for index, has_gradient in enumerate(grades)]
+        calls = [Call(index, 1, has_gradient, torch.float32) for index, has_gradient in enumerate(grades)]
         weights = Weights(model, list(blocks.values()))
         costs = weights.costs(calls, 1, {p for p in model.parameters() if p.requires_grad})
         return cls(costs.passed, costs.plain, one_graph)
@@ -109,7 +109,7 @@ class Weights:
         first = sum(self._cost(recording.first, recording.heads, graded) for recording in recordings)
         return min(sum(self._cost(r.last, r.heads, taking) for r in recordings) / first, 1.0)
 
-    def costs(self, calls: Sequence[Ran], heads: int, graded: Collection[Tensor]) -> CostModel:
+    def costs(self, calls: Sequence[Call], heads: int, graded: Collection[Tensor]) -> CostModel:
         """What to expect of a second pass where the first made these calls, and so many of the model."""
         starts: dict[int, int] = {}
         places: Counter[int] = Counter()
@@ -123,14 +123,14 @@ class Weights:
         sums = [tuple(reversed(total[1:] or total)) for total in (passed, gradients)]
         return CostModel(sums[0], self._cost(calls, heads, graded), False, sums[1], starts, places)
 
-    def _cost(self, calls: Sequence[Ran], heads: int, taking: Collection[Tensor]) -> float:
+    def _cost(self, calls: Sequence[Call], heads: int, taking: Collection[Tensor]) -> float:
         taken = [sum(p.numel() for p in part if p in taking) for part in self.parts]
         return sum(
             ran.places * (self.sizes[ran.block] * (1 + ran.has_gradient) + taken[ran.block] * ran.has_gradient)
             for ran in (*calls, self._head(calls, heads))
         )
 
-    def _head(self, calls: Sequence[Ran], heads: int) -> Ran:
+    def _head(self, calls: Sequence[Call], heads: int) -> Call:
         """What lies outside of the blocks, at as many places as the last block that was called."""
         places = calls[-1].places if calls else 1
-        return Ran(-1, places * heads, True, torch.float32)
+        return Call(-1, places * heads, True, torch.float32)

@@ -1,6 +1,7 @@
 """Things that a pass may change: how each kind of them is copied, compared with its copy, and put back."""
 
 import collections
+import contextlib
 import inspect
 import io
 import operator
@@ -21,59 +22,39 @@ _TABLES = {name for name, value in vars(nn.Module()).items() if isinstance(value
 
 
 @dataclass(frozen=True)
-class TorchRandomState:
-    """States of torch's generators, on the CPU and on the model's device, at one moment."""
-
-    cpu: Tensor
-    accelerator: Tensor | None
-    device: torch.device
-
-    @classmethod
-    def capture(cls, device: torch.device) -> "TorchRandomState":
-        """The states now; `device` is where the model lives."""
-        accelerator = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-        return cls(torch.get_rng_state(), accelerator, device)
-
-    def restore(self) -> None:
-        """Set torch's generators to the captured state."""
-        torch.set_rng_state(self.cpu)
-        if self.accelerator is not None:
-            torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
-
-
-@dataclass(frozen=True)
 class RandomState:
     """
-    Torch's states and those of Python and NumPy.
+    States of torch's generators, on the CPU and on the model's device, and of those of Python and NumPy.
 
-    SpecAugment and BigBird's random attention draw from NumPy inside the forward pass. Reading those two takes about
-    50 microseconds, torch's one: hence the two classes.
+    SpecAugment and BigBird's random attention draw from NumPy inside the forward pass. Reading Python's and NumPy's
+    takes about 50 microseconds, torch's one, so where many states are kept they are left out (`None`).
     """
 
-    tensors: TorchRandomState
-    python: tuple
-    numpy: Any
+    device: torch.device
+    cpu: Tensor
+    accelerator: Tensor | None
+    host: tuple | None
 
     @classmethod
-    def capture(cls, device: torch.device) -> "RandomState":
-        """The states now; `device` is where the model lives."""
-        return cls(TorchRandomState.capture(device), random.getstate(), np.random.get_state())
+    def capture(cls, device: torch.device, host: bool = True) -> "RandomState":
+        """The states now; `device` is where the model lives, `host` asks for Python's and NumPy's, too."""
+        accelerator = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+        own = (random.getstate(), np.random.get_state()) if host else None
+        return cls(device, torch.get_rng_state(), accelerator, own)
 
     def restore(self) -> None:
         """Set every generator to the captured state."""
-        self.tensors.restore()
-        random.setstate(self.python)
-        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.cpu)
+        if self.accelerator is not None:
+            torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
+        if self.host is not None:
+            random.setstate(self.host[0])
+            np.random.set_state(self.host[1])
 
     def same_host_state(self, other: "RandomState") -> bool:
         """Whether Python's and NumPy's generators stand where they stood at `other`."""
-        mine, theirs = self.numpy, other.numpy
-        return (
-            self.python == other.python
-            and mine[2:] == theirs[2:]
-            and bool(np.array_equal(mine[1], theirs[1]))
-            and mine[0] == theirs[0]
-        )
+        mine, theirs = self.host or ((), ()), other.host or ((), ())
+        return mine[0] == theirs[0] and all(map(np.array_equal, mine[1], theirs[1]))
 
 
 class Attributes(NamedTuple):
@@ -95,14 +76,7 @@ class Attributes(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """
-    A kind of things.
-
-    Attributes:
-        copy: What a thing holds now.
-        same: Whether it still holds that.
-        put: Put it back.
-    """
+    """A kind of things: `copy` what one holds now, tell whether it still holds the `same`, and `put` that back."""
 
     copy: Callable[[Any], Any]
     same: Callable[[Any, Any], bool]
@@ -125,11 +99,10 @@ def mark_of(thing: Any) -> Any:
         frame = thing.gi_frame
         return frame and (frame.f_lasti, *map(id, frame.f_locals.values()))
     if isinstance(thing, io.IOBase):
-        try:
+        # Closed, a pipe, or a file that is being iterated over.
+        with contextlib.suppress(OSError, ValueError):
             return thing.tell()
-        except (OSError, ValueError):
-            # Closed, a pipe, or a file that is being iterated over.
-            return None
+        return None
     plain = [value for value in getattr(thing, "__dict__", {}).values() if isinstance(value, (int, float, str))]
     count = repr(thing) if type(thing).__module__ == "itertools" else None
     return plain, count, thing.__length_hint__() if hasattr(thing, "__length_hint__") else None
@@ -174,10 +147,6 @@ def _tables_of(module: nn.Module) -> dict[str, dict]:
     return {"": attributes_of(module) if is_users else {}, **tables}
 
 
-def _copy_module(module: nn.Module) -> dict[str, dict]:
-    return {name: dict(table) for name, table in _tables_of(module).items()}
-
-
 def _same_module(module: nn.Module, kept: dict[str, dict]) -> bool:
     return all(_same_mapping(table, kept[name]) for name, table in _tables_of(module).items() if name in kept)
 
@@ -217,11 +186,11 @@ LIST = Kind(list, _same, _put_items)
 SET = Kind(list, lambda items, kept: items == set(kept), _put_items)
 SLOTS = Kind(Attributes.read, lambda slots, kept: _same_mapping(slots.read(), kept), Attributes.put)
 CELL = Kind(
-    lambda cell: cell.cell_contents,
-    lambda cell, kept: cell.cell_contents is kept,
-    lambda cell, kept: setattr(cell, "cell_contents", kept),
+    lambda c: c.cell_contents,
+    lambda c, kept: c.cell_contents is kept,
+    lambda c, kept: setattr(c, "cell_contents", kept),
 )
-MODULE = Kind(_copy_module, _same_module, _put_module)
+MODULE = Kind(lambda m: {name: dict(table) for name, table in _tables_of(m).items()}, _same_module, _put_module)
 # The copy of a tensor comes with the memory that it was copied from, to go back to where `.data` was set anew.
 TENSOR = Kind(
     lambda t: (t.data, t.detach().clone(), stamp_of(t)), _same_tensor, lambda t, kept: put_tensors([t], [kept])
@@ -239,9 +208,7 @@ KINDS: dict[type, Kind] = {
     torch.Generator: Kind(torch.Generator.get_state, _never, torch.Generator.set_state),
     np.random.RandomState: Kind(np.random.RandomState.get_state, _never, np.random.RandomState.set_state),
     np.random.Generator: Kind(
-        lambda generator: generator.bit_generator.state,
-        _never,
-        lambda generator, state: setattr(generator.bit_generator, "state", state),
+        lambda g: g.bit_generator.state, _never, lambda g, s: setattr(g.bit_generator, "state", s)
     ),
 }
 

@@ -37,7 +37,7 @@ from .held import (
     put_tensors,
     stamp_of,
 )
-from .shards import compute_device
+from .shards import compute_device, is_sharded
 
 logger = logging.get_logger(__name__)
 
@@ -79,23 +79,12 @@ class Entry(NamedTuple):
 
 
 class Snapshot:
-    """
-    What can be put back, and what can only be seen to change.
-
-    Attributes:
-        random: The states of the random generators.
-        entries: What can be put back.
-        watched: Tensors that were not copied, by name, each with a stamp that tells whether it changed.
-        slots: Where modules have their tensors.
-        tensors: The tensors that were there.
-    """
+    """What can be put back, and tensors that were not copied, each with a stamp that tells whether it changed."""
 
     def __init__(self, device: torch.device):
         self.random = RandomState.capture(device)
         self.entries: list[Entry] = []
         self.watched: list[tuple[str, Tensor, tuple]] = []
-        self.slots: list[tuple[dict[str, Any], str]] = []
-        self.tensors: list[Tensor | None] = []
 
     def take_again(self, tensors: Iterable[Tensor]) -> None:
         """Note some tensors as they are now: buffers that DistributedDataParallel has sent, for instance."""
@@ -119,9 +108,6 @@ class Snapshot:
 
     def put(self) -> None:
         """Put everything back."""
-        for (table, key), tensor in zip(self.slots, self.tensors, strict=True):
-            if table.get(key) is not tensor:
-                table[key] = tensor
         tensors = [entry for entry in self.entries if entry.kind is TENSOR]
         put_tensors([entry.thing for entry in tensors], [entry.kept for entry in tensors])
         for entry in self.entries:
@@ -147,7 +133,6 @@ class PassState:
     changes of the other tensors.
 
     Args:
-        model: The model.
         roots: What to look through, by the names that a user knows.
         is_trained: Whether the optimizer trains a parameter, be it frozen for now or not.
 
@@ -167,10 +152,9 @@ class PassState:
         self._unchanged: dict[int, weakref.ref] = {}
         self._contents: dict[str, list[int]] = {}
         self._modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        # Of all modules: their tensors by name, the small ones, and the places where they are.
+        # Of all modules: their tensors by name, and what is always noted, which is where they lie and the small ones.
         self._module_tensors: list[tuple[str, Tensor]] = []
-        self._small: list[tuple[str, Tensor]] = []
-        self._slots: list[tuple[dict[str, Any], str]] = []
+        self._always: list[tuple[str, Any, Kind]] = []
         # What the last look has copied and has not seen to change.
         self._looked: list[Entry] = []
         self._unheld: dict[str, Any] = {}
@@ -253,7 +237,7 @@ class PassState:
         self._seen: set[int] = set()
         if look:
             self._unchanged, self._contents, self._modules = {}, {}, weakref.WeakSet()
-            self.foreign, self._unheld, self._module_tensors, self._small, self._slots = [], {}, [], [], []
+            self.foreign, self._unheld, self._module_tensors, self._always = [], {}, [], []
         self._in_model = True
         self._visit("model", self.model)
         self._in_model = False
@@ -267,11 +251,9 @@ class PassState:
                 self._hold(name, vars(root), MAPPING)
                 own = {k: v for k, v in vars(root).items() if k not in _LEFT_OUT and not k.startswith("_lsam")}
                 self._visit_all((f"{name}.{key}", value) for key, value in own.items())
-        for name, tensor in self._small:
-            if id(tensor) not in self._seen:
-                self._hold(name, tensor, TENSOR, always=True)
-        self._now.slots = list(self._slots)
-        self._now.tensors = [table.get(key) for table, key in self._slots]
+        for name, thing, kind in self._always:
+            if id(thing) not in self._seen:
+                self._hold(name, thing, kind, always=True)
         if look:
             self._changing = {place: entry for place, entry in self._changing.items() if place in self._seen}
         else:
@@ -355,18 +337,16 @@ class PassState:
             self._seen.add(id(part))
             tensors = [*part.named_buffers(recurse=False), *part.named_parameters(recurse=False)]
             untrained = [(k, t) for k, t in tensors if not self.is_trained(t)]
-            for key, tensor in untrained:
-                if (
-                    tensor.numel() <= _SMALL
-                    and id(tensor) not in self._seen
-                    and (key in part._buffers or not self._in_model)
-                ):
-                    self._small.append((f"{part_name}.{key}", tensor))
+            noted = [pair for pair in untrained if pair[0] in part._buffers or not self._in_model]
+            small = [(k, t) for k, t in noted if t.numel() <= _SMALL and id(t) not in self._seen]
+            self._always += [(f"{part_name}.{key}", tensor, TENSOR) for key, tensor in small]
             self._visit_all((f"{part_name}.{key}", tensor) for key, tensor in tensors)
             if isinstance(part, torch.jit.ScriptModule):
                 continue
-            self._slots += [(part._buffers, key) for key in part._buffers]
-            self._slots += [(part._parameters, key) for key, _ in untrained if key in part._parameters]
+            has_untrained = any(key in part._parameters for key, _ in untrained)
+            tables = [part._parameters] if has_untrained and not is_sharded(part._parameters.values()) else []
+            tables += [part._buffers] if part._buffers else []
+            self._always += [(part_name, table, MAPPING) for table in tables]
             self._hold(part_name, part, MODULE)
             if not type(part).__module__.startswith("torch."):
                 self._visit_all((f"{part_name}.{key}", value) for key, value in attributes_of(part).items())

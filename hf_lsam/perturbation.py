@@ -55,7 +55,9 @@ class Perturbation:
             torch.clear_autocast_cache()
 
     @contextmanager
-    def moved(self, weights: Sequence[Tensor], direction: Sequence[Tensor], scale: float) -> Iterator[list[Tensor]]:
+    def moved(
+        self, weights: Sequence[Tensor], direction: Sequence[Tensor], scale: Tensor | float
+    ) -> Iterator[list[Tensor]]:
         """
         Inside, `weights` are at `weights + scale * direction`; afterwards they are bitwise what they were before.
 
@@ -65,7 +67,7 @@ class Perturbation:
         Args:
             weights: Parameters.
             direction: One tensor for each weight, of its shape.
-            scale: Factor, for instance `rho / norm`.
+            scale: Factor, one number, for instance `rho / norm`.
 
         Yields:
             The weights' local parts as they were.
@@ -205,7 +207,7 @@ def mix(plain: Sequence[Tensor], perturbed: Sequence[Tensor], alpha: float) -> S
 def where(condition: Tensor, tensors: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
     """`tensors` if `condition`, one boolean, else `others`; on an accelerator without waiting for it."""
     if condition.device.type == "cpu":
-        return list(tensors if condition else others)
+        return list(tensors if condition.numpy() else others)
     pairs = zip(local_parts(tensors), local_parts(others), strict=True)
     return from_parts([torch.where(condition, one, other) for one, other in pairs], tensors)
 
@@ -214,7 +216,7 @@ def where(condition: Tensor, tensors: Sequence[Tensor], others: Sequence[Tensor]
 def zero_unless(condition: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """`tensors` if `condition`, one boolean, else zeros; on an accelerator without waiting for it."""
     if condition.device.type == "cpu":
-        return list(tensors) if condition else [torch.zeros_like(tensor) for tensor in tensors]
+        return list(tensors) if condition.numpy() else [torch.zeros_like(tensor) for tensor in tensors]
     return from_parts([torch.where(condition, part, 0.0) for part in local_parts(tensors)], tensors)
 
 

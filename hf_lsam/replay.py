@@ -1,17 +1,17 @@
 """Suffix replay: pass 2 returns what blocks returned in pass 1, up to the first perturbed one."""
 
-import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
-from .held import RandomState, TorchRandomState, version_of
+from .held import RandomState, version_of
 
 
 class ReplayError(RuntimeError):
@@ -43,39 +43,29 @@ _READ_NO_VALUES = {
 
 
 @dataclass
-class Ran:
+class Call:
     """
-    A call of a block, or of the model, as it ran.
+    A call of a block.
 
     Attributes:
-        block: Index of the block; -1 is the model.
+        block: Index of the block; -1 is all that lies outside of the blocks.
         places: How many places of the batch it went through (tokens, pixels).
         has_gradient: Whether a gradient goes through it. A block that runs again in the backward pass, as it does with
             activation checkpointing, has one of the two times only.
         dtype: Of its output.
+        output: For a replay, what it returned, or a placeholder without memory of its own; then there are a `state`
+            of the random generators and the `versions` of the tensors in it.
+        kept: Whether a replay may begin right after it, since its `output` is no placeholder.
     """
 
     block: int
     places: int
     has_gradient: bool
-    dtype: torch.dtype
-
-
-@dataclass
-class Call(Ran):
-    """
-    One call of a block in pass 1: what it returned, and the random `state` when it did.
-
-    Attributes:
-        kept: Whether a replay may begin right after it. If not, `output` may be a placeholder without own memory.
-    """
-
+    dtype: torch.dtype = torch.float32
     output: Any = None
     kept: bool = False
-    state: RandomState | TorchRandomState | None = None
-
-    def __post_init__(self):
-        self.versions = _versions(self.output)
+    state: RandomState | None = None
+    versions: Sequence[int] = ()
 
 
 @dataclass
@@ -91,13 +81,13 @@ class Recording:
 
     calls: list[Call] = field(default_factory=list)
     models: list[tuple] = field(default_factory=list)
-    again: list[Ran] = field(default_factory=list)
-    last: list[Ran] = field(default_factory=list)
+    again: list[Call] = field(default_factory=list)
+    last: list[Call] = field(default_factory=list)
     replayable: bool = True
     has_dropped: bool = False
 
     @property
-    def first(self) -> list[Ran]:
+    def first(self) -> list[Call]:
         """All calls of pass 1."""
         return [*self.calls, *self.again]
 
@@ -106,12 +96,9 @@ class Recording:
         """How often the model was called."""
         return max(len(self.models), 1)
 
-    def starts(self) -> dict[int, int]:
-        """The place of the first call of each block."""
-        starts: dict[int, int] = {}
-        for place, call in enumerate(self.calls):
-            starts.setdefault(call.block, place)
-        return starts
+    def start(self, blocks: Collection[int]) -> int:
+        """The place of the first call of one of `blocks`; the number of calls if there is none."""
+        return next((place for place, call in enumerate(self.calls) if call.block in blocks), len(self.calls))
 
 
 class Replay:
@@ -133,9 +120,7 @@ class Replay:
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device, model: nn.Module | None = None):
-        self.blocks = list(blocks)
-        self.device = device
-        self.model = model
+        self.blocks, self.device, self.model = list(blocks), device, model
         self.draws_on_host = False
 
     @contextmanager
@@ -143,7 +128,7 @@ class Replay:
         self,
         keeps: bool = True,
         places: Collection[int] | None = None,
-        first_call: Callable[[], None] | None = None,
+        first_call: Callable[[], None] = lambda: None,
     ) -> Iterator[Recording]:
         """
         Record the pass that runs inside.
@@ -155,42 +140,31 @@ class Replay:
             first_call: Called before the first call of the model.
         """
         recording = Recording(replayable=keeps)
-        with_gradient: set[int] = set()
-        capture = RandomState.capture if self.draws_on_host else TorchRandomState.capture
+        graded: set[int] = set()
 
-        def recorded(block: int, forward: Callable) -> Callable:
-            def run(*args, **kwargs):
-                again = _is_backward()
-                output = forward(*args, **kwargs)
-                ran = _ran(block, output, with_gradient, again)
-                if again:
-                    recording.again.append(ran)
-                    return output
-                if not keeps:
-                    recording.calls.append(Call(**vars(ran)))
-                    return output
-                kept = places is None or len(recording.calls) in places
-                recording.has_dropped |= not kept
-                detached = recursively_apply(Tensor.detach if kept else _placeholder, output)
-                state = capture(self.device)
-                recording.calls.append(Call(**vars(ran), output=detached, kept=kept, state=state))
-                return output
+        def run_block(block: int, forward: Callable, args: tuple, kwargs: dict) -> Any:
+            again = _is_backward()
+            output = forward(*args, **kwargs)
+            call = _call(block, output, graded, again)
+            if keeps and not again:
+                call.kept = places is None or len(recording.calls) in places
+                recording.has_dropped |= not call.kept
+                call.output = _map(Tensor.detach if call.kept else _placeholder, output)
+                call.versions = _versions(call.output)
+                call.state = RandomState.capture(self.device, self.draws_on_host)
+            (recording.again if again else recording.calls).append(call)
+            return output
 
-            return run
+        def run_model(forward: Callable, args: tuple, kwargs: dict) -> Any:
+            if not recording.models:
+                first_call()
+            place = len(recording.models)
+            recording.models.append(())
+            output = forward(*args, **kwargs)
+            recording.models[place] = (_arguments(args, kwargs), len(_tensors(output)))
+            return output
 
-        def called(forward: Callable) -> Callable:
-            def run(*args, **kwargs):
-                if first_call is not None and not recording.models:
-                    first_call()
-                place = len(recording.models)
-                recording.models.append(())
-                output = forward(*args, **kwargs)
-                recording.models[place] = (_arguments(args, kwargs), len(_tensors(output)))
-                return output
-
-            return run
-
-        with self._forwards(recorded, called):
+        with self._standing_in(run_block, run_model):
             yield recording
         recording.last = recording.first
 
@@ -209,81 +183,59 @@ class Replay:
                 the model returns fewer tensors than in pass 1.
             DroppedError: inside, if an output is read that was not kept.
         """
-        first = 0
-        if perturbed is not None and recording.replayable:
-            first = next(
-                (i for i, call in enumerate(recording.calls) if call.block in perturbed), len(recording.calls)
-            )
-            while first > 0 and not recording.calls[first - 1].kept:
-                first -= 1
+        replays = perturbed is not None and recording.replayable
+        first = recording.start(perturbed or ()) if replays else 0
+        while first > 0 and not recording.calls[first - 1].kept:
+            first -= 1
         position, models = 0, 0
-        last: list[Ran] = []
-        with_gradient: set[int] = set()
+        last: list[Call] = []
+        graded: set[int] = set()
 
-        def replayed(block: int, forward: Callable) -> Callable:
-            def run(*args, **kwargs):
-                nonlocal position
-                again = _is_backward()
-                if again or position >= first:
-                    position += not again
-                    output = forward(*self._requiring_grad(block, args), **kwargs)
-                    last.append(_ran(block, output, with_gradient, again))
-                    return output
-                call = recording.calls[position]
-                position += 1
-                if call.block != block:
-                    raise ReplayError(f"block {block} was called where block {call.block} was called in pass 1")
-                if call.versions != _versions(call.output):
-                    raise ReplayError(f"the output of block {block} was changed in place after the block returned it")
-                if call.state is not None:
-                    call.state.restore()
-                # Containers of its own for each pass, which may write to them.
-                return recursively_apply(lambda tensor: tensor, call.output)
-
-            return run
-
-        def called(forward: Callable) -> Callable:
-            def run(*args, **kwargs):
-                nonlocal models
-                place, models = models, models + 1
-                output = forward(*args, **kwargs)
-                if first > 0 and place < len(recording.models):
-                    count, wanted = len(_tensors(output)), recording.models[place][1]
-                    if count != wanted:
-                        raise ReplayError(f"the model returned {count} tensors where it returned {wanted} in pass 1")
+        def run_block(block: int, forward: Callable, args: tuple, kwargs: dict) -> Any:
+            nonlocal position
+            again = _is_backward()
+            if again or position >= first:
+                position += not again
+                output = forward(*_requiring_grad(self.blocks[block], args), **kwargs)
+                last.append(_call(block, output, graded, again))
                 return output
+            call = recording.calls[position]
+            position += 1
+            if call.block != block:
+                raise ReplayError(f"block {block} was called where block {call.block} was called in pass 1")
+            if call.versions != _versions(call.output):
+                raise ReplayError(f"the output of block {block} was changed in place after the block returned it")
+            if call.state is not None:
+                call.state.restore()
+            # Containers of its own for each pass, which may write to them.
+            return _map(lambda tensor: tensor, call.output)
 
-            return run
+        def run_model(forward: Callable, args: tuple, kwargs: dict) -> Any:
+            nonlocal models
+            place, models = models, models + 1
+            output = forward(*args, **kwargs)
+            if first > 0 and place < len(recording.models):
+                count, wanted = len(_tensors(output)), recording.models[place][1]
+                if count != wanted:
+                    raise ReplayError(f"the model returned {count} tensors where it returned {wanted} in pass 1")
+            return output
 
-        with self._forwards(replayed, called):
+        with self._standing_in(run_block, run_model):
             yield
         if position < first:
             raise ReplayError(f"{position} blocks were called, but {len(recording.calls)} in pass 1")
         recording.last = last
 
-    def _requiring_grad(self, block: int, args: tuple) -> tuple:
-        """`args` such that a reentrant checkpoint, which only looks at its inputs, tracks gradients of the weights."""
-        if not getattr(self.blocks[block], "gradient_checkpointing", False):
-            return args
-        return tuple(
-            arg.detach().requires_grad_()
-            if isinstance(arg, Tensor) and arg.is_floating_point() and not arg.requires_grad
-            else arg
-            for arg in args
-        )
-
     @contextmanager
-    def _forwards(
-        self, wrap: Callable[[int, Callable], Callable], wrap_model: Callable[[Callable], Callable]
-    ) -> Iterator[None]:
-        """Inside, each block runs `wrap(index, forward)` in the place of its `forward`, and the model likewise."""
-        wraps: list[tuple[nn.Module, Callable]] = [(b, functools.partial(wrap, i)) for i, b in enumerate(self.blocks)]
+    def _standing_in(self, run_block: Callable, run_model: Callable) -> Iterator[None]:
+        """Inside, `run_block(index, forward, args, kwargs)` runs for each block, and the like for the model."""
+        runs: list[tuple[nn.Module, Callable]] = [(b, partial(run_block, i)) for i, b in enumerate(self.blocks)]
         if self.model is not None:
-            wraps.append((self.model, wrap_model))
+            runs.append((self.model, run_model))
         standins: list[_Standin] = []
         try:
-            for module, wrapped in wraps:
-                standins.append(_Standin(module, wrapped))
+            for module, run in runs:
+                standins.append(_Standin(module, run))
                 standins[-1].enter()
             yield
         finally:
@@ -298,17 +250,17 @@ class _Standin:
     A copy of the module that is made meanwhile is one of the module and of nothing else.
     """
 
-    def __init__(self, module: nn.Module, wrap: Callable[[Callable], Callable]):
+    def __init__(self, module: nn.Module, run: Callable):
         # `forward`, or where `block.compile()` was called what it compiled, so that no wrapper is compiled in.
         self.name = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
         self.module, self.copies = module, []  # type: ignore[var-annotated]
         # An instance may have one of its own already (accelerate's device hooks): it comes back as it was.
         self.own = vars(module).get(self.name)
         self.forward = getattr(module, self.name)
-        self.run = wrap(self.forward)
+        self.run: Callable | None = run
 
     def __call__(self, *args, **kwargs):
-        return self.run(*args, **kwargs)
+        return self.forward(*args, **kwargs) if self.run is None else self.run(self.forward, args, kwargs)
 
     def __deepcopy__(self, memo: dict):
         self.copies.append(memo.get(id(self.module)))
@@ -319,21 +271,46 @@ class _Standin:
         return getattr, (self.module, self.name)
 
     def enter(self) -> None:
-        setattr(self.module, self.name, self)
+        vars(self.module)[self.name] = self
 
     def leave(self) -> None:
-        self.run = self.forward
-        if self.own is not None:
-            setattr(self.module, self.name, self.own)
-            return
+        self.run = None
         for module in (self.module, *self.copies):
             if module is not None:
                 vars(module).pop(self.name, None)
+        if self.own is not None:
+            vars(self.module)[self.name] = self.own
 
 
 def _is_backward() -> bool:
     """Whether this is called from a backward pass."""
     return torch._C._current_graph_task_id() != -1
+
+
+def _requiring_grad(block: nn.Module, args: tuple) -> tuple:
+    """`args` such that a reentrant checkpoint, which only looks at its inputs, tracks gradients of the weights."""
+    if not getattr(block, "gradient_checkpointing", False):
+        return args
+    return tuple(
+        arg.detach().requires_grad_()
+        if isinstance(arg, Tensor) and arg.is_floating_point() and not arg.requires_grad
+        else arg
+        for arg in args
+    )
+
+
+def _map(function: Callable[[Tensor], Any], output: Any) -> Any:
+    """`output` with what `function` makes of each tensor in its place."""
+    return function(output) if isinstance(output, Tensor) else recursively_apply(function, output)
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """All tensors in `output`."""
+    if isinstance(output, Tensor):
+        return [output]
+    tensors: list[Tensor] = []
+    recursively_apply(tensors.append, output)
+    return tensors
 
 
 def _placeholder(tensor: Tensor) -> Tensor:
@@ -344,32 +321,19 @@ def _placeholder(tensor: Tensor) -> Tensor:
     return nan.expand(tensor.shape).as_subclass(Dropped)
 
 
-def _tensors(output: Any) -> list[Tensor]:
-    """All tensors in `output`."""
-    tensors: list[Tensor] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        tensors.append(tensor)
-        return tensor
-
-    recursively_apply(note, output)
-    return tensors
-
-
 def _versions(output: Any) -> list[int]:
-    """The version counters of all tensors in `output`, which in-place operations count up."""
     return [version_of(tensor) for tensor in _tensors(output)]
 
 
-def _ran(block: int, output: Any, with_gradient: set[int], again: bool) -> Ran:
+def _call(block: int, output: Any, graded: set[int], again: bool) -> Call:
     """A call that returned `output`: images have their channels first, all else last."""
     tensors = [t for t in _tensors(output) if t.dim() > 0 and t.is_floating_point()] or [torch.zeros(1)]
     shape = tensors[0].shape
     places = shape.numel() // max(shape[1 if len(shape) == 4 else -1], 1)
-    has_gradient = any(tensor.requires_grad for tensor in tensors) and not (again and block in with_gradient)
+    has_gradient = any(tensor.requires_grad for tensor in tensors) and not (again and block in graded)
     if has_gradient:
-        with_gradient.add(block)
-    return Ran(block, places, has_gradient, tensors[0].dtype)
+        graded.add(block)
+    return Call(block, places, has_gradient, tensors[0].dtype)
 
 
 def _arguments(args: tuple, kwargs: dict[str, Any]) -> tuple:

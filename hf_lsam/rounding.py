@@ -13,14 +13,19 @@ from torch import Tensor
 
 @torch.no_grad()
 def add_into(
-    targets: Sequence[Tensor], weights: Sequence[Tensor], direction: Sequence[Tensor], scale: float, seed: int
+    targets: Sequence[Tensor], weights: Sequence[Tensor], direction: Sequence[Tensor], scale: Tensor | float, seed: int
 ) -> None:
     """`targets = weights + scale * direction`; what has 16 bits is rounded stochastically, by draws from `seed`."""
+    if isinstance(scale, Tensor) and scale.device.type == "cpu":
+        # Unlike that of an accelerator it is there, and can be read without a wait.
+        scale = scale.numpy().item()
     generator = torch.Generator(weights[0].device).manual_seed(seed) if any(map(is_coarse, weights)) else None
     for target, weight, slope in zip(targets, weights, direction, strict=True):
         if generator is not None and is_coarse(weight):
-            exact = weight.float().add_(slope, alpha=scale)
+            exact = weight.float().add_(slope.float() * scale)
             target.copy_(round_stochastically(exact, weight.dtype, generator))
+        elif isinstance(scale, Tensor):
+            torch.addcmul(weight, slope, scale.to(weight.dtype), out=target)
         else:
             torch.add(weight, slope, alpha=scale, out=target)
 

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -39,8 +40,9 @@ def save_state(step: LSAMStep, checkpoint: str, global_step: int, should_save: b
         weights, direction = kept.previous.weights, kept.previous.direction
         contents["previous"] = {
             "chosen": kept.previous.chosen,
-            "squared_norms": kept.previous.squared_norms,
-            "norm": kept.previous.norm,
+            "squares": kept.previous.squares.tolist(),
+            "counts": kept.previous.counts,
+            "norm": kept.previous.norm.item(),
             "spent": kept.previous.spent,
         }
     elif kept.correction is not None:
@@ -114,6 +116,11 @@ def load_state(step: LSAMStep, checkpoint: str) -> None:
     weights: list[Tensor] = [parameters[name] for name in tensors]
     direction = [sharded_as(tensor, weight) for tensor, weight in zip(tensors.values(), weights, strict=True)]
     if "previous" in contents:
-        step.previous = Ascent(**contents["previous"], weights=weights, gradients=[], direction=direction)
+        kept = {
+            k: torch.tensor(v, dtype=torch.float64)
+            for k, v in contents["previous"].items()
+            if k in ("squares", "norm")
+        }
+        step.previous = Ascent(**contents["previous"] | kept, weights=weights, gradients=[], direction=direction)
     elif weights:
         step.correction = (weights, direction)

@@ -28,7 +28,7 @@ from .blocks import Candidate, everything, find_blocks, find_candidates, multipl
 from .compiled import CompiledRegions
 from .config import LSAMConfig
 from .costs import CostModel, Weights
-from .distributed import any_of_ranks, average_gradients
+from .distributed import average_gradients
 from .pass_state import PassState
 from .perturbation import (
     Perturbation,
@@ -59,9 +59,8 @@ class LSAMStep:
         config: The settings.
         max_steps: Optimizer steps of the training, of which `perturb_start` and `perturb_end` are shares.
         scaler: The gradient scaler, if there is one: an overflow is left for it to see, so that it skips the step.
-        called (`nn.Module`): What the passes call, where that is not `model`: a wrapper of it, or its compiled copy.
-        optimized: The parameters that the optimizer trains; `None` where that is not known. Nothing else is selected.
-            Those that are not the model's, as those of a loss, keep their plain gradients.
+        called: What the passes call, where that is not `model`: a wrapper of it, or its compiled copy.
+        optimized: The parameters that the optimizer trains, if that is known. Nothing else is selected.
         roots: What else a pass may read and change, by the names that a user knows (see `PassState`).
         raises: Whether an error of pass 2 is for the caller. The others leave the plain gradient.
         has_begun: Whether training has begun, so that blocks may be frozen for now, and fewer are left than wanted.
@@ -105,8 +104,6 @@ class LSAMStep:
         self.second_pass = SecondPass(model, called, blocks, self.regions, state, pays, self._beginnings, raises)
         self.perturbation = Perturbation()
         self.rounding_checked = False
-        # Whether the gradient of pass 1 was let go of and pass 2 could not give it back: the same in all processes.
-        self.has_lost = False
         self._optimized: Collection[Tensor] | None = None
         # What is trained, for each set of weights that had a gradient: candidates, and all weights that had one.
         self._trained: dict[tuple, tuple[list[Candidate], set[Tensor]]] = {}
@@ -120,17 +117,6 @@ class LSAMStep:
         self.current: tuple[int, Kept] | None = None
         # Cost of the second passes of the last micro-batch, in plain passes over the same one.
         self.overhead = 0.0
-
-    @property
-    def keeps_plain(self) -> bool:
-        """
-        Whether the gradient of pass 1 is needed after the move.
-
-        If not, memory holds that of one pass at a time, and where pass 2 is not finite, which is rare, it is computed
-        again; where pass 2 fails at any weights, by pass 1 once more, and then kept from the next step on.
-        """
-        config = self.config
-        return config.alpha < 1 or config.reuse_correction > 0 or config.adaptive or self.has_lost
 
     def reset_log(self) -> None:
         """Begin the sums of the next log line."""
@@ -178,7 +164,7 @@ class LSAMStep:
 
         Raises:
             Whatever pass 1 raises; the weights are then where they were. Of pass 2 what is no `Exception` (Ctrl-C) or
-            is for the caller; the selected weights may then have lost their gradient of this call.
+            is for the caller.
         """
         self.overhead = 0.0
         self.current = (step, self.kept(step))
@@ -247,25 +233,19 @@ class LSAMStep:
             self.log.skip(ascent)
             return
         selected = [self.candidates[index] for index in ascent.chosen]
-        blocks = set().union(*(candidate.blocks for candidate in selected))
         with self.second_pass.aside():
-            perturbed = self._perturbed(window, ascent, blocks)
+            # For each i in S: grad_i L(w + eps).
+            perturbed = self._gradients(window, ascent, set().union(*(candidate.blocks for candidate in selected)))
             if isinstance(perturbed, str):
                 self.log.skip(perturbed)
                 return
-            finite = norms(perturbed).isfinite().all()
-            if self.config.reuse_correction > 0:
-                parts = orthogonal_part(perturbed, ascent.gradients)
-                self.correction = (ascent.weights, zero_unless(finite, parts))
-            # Where it is not finite, the plain gradient takes its place. A scaler has to see it, and skips the step.
-            if self.scaler is None and ascent.gradients:
-                perturbed = where(finite, perturbed, ascent.gradients)
-            elif self.scaler is None and not finite:
-                perturbed = self._gradients(window, ascent, None)
-                if not norms(perturbed).isfinite().all():
-                    together = self.config.sharpness_scope == "batch"
-                    perturbed = self.second_pass.pass_1_again(window, ascent.weights, together)
-                    self.has_lost = True
+        finite = norms(perturbed).isfinite().all() & ascent.norm.isfinite().to(ascent.weights[0].device)
+        if self.config.reuse_correction > 0:
+            parts = orthogonal_part(perturbed, ascent.gradients)
+            self.correction = (ascent.weights, zero_unless(finite, parts))
+        # Where it is not finite, the plain gradient takes its place. A scaler has to see it, and skips the step.
+        if self.scaler is None:
+            perturbed = where(finite, perturbed, ascent.gradients)
         # For each i in S: (1 - alpha) * grad_i L(w) + alpha * grad_i L(w + eps). Of the others, `.grad` stays.
         for weight, mixed in zip(ascent.weights, mix(ascent.gradients, perturbed, self.config.alpha), strict=True):
             weight.grad = mixed
@@ -277,24 +257,21 @@ class LSAMStep:
             self.overhead = self.costs.overhead(selected, replayed=False)
         self._count(ascent, self.overhead, finite, min(selected, key=self.costs.start).first_block)
 
-    def _perturbed(self, window: Sequence[MicroBatch], ascent: Ascent, blocks: set[int]) -> list[Tensor] | str:
-        """For each i in S: grad_i L(w + eps); or why the step stays a plain one."""
-        together = self.config.sharpness_scope == "batch"
+    def _gradients(self, window: Sequence[MicroBatch], ascent: Ascent, blocks: set[int]) -> list[Tensor] | str:
+        """Pass 2: the gradients of S at the moved weights; or why the step stays a plain one."""
+        passes = self.second_pass
+        passes.together = self.config.sharpness_scope == "batch"
         unseen = next((micro_batch.unseen for micro_batch in window if micro_batch.unseen is not None), None)
-        flags = [self.second_pass.is_due(window, blocks, hash(next(iter(self._trained)))), unseen is not None]
-        is_due, changed = any_of_ranks(flags, self.second_pass.state.device) if together else flags
+        is_due = passes.is_due(window, blocks, hash(next(iter(self._trained))))
+        is_due, changed = passes.any(is_due, unseen is not None)
         if changed:
             return f"pass 1 changed {unseen or 'something in another process'}, of which there is no copy yet"
-        if is_due:
-            problem = self.second_pass.compare_with_pass_1(window, ascent.weights, ascent.gradients, together)
-            if problem is not None:
-                return problem
+        problem = passes.compare_with_pass_1(window, ascent.weights, ascent.gradients) if is_due else None
+        if problem is not None:
+            return problem
         with self._moved(ascent):
-            if not self.keeps_plain:
-                ascent.release()
-            if is_due:
-                return self.second_pass.compare_with_replay(window, ascent.weights, blocks, together)
-            return self._gradients(window, ascent, blocks)
+            run = passes.compare_with_replay if is_due else passes.gradients
+            return run(window, ascent.weights, blocks)
 
     def _trained_now(self) -> tuple[list[Candidate], set[Tensor]]:
         """The candidates with what of them has a gradient and is trained, and all weights that have one."""
@@ -327,12 +304,10 @@ class LSAMStep:
         return beginnings(self.config, live, self.weights.costs(recording.first, recording.heads, graded))
 
     def _find_ascent(self) -> Ascent | str:
-        """The ascent along `.grad`. A scaler's scale is in its direction and norm, not in `squared_norms`."""
+        """The ascent along `.grad`. A scaler's scale is in its direction and norm, not in `squares`."""
         ascent = find_ascent(self._trained_now()[0], self.costs, self.config, self.second_pass.state.device)
         if isinstance(ascent, Ascent) and self.scaler is not None:
-            # One wait for the device, and not one for each candidate.
-            scale = self.scaler.get_scale()
-            ascent.squared_norms = [square / scale**2 for square in ascent.squared_norms]
+            ascent.squares = ascent.squares / self.scaler.scale(torch.ones_like(ascent.squares)) ** 2
         return ascent
 
     @contextmanager
@@ -342,15 +317,11 @@ class LSAMStep:
         if ascent.spent:
             move = self.perturbation.at(ascent.weights, ascent.direction)
         else:
-            move = self.perturbation.moved(ascent.weights, ascent.direction, self.config.rho / ascent.norm)
+            move = self.perturbation.moved(ascent.weights, ascent.direction, ascent.scale(self.config.rho))
         with move as before:
             if not self.rounding_checked:
                 self.rounding_checked = check_rounding(ascent.weights, before, ascent.direction, self.config.rho)
             yield
-
-    def _gradients(self, window: Sequence[MicroBatch], ascent: Ascent, blocks: set[int] | None) -> list[Tensor]:
-        """Pass 2: the gradients of the window with respect to the selected weights, where they are now."""
-        return self.second_pass.gradients(window, ascent.weights, blocks, self.config.sharpness_scope == "batch")
 
     def _one_pass(self, pass_1: Pass, step: int, is_perturbed: bool, is_last: bool) -> Tensor:
         """Forward and backward at weights moved along the gradient of the step before."""
@@ -365,19 +336,21 @@ class LSAMStep:
         if is_last:
             if ascent is not None:
                 first = min(self.candidates[index].first_block for index in ascent.chosen)
-                self._count(ascent, 0.0, torch.tensor(True), first)
-            self.previous = None
-            if self.perturbs(step + 1):
-                following = self._find_ascent()
-                if isinstance(following, str):
-                    self.log.skip(following)
-                    return loss
-                if not self.config.adaptive:
-                    # The optimizer's clipping and zeroing change `.grad` in place.
-                    following.direction = self.perturbation.copies(following.direction)
-                following.gradients = []
-                self.previous = following
+                self._count(ascent, 0.0, ascent.norm.isfinite(), first)
+            self.previous = self._following() if self.perturbs(step + 1) else None
         return loss
+
+    def _following(self) -> Ascent | None:
+        """What the next step is to climb."""
+        ascent = self._find_ascent()
+        if isinstance(ascent, str):
+            self.log.skip(ascent)
+            return None
+        if not self.config.adaptive:
+            # The optimizer's clipping and zeroing change `.grad` in place.
+            ascent.direction = self.perturbation.copies(ascent.direction)
+        ascent.gradients = []
+        return ascent
 
     @torch.no_grad()
     def _reuse_correction(self) -> None:
@@ -389,7 +362,7 @@ class LSAMStep:
 
     def _count(self, ascent: Ascent, overhead: float, applied: Tensor, first_block: int) -> None:
         length = ascent.length(self.config.rho) if self.config.adaptive else self.config.rho
-        self.log.add(Perturbed(applied, ascent.chosen, ascent.squared_norms, length, first_block, overhead))
+        self.log.add(Perturbed(applied, ascent.chosen, ascent.squares, ascent.counts, length, first_block, overhead))
 
 
 def _names(config: LSAMConfig) -> tuple[bool, str | None]:

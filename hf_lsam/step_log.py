@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.utils import logging
@@ -23,6 +24,11 @@ _STUCK_SHARE, _STUCK_LINES, _STUCK_DISTANCE = 0.25, 5, 0.02
 _MOST_PENDING = 256
 
 
+def sums_of_candidates(squares: np.ndarray, counts: Sequence[int]) -> list[float]:
+    """Squared gradient norm of every candidate, from those of its weights."""
+    return [float(part.sum()) for part in np.split(squares, np.cumsum(counts)[:-1])]
+
+
 @dataclass(frozen=True)
 class Perturbed:
     """
@@ -31,7 +37,8 @@ class Perturbed:
     Attributes:
         applied: Whether its gradient was finite and used: one boolean, on the device.
         chosen: Indices of the perturbed candidates.
-        squared_norms: Squared gradient norm of every candidate.
+        squares: Squared gradient norm of each weight, candidate by candidate.
+        counts: How many of these weights each candidate has.
         length: How far the weights were moved.
         first_block: Index of the first model block that held a perturbed weight.
         overhead: Predicted cost of its pass 2, in plain steps.
@@ -39,7 +46,8 @@ class Perturbed:
 
     applied: Tensor
     chosen: Sequence[int]
-    squared_norms: Sequence[float]
+    squares: Tensor
+    counts: Sequence[int]
     length: float | Tensor
     first_block: int
     overhead: float
@@ -104,11 +112,12 @@ class StepLog:
         self.pending.clear()
 
     def _sum_up(self, perturbation: Perturbed) -> None:
-        total = sum(perturbation.squared_norms)
+        squared_norms = sums_of_candidates(perturbation.squares.cpu().numpy(), perturbation.counts)
+        total = sum(squared_norms)
         self.perturbed += 1
         figures = {
             "grad_norm": total**0.5,
-            "captured": sum(perturbation.squared_norms[index] for index in perturbation.chosen) / total,
+            "captured": sum(squared_norms[index] for index in perturbation.chosen) / total,
             "perturbation_norm": float(perturbation.length),
             "first_block": perturbation.first_block,
             "overhead": perturbation.overhead,
@@ -118,7 +127,7 @@ class StepLog:
         for index in perturbation.chosen:
             name = self.names[index]
             self.counts[name] = self.counts.get(name, 0) + 1
-        for name, squared_norm in zip(self.names, perturbation.squared_norms, strict=True):
+        for name, squared_norm in zip(self.names, squared_norms, strict=True):
             self.norms[name] = self.norms.get(name, 0.0) + squared_norm**0.5
 
     def line(self) -> dict[str, float]:

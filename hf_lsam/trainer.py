@@ -150,7 +150,7 @@ class LSAMMixin(_AnyTrainer):
         What passes change on the trainer, in its objects and in modules is put back by itself. Files, iterators and
         what other threads use are not: `if not self.in_second_pass: self.file.write(...)`.
         """
-        return self._lsam is not None and self._lsam.second_pass.running == 2
+        return self._lsam is not None and self._lsam.second_pass.running
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None

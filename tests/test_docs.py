@@ -61,7 +61,7 @@ def test_every_setting_and_figure_is_on_the_page_of_settings():
     figures = set(re.findall(r"^- `(lsam/\w+)`", inspect.getdoc(hf_lsam.LSAMMixin), re.MULTILINE))
     assert figures == {name for name in documented if name.startswith("lsam/")}
     log = StepLog(["a"], ["a"])
-    log.add(Perturbed(torch.tensor(True), [0], [1.0], 0.1, 0, 0.5))
+    log.add(Perturbed(torch.tensor(True), [0], torch.ones(1), [1], 0.1, 0, 0.5))
     assert log.line().keys() == figures
 
 

@@ -189,7 +189,7 @@ def test_the_part_that_looksam_reuses_is_made_without_other_copies_of_the_weight
     finite = torch.tensor(True)
     with Live() as live:
         kept = zero_unless(finite, parts)
-    assert live.peak == 0 and kept[0] is parts[0]
+    assert live.peak <= finite.nbytes and kept[0] is parts[0]
 
 
 def test_what_is_not_finite_is_replaced_by_zeros_without_waiting_for_the_device():

@@ -54,7 +54,7 @@ def test_a_line_through_what_grows():
 def test_a_run_that_logs_nothing_does_not_keep_every_step():
     log = StepLog(["a", "b"], ["a", "b"])
     for step in range(1000):
-        log.add(Perturbed(torch.tensor(step % 10 != 0), [step % 2], [1.0, 3.0], 0.1, 0, 0.5))
+        log.add(Perturbed(torch.tensor(step % 10 != 0), [step % 2], torch.tensor([1.0, 3.0]), [1, 1], 0.1, 0, 0.5))
         assert len(log.pending) <= 256
     row = log.row(1000, 1.0)
     assert (row["perturbed"], row["skipped"], row["counts"]) == (900, 100, {"a": 400, "b": 500})

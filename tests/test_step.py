@@ -128,7 +128,7 @@ def test_what_cannot_be_overwritten_is_moved_elsewhere():
     kept, memory, _, seen = one_pass_step(bert().train().bfloat16(), 2)
     assert not kept.spent and [address for address, _ in seen[0]] != memory
     weight, part = torch.ones(3), torch.ones(3, dtype=torch.float16)
-    ascent = Ascent([0], [3.0], 1.0, [weight], [], [part])
+    ascent = Ascent([0], torch.tensor([3.0]), [1], torch.tensor(1.0), [weight], [], [part])
     ascent.spend(0.5)
     assert not ascent.spent and torch.equal(part, torch.ones(3, dtype=torch.float16))
 
