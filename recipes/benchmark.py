@@ -26,7 +26,7 @@ import torch
 from benchmark_table import table
 from common import StepTimer, parse_arguments, peak_memory_mib
 from json_files import check_output_file, write_json
-from peers import PEERS, HandWrittenLoop
+from peers import IN_TRAINER, PEERS, HandWrittenLoop, SAMTrainer
 from plot_cost import draw_cost, read_runs
 from stamp import stamp
 from torch.utils.data import DataLoader
@@ -64,7 +64,7 @@ class BenchmarkArguments(WorkloadArguments):
     """What is measured."""
 
     methods: str = field(
-        default=",".join([*METHODS, *PEERS]),
+        default=",".join([*METHODS, IN_TRAINER, *PEERS]),
         metadata={"help": "Names of methods and peers, the plain one among them."},
     )
     torch_compile: str | None = field(
@@ -112,7 +112,10 @@ class Contender:
             return
         # What Accelerate reads when the Trainer is made.
         os.environ["ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"] = str(args.torch_compile == "regional")
-        self.trainer = LSAMTrainer(
+        kind, extra = LSAMTrainer, {"lsam_config": LSAMConfig(**self.settings)}
+        if name == IN_TRAINER:
+            kind, extra = SAMTrainer, {}
+        self.trainer = kind(
             model=model,
             args=TrainingArguments(
                 output_dir=f"{folder}/{name}",
@@ -129,8 +132,8 @@ class Contender:
                 dataloader_pin_memory=torch.cuda.is_available(),
             ),
             train_dataset=rows,
-            lsam_config=LSAMConfig(**self.settings),
             callbacks=[self.timer, self.figures],
+            **extra,
         )
         self.trainer.remove_callback(PrinterCallback)
 
@@ -190,7 +193,7 @@ def measure_times(args: BenchmarkArguments, names: list[str]) -> dict[str, dict[
             "lowest": min(ratios[name], default=1.0),
             "highest": max(ratios[name], default=1.0),
             "seconds": statistics.median(times[name]),
-            "bound": None if name in PEERS else 1 + line.get("lsam/overhead", 0.0),
+            "bound": None if name in PEERS or name == IN_TRAINER else 1 + line.get("lsam/overhead", 0.0),
             "first_block": line.get("lsam/first_block"),
             "captured": line.get("lsam/captured"),
             "settings": contender.settings,
@@ -229,9 +232,9 @@ def measure_memory(args: BenchmarkArguments, names: list[str]) -> dict[str, dict
 def measure(args: BenchmarkArguments) -> dict[str, dict[str, Any]]:
     """The figures of each method: those of `measure_times` and of `measure_memory`, as far as they are asked for."""
     names = args.methods.split(",")
-    unknown = [name for name in names if name not in METHODS and name not in PEERS]
-    if unknown or "plain" not in names:
-        raise ValueError(f"methods={args.methods}: it must hold plain and others of {', '.join([*METHODS, *PEERS])}.")
+    known = [*METHODS, IN_TRAINER, *PEERS]
+    if "plain" not in names or not set(known).issuperset(names):
+        raise ValueError(f"methods={args.methods}: it must hold plain and others of {', '.join(known)}.")
     if args.torch_compile not in (None, "whole", "regional"):
         raise ValueError(f"torch_compile must be whole or regional, or left out, but is {args.torch_compile!r}.")
     if args.torch_compile is not None and not PEERS.keys().isdisjoint(names):

@@ -1,4 +1,4 @@
-"""What one would pick instead: SAM as an optimizer, in a training loop written by hand."""
+"""What one would pick instead: SAM as an optimizer, in a loop written by hand, or in a `training_step` by hand."""
 
 import itertools
 import time
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from pytorch_optimizer import SAM, LookSAM
 from torch import Tensor, nn
+from transformers import Trainer
 
 
 class PastedSAM(torch.optim.Optimizer):
@@ -53,6 +54,52 @@ PEERS: dict[str, Callable[[Iterable[nn.Parameter]], Any]] = {
     "pytorch_optimizer-sam": _adamw(SAM),
     "pytorch_optimizer-looksam-5": _adamw(LookSAM, k=5),
 }
+
+
+# The method whose loop is the Trainer's, so that its step alone is compared.
+IN_TRAINER = "sam-by-hand"
+
+
+class SAMTrainer(Trainer):
+    """SAM of `davda54/sam`, the most copied one, written into a `training_step`: two steps around a second pass."""
+
+    rho = 0.05
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._window: list[dict[str, Any]] = []
+        self._moves: list[tuple[nn.Parameter, Tensor]] = []
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Both passes; the second one follows the last micro-batch of an optimizer step."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._window.append(inputs)
+        if self.accelerator.sync_gradients:
+            window, self._window = self._window, []
+            self._first_step()
+            for batch in window:
+                super().training_step(model, batch, num_items_in_batch)
+            self._second_step()
+        return loss
+
+    @torch.no_grad()
+    def _first_step(self) -> None:
+        """From w to w + e(w), and gradients of zero."""
+        trained = (weight for group in self.optimizer.param_groups for weight in group["params"])
+        weights = [weight for weight in trained if weight.grad is not None]
+        scale = self.rho / (torch.stack([weight.grad.norm(p=2) for weight in weights]).norm(p=2) + 1e-12)
+        for weight in weights:
+            e_w = weight.grad * scale.to(weight)
+            weight.add_(e_w)
+            self._moves.append((weight, e_w))
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def _second_step(self) -> None:
+        """Back to w, for the optimizer to step along the gradient that is there by now."""
+        for weight, e_w in self._moves:
+            weight.sub_(e_w)
+        self._moves.clear()
 
 
 class HandWrittenLoop:

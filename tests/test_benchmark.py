@@ -7,11 +7,14 @@ import benchmark
 import pytest
 import torch
 from benchmark import METHODS
-from peers import PEERS, HandWrittenLoop
+from peers import IN_TRAINER, PEERS, HandWrittenLoop, SAMTrainer
+from tiny import Examples, arguments, bert, largest_difference, weights
 from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, TrainingArguments
 from workload import Rows, make_model
+
+from hf_lsam import LSAMConfig, LSAMTrainer
 
 TINY = ["--num_hidden_layers", "4", "--hidden_size", "64", "--batch_size", "2", "--sequence_length", "8"]
 TINY += ["--rounds", "1", "--steps", "1", "--memory_repeats", "0"]
@@ -20,7 +23,7 @@ TINY += ["--rounds", "1", "--steps", "1", "--memory_repeats", "0"]
 def test_every_method(tmp_path, capsys):
     path = tmp_path / "cost.json"
     # One of 4 blocks costs more than a budget of 0.2.
-    names = [name for name in [*METHODS, *PEERS] if name not in ("budget-0.1", "budget-0.2")]
+    names = [name for name in [*METHODS, IN_TRAINER, *PEERS] if name not in ("budget-0.1", "budget-0.2")]
     files = ["--output_file", str(path), "--picture", str(tmp_path / "cost.svg")]
     figures = benchmark.main([*TINY, "--methods", ",".join(names), *files])
     assert list(figures) == names
@@ -33,7 +36,7 @@ def test_every_method(tmp_path, capsys):
     assert 1 < bounds["last-1"] < bounds["last-2"] < bounds["last-4"] < 2
     assert bounds["budget-0.5"] <= 1.5
     assert figures["last-2"]["first_block"] == 2
-    assert figures["pasted-sam"]["bound"] is None
+    assert figures["pasted-sam"]["bound"] is figures[IN_TRAINER]["bound"] is None
     [saved] = json.loads(path.read_text())["runs"]
     assert saved["figures"] == figures
     assert saved["bounds"]["2"][2] == pytest.approx(bounds["last-2"])
@@ -92,6 +95,18 @@ def test_a_peer_takes_sams_step(peer):
     optimizer.step()
     pairs = zip(model.parameters(), other.parameters(), strict=True)
     assert max(float((one - two).detach().abs().max()) for one, two in pairs) < 1e-6
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_sam_by_hand_steps_as_sam_in_the_trainer(accumulation, tmp_path):
+    """Without dropout, whose draws the hand-written one does not repeat. To move back by subtraction rounds."""
+    states = []
+    for kind, extra in ((SAMTrainer, {}), (LSAMTrainer, {"lsam_config": LSAMConfig(block_selection="all")})):
+        options = dict(max_steps=3, gradient_accumulation_steps=accumulation, learning_rate=1e-2, optim="sgd")
+        trainer = kind(model=bert(), args=arguments(tmp_path, **options), train_dataset=Examples(36), **extra)
+        trainer.train()
+        states.append(weights(trainer.model))
+    assert largest_difference(*states) < 1e-5 < 1e-3 < largest_difference(states[0], weights(bert()))
 
 
 def test_a_file_of_something_else_is_not_written_over(tmp_path):
