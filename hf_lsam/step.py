@@ -82,8 +82,7 @@ class LSAMStep:
         has_begun: bool = False,
     ):
         self.model, self.config, self.max_steps, self.scaler = model, config, max_steps, scaler
-        self.optimized = optimized
-        self._made_for = _names(config)
+        self.optimized, self._made_for = optimized, _names(config)
         self.sharded_modules = sharded_modules(model)
         reshard(self.sharded_modules)
         blocks = find_blocks(model)
@@ -154,17 +153,13 @@ class LSAMStep:
 
         Args:
             pass_1: Forward and backward at the current weights; returns the detached loss. With
-                `sharpness_scope="micro_batch"`, and for pass 2 always, gradients stay those of this process.
+                `sharpness_scope="micro_batch"`, gradients stay those of this process.
             pass_2: The same again, of this process alone.
             step: Index of the optimizer step, 0-based.
             is_last: Whether this is the step's last micro-batch.
 
-        Returns:
-            The loss of pass 1.
-
-        Raises:
-            Whatever pass 1 raises; the weights are then where they were. Of pass 2 what is no `Exception` (Ctrl-C) or
-            is for the caller.
+        Returns the loss of pass 1. Raises what pass 1 raises, and of pass 2 what is no `Exception` (Ctrl-C) or is for
+        the caller; the weights are then where they were.
         """
         self.overhead = 0.0
         self.current = (step, self.kept(step))
@@ -172,7 +167,15 @@ class LSAMStep:
         self.log.steps += is_last
         self.log.chances += is_last or self.config.sharpness_scope == "micro_batch"
         try:
-            return self._run(pass_1, pass_2, step, is_last)
+            if self.config.ascent_gradient == "previous":
+                return self._one_pass(pass_1, step, is_last)
+            if not self.perturbs(step):
+                loss = pass_1()
+                if is_last and self.config.is_active(step, self.max_steps):
+                    self._reuse_correction()
+                return loss
+            run = self._batch_step if self.config.sharpness_scope == "batch" else self._micro_batch_step
+            return run(pass_1, pass_2, is_last)
         except BaseException:
             # A trainer may leave out a micro-batch that fails; the gradients of those before it still count.
             if is_last:
@@ -180,19 +183,6 @@ class LSAMStep:
             raise
         finally:
             self.perturbation.put_back()
-
-    def _run(self, pass_1: Pass, pass_2: Pass, step: int, is_last: bool) -> Tensor:
-        is_perturbed = self.perturbs(step)
-        if self.config.ascent_gradient == "previous":
-            return self._one_pass(pass_1, step, is_perturbed, is_last)
-        if is_perturbed and self.config.sharpness_scope == "micro_batch":
-            return self._micro_batch_step(pass_1, pass_2, is_last)
-        if is_perturbed:
-            return self._batch_step(pass_1, pass_2, is_last)
-        loss = pass_1()
-        if is_last and self.config.is_active(step, self.max_steps):
-            self._reuse_correction()
-        return loss
 
     def _batch_step(self, pass_1: Pass, pass_2: Pass, is_last: bool) -> Tensor:
         """Pass 1 of every micro-batch, then, at the last one, pass 2 of all of them."""
@@ -323,9 +313,9 @@ class LSAMStep:
                 self.rounding_checked = check_rounding(ascent.weights, before, ascent.direction, self.config.rho)
             yield
 
-    def _one_pass(self, pass_1: Pass, step: int, is_perturbed: bool, is_last: bool) -> Tensor:
+    def _one_pass(self, pass_1: Pass, step: int, is_last: bool) -> Tensor:
         """Forward and backward at weights moved along the gradient of the step before."""
-        ascent = self.previous if is_perturbed else None
+        ascent = self.previous if self.perturbs(step) else None
         if ascent is None:
             loss = pass_1()
         else:

@@ -85,9 +85,7 @@ class LSAMMixin(_AnyTrainer):
         # The TrainerState that `_lsam` was made for: each run has its own, so a new one means to find the blocks anew.
         self._lsam_run: Any = None
         self._lsam_checkpoint: str | None = None
-        self._lsam_watch = StuckWatch()
-        self._lsam_flops = 0.0
-        self._lsam_reached = False
+        self._lsam_watch, self._lsam_flops, self._lsam_reached = StuckWatch(), 0.0, False
         # What the optimizer trains, and what it had when that was looked up.
         self._lsam_optimized: tuple[Any, Any] = (None, None)
         # The last batch whose operations were counted, and how many.
@@ -104,11 +102,7 @@ class LSAMMixin(_AnyTrainer):
             self._lsam_counted = (None, 0)
 
     def _hp_search_setup(self, trial: Any) -> None:
-        """
-        Give a trial its settings, then check them: `train` calls this with or without a trial.
-
-        The model of `model_init`, the arguments and the accelerator are those of the run only from here on.
-        """
+        """Give a trial its settings, then check what the run begins with: `train` calls this, trial or not."""
         if self.hp_search_backend is None or trial is None:
             super()._hp_search_setup(trial)
         else:
@@ -200,11 +194,7 @@ class LSAMMixin(_AnyTrainer):
         return self._lsam_counted[1]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """
-        Add the `lsam/` figures to the lines that report a training loss, and a row to `lsam_blocks.jsonl`.
-
-        What a `compute_loss` logs is logged once: pass 2 is silent, and no callback sees its weights.
-        """
+        """Add the `lsam/` figures to lines of the training loss, and a row to `lsam_blocks.jsonl`; not in pass 2."""
         step = self._lsam
         if step is not None and step.second_pass.running:
             return
@@ -240,11 +230,14 @@ class LSAMMixin(_AnyTrainer):
 
     def _lsam_roots(self, model: nn.Module) -> dict[str, Any]:
         """What a pass may read and change beside the model."""
-        gradients = Attributes(self.accelerator.gradient_state, ("sync_gradients",))
-        steps = Attributes(self.accelerator, ("step",))
-        # It tells DistributedDataParallel whether to send buffers before the next pass.
-        sends = Attributes(model, ("require_forward_param_sync",))
-        return {"trainer": self, "trainer.state": self.state, "gradient_state": gradients, "step": steps, "": sends}
+        return {
+            "trainer": self,
+            "trainer.state": self.state,
+            "gradient_state": Attributes(self.accelerator.gradient_state, ("sync_gradients",)),
+            "step": Attributes(self.accelerator, ("step",)),
+            # It tells DistributedDataParallel whether to send buffers before the next pass.
+            "": Attributes(model, ("require_forward_param_sync",)),
+        }
 
     def _optimized(self) -> Collection[Tensor] | None:
         """What the optimizer trains, if that can be seen: DeepSpeed has parameters of its own in its groups."""
@@ -261,8 +254,8 @@ class LSAMMixin(_AnyTrainer):
         """
         The steps of this run; at first the blocks are found, and the checkpoint that it resumes is gone on from.
 
-        They are found anew where `lsam_config` is another one than before, or names other modules. `None` if that is
-        in the middle of a run, and does not fit the model: then the steps stay plain ones.
+        Where `lsam_config` is set anew in the middle of a run, it holds from the next step on, if it fits the model.
+        `None` if there were no steps before it that could go on.
         """
         former = self._lsam if self._lsam_run is self.state else None
         if former is not None and (
@@ -293,23 +286,19 @@ class LSAMMixin(_AnyTrainer):
         return step
 
     def _begin_log(self, step: LSAMStep) -> None:
-        self._warn_if_plain(step)
-        logged = [line for line in self.state.log_history if "loss" in line]
-        self._lsam_watch = StuckWatch(logged[0]["loss"] if logged else None)
-        if self.is_world_process_zero():
-            # Not those up to `global_step`: a checkpoint may have been saved between a step and its log line.
-            drop_rows_after(self._get_output_dir(self._trial), logged[-1]["step"] if logged else 0)
-
-    def _warn_if_plain(self, step: LSAMStep) -> None:
-        """Warn if no step of the run will be perturbed. (One pass has nothing to climb in the first one.)"""
         config = self.lsam_config
-        first = int(config.ascent_gradient == "previous")
-        if not any(step.perturbs(number) for number in range(first, step.max_steps)):
+        # One pass has nothing to climb in the first step.
+        if not any(map(step.perturbs, range(config.ascent_gradient == "previous", step.max_steps))):
             logger.warning(
                 f"No step of the {step.max_steps} of this run is perturbed with perturb_start={config.perturb_start}, "
                 f"perturb_end={config.perturb_end}, perturb_interval={config.perturb_interval} and ascent_gradient="
                 f"{config.ascent_gradient!r}, so it is plain training. Set them otherwise, or train longer."
             )
+        logged = [line for line in self.state.log_history if "loss" in line]
+        self._lsam_watch = StuckWatch(logged[0]["loss"] if logged else None)
+        if self.is_world_process_zero():
+            # Not those up to `global_step`: a checkpoint may have been saved between a step and its log line.
+            drop_rows_after(self._get_output_dir(self._trial), logged[-1]["step"] if logged else 0)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
