@@ -7,28 +7,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .blocks import Candidate, idle_parameters, multiplied_parameters
+from .blocks import Candidate, idle_parameters, multiplied_parameters, outside_parameters
 from .replay import Ran, Recording
 
 
 @dataclass(frozen=True)
 class CostModel:
     """
-    What pass 2 costs, in units of a plain step, counted in weights and the places (tokens, pixels) that they meet.
+    What pass 2 costs at most, in plain steps, counted in weights and the places (tokens, pixels) that they meet.
 
-    A weight costs 1 in the forward pass, 1 for the gradient of its input and, if it is trained, 1 for its own
-    gradient. A plain step pays for all of it, but for gradients only where there are any. Pass 2 starts at the first
-    call of a block that holds a perturbed weight, and takes weight gradients for the selected S only:
+    A weight costs 1 in the forward pass, 1 for the gradient of its input, where there is one, and 1 for its own
+    gradient, if it is trained. Pass 2 starts at the first call of a block that holds a perturbed weight, and takes
+    weight gradients for the selected S only:
 
         overhead = (2 * (weights from that call on, and of the head) + weights of S) / plain,  at most 1
 
-    For N equal blocks in their order, k of them selected from block s on, and nothing else that is (2 (N - s) + k) /
-    (3 N). It is what pass 2 costs at most: calls that depend on no perturbed weight need no gradient of their input.
-    Products without weights, as those of attention, are left out.
+    For k of N equal blocks from block s on, and nothing else, that is (2 (N - s) + k) / (3 N). Left out: products
+    without weights, as those of attention.
 
     Attributes:
-        passed: For each call of a block, the weights from it to the loss, frozen ones included. Embeddings look up and
-            do not multiply, so they are free.
+        passed: For each call of a block, the weights from it to the loss, frozen ones included, embeddings not, which
+            look up and do not multiply.
         plain: Cost of a plain step.
         one_graph: Whether the blocks are compiled into one graph, all of which pass 2 runs, whatever is perturbed.
         gradients: As `passed`, of the calls that have a gradient (default: all).
@@ -46,13 +45,13 @@ class CostModel:
     @classmethod
     def of(cls, model: nn.Module, blocks: dict[str, nn.Module], one_graph: bool = False) -> "CostModel":
         """Those of `model`, if its `blocks` are called once each, in their order, at equally many places."""
-        trained = [any(p.requires_grad for p in block.parameters()) for block in blocks.values()]
-        embeddings = (module for module in model.modules() if isinstance(module, nn.Embedding))
-        below = any(p.requires_grad for module in embeddings for p in module.parameters()) or not any(trained)
-        grades = [below or any(trained[: index + 1]) for index in range(len(blocks))]
-        calls = [Ran(index, 1, has_gradient, torch.float32) for index, has_gradient in enumerate(grades)]
-        weights = Weights(model, list(blocks.values()))
-        costs = weights.costs(calls, 1, {p for p in model.parameters() if p.requires_grad})
+        trained = {p for p in model.parameters() if p.requires_grad}
+        takes = [not trained.isdisjoint(block.parameters()) for block in blocks.values()]
+        embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+        # Whether a gradient comes to the first block, and so goes through all of them.
+        below = not any(takes) or any(not trained.isdisjoint(module.parameters()) for module in embeddings)
+        calls = [Ran(index, 1, below or any(takes[: index + 1]), torch.float32) for index in range(len(blocks))]
+        costs = Weights(model, list(blocks.values())).costs(calls, 1, trained)
         return cls(costs.passed, costs.plain, one_graph)
 
     def start(self, candidate: Candidate) -> int:
@@ -87,30 +86,25 @@ class Weights:
     """The weights of a model that multiply, block by block, and those outside of the blocks, which are its head."""
 
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module]):
-        inside = {module for block in blocks for module in block.modules()}
         used = multiplied_parameters(model) - idle_parameters(model)
-        outside = [m for m in model.modules() if m not in inside and not isinstance(m, nn.Embedding)]
-        head = dict.fromkeys(p for module in outside for p in module.parameters(recurse=False))
         # The head comes last, as block -1.
-        self.parts = [[p for p in part if p in used] for part in (*(b.parameters() for b in blocks), head)]
+        parts = [*(block.parameters() for block in blocks), outside_parameters(model, blocks, nn.Embedding)]
+        self.parts = [[p for p in part if p in used] for part in parts]
         self.sizes = [sum(p.numel() for p in part) for part in self.parts]
 
     def overhead(
         self, recordings: Sequence[Recording], graded: Collection[Tensor], taking: Collection[Tensor]
     ) -> float:
         """
-        What the last passes over some micro-batches cost, in plain ones: at most 1 for a pass that repeats pass 1.
+        What the last passes over some micro-batches cost, in plain ones: at most 1.
 
-        Args:
-            recordings: What was called for each micro-batch.
-            graded: The weights that have a gradient of pass 1.
-            taking: Those that took one in the last passes.
+        `graded` are the weights that have a gradient of pass 1, `taking` those that took one in the last passes.
         """
         first = sum(self._cost(recording.first, recording.heads, graded) for recording in recordings)
         return min(sum(self._cost(r.last, r.heads, taking) for r in recordings) / first, 1.0)
 
     def costs(self, calls: Sequence[Ran], heads: int, graded: Collection[Tensor]) -> CostModel:
-        """What to expect of a second pass where the first made these calls, and so many of the model."""
+        """The cost model after a first pass with these calls of blocks, and `heads` of the model."""
         starts: dict[int, int] = {}
         places: Counter[int] = Counter()
         head = self._head(calls, heads).places * self.sizes[-1]
