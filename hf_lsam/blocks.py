@@ -48,8 +48,7 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     next to no parameters (Wav2Vec2's convolutions), beside the others or, if trained, beside the trained ones. If
     there is none, the children of the outermost `ModuleList`s and `Sequential`s whose children are all of one class.
     """
-    marked = dict(_outermost(model, lambda module: isinstance(module, GradientCheckpointingLayer)))
-    if marked:
+    if marked := dict(_outermost(model, lambda module: isinstance(module, GradientCheckpointingLayer))):
         trained = {name: m for name, m in marked.items() if any(p.requires_grad for p in m.parameters())}
         major = _major(marked) | _major(trained)
         return {name: module for name, module in marked.items() if name in major}
@@ -106,9 +105,8 @@ def find_candidates(
 
 def everything(model: nn.Module, blocks: dict[str, nn.Module]) -> list[Candidate]:
     """One candidate that holds every parameter, embeddings and head included (SAM)."""
-    parameters = tuple(model.parameters())
     size = sum(p.numel() for p in multiplied_parameters(model) if p.requires_grad)
-    return [Candidate("all", parameters, frozenset(range(len(blocks))), size)]
+    return [Candidate("all", tuple(model.parameters()), frozenset(range(len(blocks))), size)]
 
 
 def outside_parameters(model: nn.Module, blocks: Sequence[nn.Module], without=()) -> dict[nn.Parameter, None]:

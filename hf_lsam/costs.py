@@ -22,16 +22,14 @@ class CostModel:
 
         overhead = (2 * (weights from that call on, and of the head) + weights of S) / plain,  at most 1
 
-    For k of N equal blocks from block s on, and nothing else, that is (2 (N - s) + k) / (3 N). Left out: products
-    without weights, as those of attention.
+    For k of N equal blocks from block s on that is (2 (N - s) + k) / (3 N). Attention's own products are left out.
 
     Attributes:
-        passed: For each call of a block, the weights from it to the loss, frozen ones included, embeddings not, which
-            look up and do not multiply.
+        passed: For each call of a block, and of the head, the weights from it to the loss, but for embeddings (free).
         plain: Cost of a plain step.
         one_graph: Whether the blocks are compiled into one graph, all of which pass 2 runs, whatever is perturbed.
         gradients: As `passed`, of the calls that have a gradient (default: all).
-        starts: For each block the place of its first call (default: each is called once, in their order).
+        starts: For each block the index of its first call (default: each is called once, in their order).
         places: For each block the places that its weights meet in all calls (default: 1).
     """
 
@@ -95,11 +93,7 @@ class Weights:
     def overhead(
         self, recordings: Sequence[Recording], graded: Collection[Tensor], taking: Collection[Tensor]
     ) -> float:
-        """
-        What the last passes over some micro-batches cost, in plain ones: at most 1.
-
-        `graded` are the weights that have a gradient of pass 1, `taking` those that took one in the last passes.
-        """
+        """Cost of the last passes in plain ones, at most 1: `graded` took a gradient in pass 1, `taking` in those."""
         first = sum(self._cost(recording.first, recording.heads, graded) for recording in recordings)
         return min(sum(self._cost(r.last, r.heads, taking) for r in recordings) / first, 1.0)
 
@@ -107,24 +101,23 @@ class Weights:
         """The cost model after a first pass with these calls of blocks, and `heads` of the model."""
         starts: dict[int, int] = {}
         places: Counter[int] = Counter()
-        head = self._head(calls, heads).places * self.sizes[-1]
-        passed, gradients = [head], [head]
-        for place, ran in reversed(list(enumerate(calls))):
+        passed, gradients = [0], [0]
+        for place, ran in reversed(list(enumerate(self._with_head(calls, heads)))):
             starts[ran.block] = place
             places[ran.block] += ran.places * ran.has_gradient
             passed.append(passed[-1] + ran.places * self.sizes[ran.block])
             gradients.append(gradients[-1] + ran.places * self.sizes[ran.block] * ran.has_gradient)
-        sums = [tuple(reversed(total[1:] or total)) for total in (passed, gradients)]
-        return CostModel(sums[0], self._cost(calls, heads, graded), False, sums[1], starts, places)
+        plain = self._cost(calls, heads, graded)
+        return CostModel(tuple(passed[:0:-1]), plain, False, tuple(gradients[:0:-1]), starts, places)
 
     def _cost(self, calls: Sequence[Ran], heads: int, taking: Collection[Tensor]) -> float:
         taken = [sum(p.numel() for p in part if p in taking) for part in self.parts]
         return sum(
             ran.places * (self.sizes[ran.block] * (1 + ran.has_gradient) + taken[ran.block] * ran.has_gradient)
-            for ran in (*calls, self._head(calls, heads))
+            for ran in self._with_head(calls, heads)
         )
 
-    def _head(self, calls: Sequence[Ran], heads: int) -> Ran:
-        """What lies outside of the blocks, at as many places as the last block that was called."""
+    def _with_head(self, calls: Sequence[Ran], heads: int) -> list[Ran]:
+        """The calls and, as a last one, the head, which meets as many places as the last block that was called."""
         places = calls[-1].places if calls else 1
-        return Ran(-1, places * heads, True, torch.float32)
+        return [*calls, Ran(-1, places * heads, True, torch.float32)]
