@@ -118,8 +118,7 @@ def outside_parameters(model: nn.Module, blocks: Sequence[nn.Module], without=()
 
 def multiplied_parameters(model: nn.Module) -> set[nn.Parameter]:
     """The parameters that some module other than an embedding holds; embeddings look up."""
-    multiplying = [module for module in model.modules() if not isinstance(module, nn.Embedding)]
-    return {parameter for module in multiplying for parameter in module.parameters(recurse=False)}
+    return set(outside_parameters(model, [], nn.Embedding))
 
 
 def idle_parameters(model: nn.Module) -> set[nn.Parameter]:

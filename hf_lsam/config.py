@@ -70,27 +70,17 @@ class LSAMConfig:
     rho: float = HfArg(default=0.05, help="Length of the perturbation; 0 is off.")
     alpha: float = HfArg(default=1.0, help="Share of the perturbed gradient, 0 (plain) to 1 (SAM).")
     num_perturbed_blocks: int | None = HfArg(default=2, help="Blocks perturbed in a step; null in a YAML is no limit.")
-    block_selection: str = HfArg(
-        default="top_k", help="Which blocks are perturbed.", metadata={"choices": BLOCK_SELECTIONS}
-    )
-    block_pattern: str | None = HfArg(
-        default=None, help="Regular expression of the module names that are candidates, not the blocks."
-    )
+    block_selection: str = HfArg(default="top_k", help="Which are perturbed.", metadata={"choices": BLOCK_SELECTIONS})
+    block_pattern: str | None = HfArg(default=None, help="Regular expression of modules to choose from, not blocks.")
     max_overhead: float = HfArg(default=0.25, help="For 'budget': the most that pass 2 may cost, in plain steps.")
     ascent_gradient: str = HfArg(
-        default="current",
-        help="Gradient to climb: of this batch (two passes) or of the step before (one pass).",
-        metadata={"choices": ASCENT_GRADIENTS},
+        default="current", help="Gradient to climb: this or the last step's.", metadata={"choices": ASCENT_GRADIENTS}
     )
     sharpness_scope: str = HfArg(
-        default="batch",
-        help="What one perturbation is for: an optimizer step or a micro-batch.",
-        metadata={"choices": SHARPNESS_SCOPES},
+        default="batch", help="Perturb once for a step, or for a micro-batch.", metadata={"choices": SHARPNESS_SCOPES}
     )
     perturb_interval: int = HfArg(default=1, help="Perturb at every n-th step.")
-    reuse_correction: float = HfArg(
-        default=0.0, help="LookSAM's scale of the gradient part reused between perturbed steps; 0 is off."
-    )
+    reuse_correction: float = HfArg(default=0.0, help="LookSAM's scale of the gradient that is reused; 0 is off.")
     perturb_start: float = HfArg(default=0.0, help="Share of the training before the first perturbation.")
     perturb_end: float = HfArg(default=1.0, help="Share of the training after which none is perturbed.")
     adaptive: bool = HfArg(default=False, help="ASAM: scale the perturbation by the weights' size.")
@@ -136,7 +126,7 @@ class LSAMConfig:
                 "perturb_start and perturb_end are shares of the training with 0 <= perturb_start < perturb_end <= 1, "
                 f"but are {self.perturb_start} and {self.perturb_end}."
             )
-        for setting in fields(self):
+        for setting in fields(LSAMConfig):
             value, allowed = getattr(self, setting.name), setting.metadata.get("choices")
             if allowed is not None and value not in allowed:
                 raise ValueError(f"{setting.name} must be one of {', '.join(allowed)}, but is {value!r}.")

@@ -167,9 +167,8 @@ def budget(max_overhead: float, k: int | None, sizes: Sequence[int], head: int) 
         return (2 * (sum(sizes[min(blocks) :]) + head) + sum(sizes[i] for i in blocks)) / plain
 
     def rule(norms: list[float]) -> Sequence[int]:
-        every = range(len(norms))
         largest = len(norms) if k is None else k
-        sets = [blocks for count in range(1, largest + 1) for blocks in combinations(every, count)]
+        sets = [s for count in range(1, largest + 1) for s in combinations(range(len(norms)), count)]
         return max((s for s in sets if cost(s) <= max_overhead), key=lambda s: sum(norms[i] ** 2 for i in s))
 
     return rule

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device, slice_tensors
 from torch import Tensor, nn
+from torch.autograd import grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.trainer_pt_utils import find_batch_size
 
@@ -61,7 +62,7 @@ class LossSurface:
     def gradient(self) -> list[Tensor]:
         """The gradient of the mean loss, a tensor for each parameter; `.grad` is left alone. Costs a backward pass."""
         with _undisturbed(self.model, self.device):
-            return self._mean_over_batches(lambda loss: _gradient(loss, self.parameters))
+            return self._mean_over_batches(lambda loss: grad(loss, self.parameters, materialize_grads=True))
 
     def gradient_norm(self) -> float:
         """The Euclidean norm of the gradient."""
@@ -112,10 +113,10 @@ class LossSurface:
     def hessian_times(self, vector: Sequence[Tensor]) -> list[Tensor]:
         """The Hessian of the mean loss times `vector`. Costs about 2 backward passes."""
 
-        def product(loss: Tensor) -> list[Tensor]:
-            gradient = _gradient(loss, self.parameters, create_graph=True)
+        def product(loss: Tensor) -> tuple[Tensor, ...]:
+            gradient = grad(loss, self.parameters, create_graph=True, materialize_grads=True)
             along = torch.stack([(g * v).sum() for g, v in zip(gradient, vector, strict=True)]).sum()
-            return _gradient(along, self.parameters)
+            return grad(along, self.parameters, materialize_grads=True)
 
         # Only the plain attention can be differentiated twice.
         with _undisturbed(self.model, self.device), sdpa_kernel(SDPBackend.MATH):
@@ -215,7 +216,7 @@ class LossSurface:
         if is_empty:
             raise ValueError("batches is empty: nothing to measure. (A generator can be gone through only once.)")
 
-    def _mean_over_batches(self, of: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
+    def _mean_over_batches(self, of: Callable[[Tensor], tuple[Tensor, ...]]) -> list[Tensor]:
         """The mean over all rows of what `of` makes of each batch's mean loss."""
         sums, total = [torch.zeros_like(parameter) for parameter in self.parameters], 0
         for batch, rows in self._batches():
@@ -261,11 +262,6 @@ def _mean(values: Iterable[tuple[float, int]]) -> float:
         total += value * rows
         count += rows
     return total / count
-
-
-def _gradient(loss: Tensor, parameters: Sequence[Tensor], create_graph: bool = False) -> list[Tensor]:
-    """Zeros for a parameter that the loss does not depend on."""
-    return list(torch.autograd.grad(loss, parameters, create_graph=create_graph, materialize_grads=True))
 
 
 @torch.no_grad()
