@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -10,9 +10,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_peft_available, logging
 
 logger = logging.get_logger(__name__)
-
-# Of a smaller share of the largest class's or list's parameters are no transformer blocks.
-_MINOR = 0.1
 
 
 @dataclass(frozen=True)
@@ -22,10 +19,8 @@ class Candidate:
 
     Attributes:
         name: Name of the module in the model, or `"all"`.
-        parameters: All its parameters; one that several candidates share belongs to the first of them. Which of them
-            are trained may change from step to step.
-        blocks: Indices of the model blocks that use one of them. Weights outside the blocks may act before the first
-            block, so they count as used by every one.
+        parameters: All its parameters, trained now or not, but for those that belong to a candidate before it.
+        blocks: Indices of the blocks that use one of them: every one, for weights that lie outside of the blocks.
         size: Number of its weights that are trained and multiply; embeddings look up.
     """
 
@@ -50,12 +45,10 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     The blocks of `model` by name, in the order of `model.named_modules()`.
 
     The outermost `GradientCheckpointingLayer`s that transformers marks, without those whose class and whose list hold
-    next to no parameters (Wav2Vec2's convolutions), beside the others or, if they are trained, beside the others that
-    are. If there is none, the children of the outermost `ModuleList`s and `Sequential`s whose children are all of one
-    class.
+    next to no parameters (Wav2Vec2's convolutions), beside the others or, if trained, beside the trained ones. If
+    there is none, the children of the outermost `ModuleList`s and `Sequential`s whose children are all of one class.
     """
-    marked = dict(_outermost(model, lambda module: isinstance(module, GradientCheckpointingLayer)))
-    if marked:
+    if marked := dict(_outermost(model, lambda module: isinstance(module, GradientCheckpointingLayer))):
         trained = {name: m for name, m in marked.items() if any(p.requires_grad for p in m.parameters())}
         major = _major(marked) | _major(trained)
         return {name: module for name, module in marked.items() if name in major}
@@ -72,26 +65,24 @@ def find_candidates(
     """
     What may be selected: `blocks`, or the outermost modules whose whole name `pattern` matches.
 
-    Where they `may_be_frozen`, for now, too few that are trained are no error.
-
     Raises:
-        ValueError: if fewer than 2 blocks are trained now, or the pattern names no module that is.
+        ValueError: if fewer than 2 blocks, or none of the named modules, are trained, unless they `may_be_frozen`.
     """
-    if pattern is None:
-        named = blocks
-    else:
+    named = blocks
+    if pattern is not None:
         names = {module: name for name, module in model.named_modules()}
-        named = dict(
-            _outermost(model, lambda module: module is not model and bool(re.fullmatch(pattern, names[module])))
-        )
-    uses, multiplied = _uses(model, blocks), multiplied_parameters(model)
+        named = dict(_outermost(model, lambda module: module is not model and re.fullmatch(pattern, names[module])))
+    # Weights outside of the blocks may act before the first one.
+    outside = outside_parameters(model, list(blocks.values()))
+    uses = [{*block.parameters(), *outside} for block in blocks.values()]
+    multiplied = multiplied_parameters(model)
     candidates: list[Candidate] = []
     taken: set[nn.Parameter] = set()
     for name, module in named.items():
         parameters = tuple(p for p in module.parameters() if p not in taken)
         taken.update(parameters)
         if parameters:
-            used_by: frozenset[int] = frozenset().union(*(uses[p] for p in parameters))
+            used_by = frozenset(index for index, used in enumerate(uses) if not used.isdisjoint(parameters))
             size = sum(p.numel() for p in parameters if p.requires_grad and p in multiplied)
             candidates.append(Candidate(name, parameters, used_by, size))
     trained = candidates if may_be_frozen else [candidate for candidate in candidates if candidate.is_trained]
@@ -100,20 +91,13 @@ def find_candidates(
             f"block_pattern {pattern!r} matches no module with trainable parameters in {type(model).__name__}. It "
             f"must match a module's whole name, as in model.named_modules(), for instance {_some_names(model)}."
         )
-    if pattern is None and not trained and len(blocks) >= 2:
-        raise ValueError(
-            f"None of the {len(blocks)} blocks of {type(model).__name__} holds a trainable parameter, and layer-wise "
-            "perturbation has to choose among at least 2 that do (prompt and prefix tuning train vectors outside of "
-            "the blocks). Perturb every trainable parameter with block_selection='all', train something in the "
-            "blocks, such as LoRA adapters, or name the modules to choose from with block_pattern, for instance "
-            f"{_some_names(model)}."
-        )
     if pattern is None and len(trained) < 2:
         raise ValueError(
-            f"{type(model).__name__} has {len(blocks)} block(s), {len(trained)} of them trainable, and layer-wise "
-            "perturbation has to choose among at least 2 (ALBERT, for one, shares a single block). Name the modules "
-            f"to choose from with block_pattern, for instance {_some_names(model)}, or perturb every trainable "
-            "parameter with block_selection='all'."
+            f"{len(trained) or 'None'} of the {len(blocks)} blocks of {type(model).__name__} can be trained, and "
+            "layer-wise perturbation chooses among at least 2 (ALBERT shares a single block; prompt and prefix tuning "
+            "train vectors outside of the blocks). Train something in the blocks, such as LoRA adapters, name the "
+            f"modules to choose from with block_pattern, for instance {_some_names(model)}, or perturb all that is "
+            "trained with block_selection='all'."
         )
     logger.info(f"Layer-wise SAM chooses among {len(trained)} blocks: {', '.join(c.name for c in trained)}")
     return candidates
@@ -121,19 +105,20 @@ def find_candidates(
 
 def everything(model: nn.Module, blocks: dict[str, nn.Module]) -> list[Candidate]:
     """One candidate that holds every parameter, embeddings and head included (SAM)."""
-    parameters = tuple(model.parameters())
     size = sum(p.numel() for p in multiplied_parameters(model) if p.requires_grad)
-    return [Candidate("all", parameters, frozenset(range(len(blocks))), size)]
+    return [Candidate("all", tuple(model.parameters()), frozenset(range(len(blocks))), size)]
+
+
+def outside_parameters(model: nn.Module, blocks: Sequence[nn.Module], without=()) -> dict[nn.Parameter, None]:
+    """The parameters of modules in no block, in their order, leaving out modules of the class `without`."""
+    inside = {module for block in blocks for module in block.modules()}
+    outside = [module for module in model.modules() if module not in inside and not isinstance(module, without)]
+    return dict.fromkeys(parameter for module in outside for parameter in module.parameters(recurse=False))
 
 
 def multiplied_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters that some module other than an embedding holds: those that cost multiplications."""
-    return {
-        parameter
-        for module in model.modules()
-        if not isinstance(module, nn.Embedding)
-        for parameter in module.parameters(recurse=False)
-    }
+    """The parameters that some module other than an embedding holds; embeddings look up."""
+    return set(outside_parameters(model, [], nn.Embedding))
 
 
 def idle_parameters(model: nn.Module) -> set[nn.Parameter]:
@@ -158,35 +143,17 @@ def _outermost(module: nn.Module, wanted, name: str = "") -> Iterator[tuple[str,
 def _is_homogeneous(module: nn.Module) -> bool:
     """Whether `module` is a list of at least 2 modules of one class, with parameters."""
     children = list(module.children())
-    return (
-        isinstance(module, (nn.ModuleList, nn.Sequential))
-        and len(children) >= 2
-        and len({type(child) for child in children}) == 1
-        and all(_size(child) > 0 for child in children)
-    )
-
-
-def _uses(model: nn.Module, blocks: dict[str, nn.Module]) -> dict[nn.Parameter, set[int]]:
-    """For every parameter the indices of the blocks that hold it; all of them if a module outside the blocks does."""
-    uses: dict[nn.Parameter, set[int]] = {}
-    inside: set[nn.Module] = set()
-    for index, block in enumerate(blocks.values()):
-        inside.update(block.modules())
-        for parameter in block.parameters():
-            uses.setdefault(parameter, set()).add(index)
-    for module in model.modules():
-        if module not in inside:
-            uses.update((parameter, set(range(len(blocks)))) for parameter in module.parameters(recurse=False))
-    return uses
+    is_list = isinstance(module, (nn.ModuleList, nn.Sequential)) and len(children) >= 2
+    return is_list and len(set(map(type, children))) == 1 and all(map(_size, children))
 
 
 def _major(modules: dict[str, nn.Module]) -> set[str]:
-    """The names of those whose class, or whose list, holds more than next to nothing."""
+    """The names of those whose class, or whose list, holds more than a tenth of what the largest one does."""
     sizes: Counter[type | str] = Counter()
     for name, module in modules.items():
         sizes[type(module)] += _size(module)
         sizes[name.rpartition(".")[0]] += _size(module)
-    least = _MINOR * max(sizes.values(), default=0)
+    least = 0.1 * max(sizes.values(), default=0)
     return {n for n, m in modules.items() if max(sizes[type(m)], sizes[n.rpartition(".")[0]]) > least}
 
 
@@ -196,9 +163,6 @@ def _size(module: nn.Module) -> int:
 
 def _some_names(model: nn.Module) -> str:
     """Three names of trainable modules as an example for a pattern."""
-    names = [
-        name
-        for name, module in model.named_modules()
-        if name and any(p.requires_grad for p in module.parameters(recurse=False))
-    ]
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad and "." in name]
+    names = list(dict.fromkeys(name.rpartition(".")[0] for name in trained))
     return ", ".join(repr(re.escape(name).replace(r"\_", "_")) for name in names[len(names) // 2 :][:3])

@@ -4,35 +4,31 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
-from .blocks import Candidate, idle_parameters, multiplied_parameters
+from .blocks import Candidate, idle_parameters, multiplied_parameters, outside_parameters
 from .replay import Call, Recording
 
 
 @dataclass(frozen=True)
 class CostModel:
     """
-    What pass 2 costs, in units of a plain step, counted in weights and the places (tokens, pixels) that they meet.
+    What pass 2 costs at most, in plain steps, counted in weights and the places (tokens, pixels) that they meet.
 
-    A weight costs 1 in the forward pass, 1 for the gradient of its input and, if it is trained, 1 for its own
-    gradient. A plain step pays for all of it, but for gradients only where there are any. Pass 2 starts at the first
-    call of a block that holds a perturbed weight, and takes weight gradients for the selected S only:
+    A weight costs 1 in the forward pass, 1 for the gradient of its input, where there is one, and 1 for its own
+    gradient, if it is trained. Pass 2 starts at the first call of a block that holds a perturbed weight, and takes
+    weight gradients for the selected S only:
 
         overhead = (2 * (weights from that call on, and of the head) + weights of S) / plain,  at most 1
 
-    For N equal blocks in their order, k of them selected from block s on, and nothing else that is (2 (N - s) + k) /
-    (3 N). It is what pass 2 costs at most: calls that depend on no perturbed weight need no gradient of their input.
-    Products without weights, as those of attention, are left out.
+    For k of N equal blocks from block s on that is (2 (N - s) + k) / (3 N). Attention's own products are left out.
 
     Attributes:
-        passed: For each call of a block, the weights from it to the loss, frozen ones included. Embeddings look up and
-            do not multiply, so they are free.
+        passed: For each call of a block, and of the head, the weights from it to the loss, but for embeddings (free).
         plain: Cost of a plain step.
         one_graph: Whether the blocks are compiled into one graph, all of which pass 2 runs, whatever is perturbed.
         gradients: As `passed`, of the calls that have a gradient (default: all).
-        starts: For each block the place of its first call (default: each is called once, in their order).
+        starts: For each block the index of its first call (default: each is called once, in their order).
         places: For each block the places that its weights meet in all calls (default: 1).
     """
 
@@ -46,13 +42,13 @@ class CostModel:
     @classmethod
     def of(cls, model: nn.Module, blocks: dict[str, nn.Module], one_graph: bool = False) -> "CostModel":
         """Those of `model`, if its `blocks` are called once each, in their order, at equally many places."""
-        trained = [any(p.requires_grad for p in block.parameters()) for block in blocks.values()]
-        embeddings = (module for module in model.modules() if isinstance(module, nn.Embedding))
-        below = any(p.requires_grad for module in embeddings for p in module.parameters()) or not any(trained)
-        grades = [below or any(trained[: index + 1]) for index in range(len(blocks))]
-        calls = [Call(index, 1, has_gradient, torch.float32) for index, has_gradient in enumerate(grades)]
-        weights = Weights(model, list(blocks.values()))
-        costs = weights.costs(calls, 1, {p for p in model.parameters() if p.requires_grad})
+        trained = {p for p in model.parameters() if p.requires_grad}
+        takes = [not trained.isdisjoint(block.parameters()) for block in blocks.values()]
+        embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+        # Whether a gradient comes to the first block, and so goes through all of them.
+        below = not any(takes) or any(not trained.isdisjoint(module.parameters()) for module in embeddings)
+        calls = [Call(index, 1, below or any(takes[: index + 1])) for index in range(len(blocks))]
+        costs = Weights(model, list(blocks.values())).costs(calls, 1, trained)
         return cls(costs.passed, costs.plain, one_graph)
 
     def start(self, candidate: Candidate) -> int:
@@ -87,50 +83,40 @@ class Weights:
     """The weights of a model that multiply, block by block, and those outside of the blocks, which are its head."""
 
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module]):
-        inside = {module for block in blocks for module in block.modules()}
         used = multiplied_parameters(model) - idle_parameters(model)
-        outside = [m for m in model.modules() if m not in inside and not isinstance(m, nn.Embedding)]
-        head = dict.fromkeys(p for module in outside for p in module.parameters(recurse=False))
         # The head comes last, as block -1.
-        self.parts = [[p for p in part if p in used] for part in (*(b.parameters() for b in blocks), head)]
+        parts = [*(block.parameters() for block in blocks), outside_parameters(model, blocks, nn.Embedding)]
+        self.parts = [[p for p in part if p in used] for part in parts]
         self.sizes = [sum(p.numel() for p in part) for part in self.parts]
 
     def overhead(
         self, recordings: Sequence[Recording], graded: Collection[Tensor], taking: Collection[Tensor]
     ) -> float:
-        """
-        What the last passes over some micro-batches cost, in plain ones: at most 1 for a pass that repeats pass 1.
-
-        Args:
-            recordings: What was called for each micro-batch.
-            graded: The weights that have a gradient of pass 1.
-            taking: Those that took one in the last passes.
-        """
+        """Cost of the last passes in plain ones, at most 1: `graded` took a gradient in pass 1, `taking` in those."""
         first = sum(self._cost(recording.first, recording.heads, graded) for recording in recordings)
         return min(sum(self._cost(r.last, r.heads, taking) for r in recordings) / first, 1.0)
 
     def costs(self, calls: Sequence[Call], heads: int, graded: Collection[Tensor]) -> CostModel:
-        """What to expect of a second pass where the first made these calls, and so many of the model."""
+        """The cost model after a first pass with these calls of blocks, and `heads` of the model."""
         starts: dict[int, int] = {}
         places: Counter[int] = Counter()
-        head = self._head(calls, heads).places * self.sizes[-1]
-        passed, gradients = [head], [head]
-        for place, ran in reversed(list(enumerate(calls))):
+        passed, gradients = [0], [0]
+        for place, ran in reversed(list(enumerate(self._with_head(calls, heads)))):
             starts[ran.block] = place
             places[ran.block] += ran.places * ran.has_gradient
             passed.append(passed[-1] + ran.places * self.sizes[ran.block])
             gradients.append(gradients[-1] + ran.places * self.sizes[ran.block] * ran.has_gradient)
-        sums = [tuple(reversed(total[1:] or total)) for total in (passed, gradients)]
-        return CostModel(sums[0], self._cost(calls, heads, graded), False, sums[1], starts, places)
+        plain = self._cost(calls, heads, graded)
+        return CostModel(tuple(passed[:0:-1]), plain, False, tuple(gradients[:0:-1]), starts, places)
 
     def _cost(self, calls: Sequence[Call], heads: int, taking: Collection[Tensor]) -> float:
         taken = [sum(p.numel() for p in part if p in taking) for part in self.parts]
         return sum(
             ran.places * (self.sizes[ran.block] * (1 + ran.has_gradient) + taken[ran.block] * ran.has_gradient)
-            for ran in (*calls, self._head(calls, heads))
+            for ran in self._with_head(calls, heads)
         )
 
-    def _head(self, calls: Sequence[Call], heads: int) -> Call:
-        """What lies outside of the blocks, at as many places as the last block that was called."""
+    def _with_head(self, calls: Sequence[Call], heads: int) -> list[Call]:
+        """The calls and, as a last one, the head, which meets as many places as the last block that was called."""
         places = calls[-1].places if calls else 1
-        return Call(-1, places * heads, True, torch.float32)
+        return [*calls, Call(-1, places * heads, True)]

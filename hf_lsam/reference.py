@@ -1,8 +1,8 @@
 r"""
 Every method, literally: the equations as plain loops. The page to read first, and the oracle of the tests.
 
-Nothing here is fast or robust, and nothing here is used by the trainer. Each function performs one optimizer step of
-one method on a list of micro-batches whose losses are averaged. `blocks` is a list of lists of parameters.
+The trainer uses nothing of it. Each function performs one optimizer step of one method on a list of micro-batches,
+whose losses are averaged. `blocks` is a list of lists of parameters.
 
     L(w) + lambda * ||grad_S L(w)||,  alpha = lambda / rho                                    (Lee, KDD 2024)
     selected i:  g_i = (1 - alpha) * grad_i L(w) + alpha * grad_i L(w + eps)
@@ -16,24 +16,25 @@ from itertools import combinations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Module, Parameter
+from torch.optim import Optimizer
 
 Batches = Sequence[dict[str, Any]]
-Blocks = Sequence[Sequence[nn.Parameter]]
+Blocks = Sequence[Sequence[Parameter]]
 Rule = Callable[[list[float]], Sequence[int]]
 
 
-def trainable(model: nn.Module) -> list[nn.Parameter]:
+def trainable(model: Module) -> list[Parameter]:
     """The parameters that are trained."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def gradient(model: nn.Module, batches: Batches) -> dict[nn.Parameter, Tensor]:
+def gradient(model: Module, batches: Batches) -> dict[Parameter, Tensor]:
     """grad L at the current weights, L being the mean loss of the micro-batches."""
     loss = sum(model(**batch).loss for batch in batches) / len(batches)
-    parameters = trainable(model)
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return {parameter: grad for parameter, grad in zip(parameters, gradients, strict=True) if grad is not None}
+    gradients = torch.autograd.grad(loss, trainable(model), allow_unused=True)
+    return {p: grad for p, grad in zip(trainable(model), gradients, strict=True) if grad is not None}
 
 
 def norm(tensors: Sequence[Tensor]) -> float:
@@ -42,55 +43,48 @@ def norm(tensors: Sequence[Tensor]) -> float:
 
 
 def perturbed_gradient(
-    model: nn.Module, batches: Batches, selected: Sequence[nn.Parameter], ascent: dict, rho: float, adaptive=False
-) -> dict[nn.Parameter, Tensor]:
+    model: Module, batches: Batches, selected: Sequence[Parameter], ascent: dict, rho: float, adaptive=False
+) -> dict[Parameter, Tensor]:
     """grad L(w + eps), eps along `ascent` on the `selected` parameters; w is put back. ASAM's eps if `adaptive`."""
-    selected = [parameter for parameter in selected if parameter in ascent]
-    weights = {parameter: parameter.detach().clone() for parameter in selected}
-    if adaptive:
-        length = norm([weights[p].abs() * ascent[p] for p in selected])
-        eps = {p: rho * weights[p] ** 2 * ascent[p] / length for p in selected}
-    else:
-        length = norm([ascent[p] for p in selected])
-        eps = {p: rho * ascent[p] / length for p in selected}
-    with torch.no_grad():
-        for parameter in selected:
-            parameter.add_(eps[parameter])
+    weights = {p: p.detach().clone() for p in selected if p in ascent}
+    scale = {p: weight.abs() if adaptive else 1.0 for p, weight in weights.items()}
+    length = norm([scale[p] * ascent[p] for p in weights])
+    for p in weights:
+        p.data += rho * scale[p] ** 2 * ascent[p] / length
     result = gradient(model, batches)
-    with torch.no_grad():
-        for parameter in selected:
-            parameter.copy_(weights[parameter])
+    for p, weight in weights.items():
+        p.data.copy_(weight)
     return result
 
 
-def update(model: nn.Module, gradients: dict[nn.Parameter, Tensor], optimizer: torch.optim.Optimizer) -> None:
+def update(model: Module, gradients: dict[Parameter, Tensor], optimizer: Optimizer) -> None:
     """Hand the gradients to the optimizer and step."""
     for parameter in model.parameters():
         parameter.grad = gradients.get(parameter)
     optimizer.step()
 
 
-def plain_step(model: nn.Module, batches: Batches, optimizer: torch.optim.Optimizer) -> None:
+def plain_step(model: Module, batches: Batches, optimizer: Optimizer) -> None:
     """The step without any perturbation."""
     update(model, gradient(model, batches), optimizer)
 
 
 def generalized_sam_step(
-    model: nn.Module, batches: Batches, optimizer: torch.optim.Optimizer, rho: float, alpha: float, adaptive=False
+    model: Module, batches: Batches, optimizer: Optimizer, rho: float, alpha: float, adaptive=False
 ) -> None:
     """Gradient-norm penalty (Zhao et al., ICML 2022): every parameter is perturbed."""
     lsam_step(model, batches, optimizer, [trainable(model)], rho, alpha, lambda norms: [0], adaptive)
 
 
-def sam_step(model: nn.Module, batches: Batches, optimizer: torch.optim.Optimizer, rho: float, adaptive=False) -> None:
+def sam_step(model: Module, batches: Batches, optimizer: Optimizer, rho: float, adaptive=False) -> None:
     """SAM (Foret et al., ICLR 2021): generalized SAM with alpha = 1."""
     generalized_sam_step(model, batches, optimizer, rho, 1.0, adaptive)
 
 
 def lsam_step(
-    model: nn.Module,
+    model: Module,
     batches: Batches,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     blocks: Blocks,
     rho: float,
     alpha: float,
@@ -102,30 +96,20 @@ def lsam_step(
 
 
 def lsam_gradient(
-    model: nn.Module, batches: Batches, blocks: Blocks, rho: float, alpha: float, rule: Rule, adaptive: bool = False
-) -> dict[nn.Parameter, Tensor]:
+    model: Module, batches: Batches, blocks: Blocks, rho: float, alpha: float, rule: Rule, adaptive: bool = False
+) -> dict[Parameter, Tensor]:
     """The gradient that layer-wise SAM hands to the optimizer."""
     plain = gradient(model, batches)
     scores = {p: p.detach().abs() * g for p, g in plain.items()} if adaptive else plain
-    selected = [
-        p for i in rule([norm([scores[p] for p in block if p in scores]) for block in blocks]) for p in blocks[i]
-    ]
+    norms = [norm([scores[p] for p in block if p in scores]) for block in blocks]
+    selected = [p for i in rule(norms) for p in blocks[i] if p in plain]
     perturbed = perturbed_gradient(model, batches, selected, plain, rho, adaptive)
-    mixed = dict(plain)
-    for p in selected:
-        if p in plain:
-            mixed[p] = (1 - alpha) * plain[p] + alpha * perturbed.get(p, torch.zeros_like(p))
-    return mixed
+    mixed = {p: (1 - alpha) * plain[p] + alpha * perturbed.get(p, torch.zeros_like(p)) for p in selected}
+    return plain | mixed
 
 
 def micro_batch_lsam_step(
-    model: nn.Module,
-    batches: Batches,
-    optimizer: torch.optim.Optimizer,
-    blocks: Blocks,
-    rho: float,
-    alpha: float,
-    rule: Rule,
+    model: Module, batches: Batches, optimizer: Optimizer, blocks: Blocks, rho: float, alpha: float, rule: Rule
 ) -> None:
     """Layer-wise m-sharpness: each micro-batch is perturbed by its own gradient; the results are averaged."""
     parts = [lsam_gradient(model, [batch], blocks, rho, alpha, rule) for batch in batches]
@@ -133,44 +117,26 @@ def micro_batch_lsam_step(
 
 
 def looksam_step(
-    model: nn.Module,
-    batches: Batches,
-    optimizer: torch.optim.Optimizer,
-    rho: float,
-    interval: int,
-    scale: float,
-    step: int,
-    state: dict,
+    model: Module, batches: Batches, optimizer: Optimizer, rho: float, interval: int, scale: float, step: int, state
 ) -> None:
     """LookSAM (Liu et al., CVPR 2022): SAM at every `interval`-th step, whose part orthogonal to g is reused."""
-    parameters = trainable(model)
     plain = gradient(model, batches)
     length = norm(list(plain.values()))
     if step % interval == 0:
-        sam = perturbed_gradient(model, batches, parameters, plain, rho)
+        sam = perturbed_gradient(model, batches, trainable(model), plain, rho)
         along = sum(float((sam[p].double() * plain[p].double()).sum()) for p in plain) / length**2
         state["orthogonal"] = {p: sam[p] - along * plain[p] for p in plain}
         update(model, sam, optimizer)
     else:
-        orthogonal = state["orthogonal"]
-        factor = scale * length / norm(list(orthogonal.values()))
-        update(model, {p: plain[p] + factor * orthogonal[p] for p in plain}, optimizer)
+        factor = scale * length / norm(list(state["orthogonal"].values()))
+        update(model, {p: plain[p] + factor * state["orthogonal"][p] for p in plain}, optimizer)
 
 
 def one_pass_lsam_step(
-    model: nn.Module,
-    batches: Batches,
-    optimizer: torch.optim.Optimizer,
-    blocks: Blocks,
-    rho: float,
-    rule: Rule,
-    state: dict,
+    model: Module, batches: Batches, optimizer: Optimizer, blocks: Blocks, rho: float, rule: Rule, state: dict
 ) -> None:
     """One-pass layer-wise SAM (after AsyncSAM, arXiv 2503.11147, tau = 1): climb the gradient of the step before."""
-    if "selected" in state:
-        gradients = perturbed_gradient(model, batches, state["selected"], state["gradient"], rho)
-    else:
-        gradients = gradient(model, batches)
+    gradients = perturbed_gradient(model, batches, state.get("selected", []), state.get("gradient", {}), rho)
     norms = [norm([gradients[p] for p in block if p in gradients]) for block in blocks]
     state["selected"] = [p for i in rule(norms) for p in blocks[i]]
     state["gradient"] = {p: g.clone() for p, g in gradients.items()}
@@ -191,9 +157,9 @@ def budget(max_overhead: float, k: int | None, sizes: Sequence[int], head: int) 
     """
     Of all sets within the budget the one with the largest norm, by trying all of them.
 
-    `sizes` are the parameters of each block, `head` those between the last block and the loss, all of them trained.
-    A plain step costs three times all of it (forward, gradient of activations, gradient of weights); pass 2 runs the
-    first two from the first selected block on, and the third for the selected blocks.
+    `sizes` counts the weights of each block, `head` those after the last one, all trained. A plain step costs three
+    times all of it (forward, gradient of activations, gradient of weights); pass 2 runs the first two from the first
+    selected block on, and the third for the selected blocks.
     """
 
     def cost(blocks: Sequence[int]) -> float:
@@ -201,9 +167,8 @@ def budget(max_overhead: float, k: int | None, sizes: Sequence[int], head: int) 
         return (2 * (sum(sizes[min(blocks) :]) + head) + sum(sizes[i] for i in blocks)) / plain
 
     def rule(norms: list[float]) -> Sequence[int]:
-        every = range(len(norms))
         largest = len(norms) if k is None else k
-        sets = [blocks for count in range(1, largest + 1) for blocks in combinations(every, count)]
+        sets = [s for count in range(1, largest + 1) for s in combinations(range(len(norms)), count)]
         return max((s for s in sets if cost(s) <= max_overhead), key=lambda s: sum(norms[i] ** 2 for i in s))
 
     return rule

@@ -13,11 +13,7 @@ def select(
     """
     Indices of the candidates to perturb, in their own order; one without a gradient (LayerDrop) is never selected.
 
-    Args:
-        config: `block_selection`, `num_perturbed_blocks` and `max_overhead` are read.
-        candidates: What can be selected.
-        costs: Cost model of the same model.
-        squared_norms: Squared gradient norm of each candidate, finite.
+    `squared_norms` are those of the candidates' gradients, finite.
     """
     alive = [index for index, squared_norm in enumerate(squared_norms) if squared_norm > 0]
     limit = len(alive) if config.num_perturbed_blocks is None else config.num_perturbed_blocks
@@ -28,54 +24,30 @@ def select(
     by_norm = sorted(alive, key=lambda index: -squared_norms[index])
     if config.block_selection == "top_k":
         return sorted(by_norm[:limit])
-    return sorted(_within_budget(config.max_overhead, limit, candidates, costs, squared_norms, by_norm))
-
-
-def _within_budget(
-    max_overhead: float,
-    limit: int,
-    candidates: Sequence[Candidate],
-    costs: CostModel,
-    squared_norms: Sequence[float],
-    by_norm: Sequence[int],
-) -> list[int]:
-    """
-    The set within the budget that holds the most squared norm.
-
-    For each candidate as the first: it, and of those that start no earlier the ones with the largest norm that still
-    fit. Exact for candidates of one size; the others are filled greedily.
-    """
-    best: list[int] = []
-    best_norm = 0.0
+    # The budget: for each candidate as the first, it and, of those that start no earlier, the ones with the largest
+    # norm that still fit. Exact for candidates of one size, greedy for others.
+    sizes, starts = list(map(costs.size, candidates)), list(map(costs.start, candidates))
+    sets: list[list[int]] = [[]]
     for first in by_norm:
-        start = costs.start(candidates[first])
-        room = max_overhead * costs.plain - costs.reaching(start) - costs.size(candidates[first])
+        room = config.max_overhead * costs.plain - costs.reaching(starts[first]) - sizes[first]
         if room < 0:
             continue
-        chosen = [first]
+        sets.append([first])
         for other in by_norm:
-            if len(chosen) == limit:
-                break
-            size = costs.size(candidates[other])
-            if other != first and costs.start(candidates[other]) >= start and size <= room:
-                chosen.append(other)
-                room -= size
-        norm = sum(squared_norms[index] for index in chosen)
-        if norm > best_norm:
-            best, best_norm = chosen, norm
-    return best
+            if other != first and starts[other] >= starts[first] and sizes[other] <= room and len(sets[-1]) < limit:
+                sets[-1].append(other)
+                room -= sizes[other]
+    return sorted(max(sets, key=lambda chosen: sum(squared_norms[index] for index in chosen)))
 
 
 def beginnings(config: LSAMConfig, candidates: Sequence[Candidate], costs: CostModel) -> set[int]:
     """Places of the calls that a pass 2 can begin with, where all of `candidates` have a gradient."""
     if config.block_selection == "last":
-        limit = config.num_perturbed_blocks
-        candidates = candidates if limit is None else candidates[-limit:]
-    elif config.block_selection == "budget":
-        candidates = [candidate for candidate in candidates if costs.overhead([candidate]) <= config.max_overhead]
-    places = {costs.start(candidate) for candidate in candidates}
-    # All of those together begin with the first of them.
-    return {min(places)} if places and config.block_selection == "last" else places
+        # All of them are perturbed together, so it begins with the first.
+        limit = config.num_perturbed_blocks or len(candidates)
+        return {min(map(costs.start, candidates[-limit:]))} if candidates else set()
+    is_budget = config.block_selection == "budget"
+    return {costs.start(c) for c in candidates if not is_budget or costs.overhead([c]) <= config.max_overhead}
 
 
 def check_selection(config: LSAMConfig, candidates: Sequence[Candidate], costs: CostModel) -> None:

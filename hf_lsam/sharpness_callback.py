@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -18,8 +19,8 @@ def block_surfaces(
     """A surface for each transformer block that has trained weights, by its name, and `"all"` for the whole model."""
     surfaces = {}
     for name, block in find_blocks(model).items():
-        if parameters := [parameter for parameter in block.parameters() if parameter.requires_grad]:
-            surfaces[name] = LossSurface(model, batches, loss_function, parameters)
+        if trained := [parameter for parameter in block.parameters() if parameter.requires_grad]:
+            surfaces[name] = LossSurface(model, batches, loss_function, trained)
     return surfaces | {"all": LossSurface(model, batches, loss_function)}
 
 
@@ -33,6 +34,7 @@ def gradient_norms(surfaces: dict[str, LossSurface]) -> dict[str, float]:
     }
 
 
+@dataclass(eq=False, repr=False)
 class SharpnessCallback(TrainerCallback):
     """
     Logs how flat the loss is around the weights while they are trained, and changes nothing of the training.
@@ -44,7 +46,7 @@ class SharpnessCallback(TrainerCallback):
 
     Args:
         trainer ([`~transformers.Trainer`]): The trainer that it is added to.
-        batches (`Iterable`): See [`LossSurface`]; some hundred rows are enough to follow a training.
+        batches (`Iterable`): See [`LossSurface`]; some hundred rows are enough.
         interval (`int`): Measure after every so many optimizer steps.
         rho (`float` or `None`, *optional*, defaults to `0.05`): Length of the perturbation. `None` leaves out
             `sharpness/sam`: what is left costs a single backward pass. Default: SAM's.
@@ -55,19 +57,16 @@ class SharpnessCallback(TrainerCallback):
         ValueError: if `interval` is below 1.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        batches: Iterable[Any],
-        interval: int,
-        rho: float | None = 0.05,
-        top_eigenvalue: bool = False,
-        loss_function: LossFunction = model_loss,
-    ):
-        if interval < 1:
-            raise ValueError(f"interval counts optimizer steps and must be at least 1, but is {interval}.")
-        self.trainer, self.batches, self.interval, self.rho = trainer, batches, interval, rho
-        self.top_eigenvalue, self.loss_function = top_eigenvalue, loss_function
+    trainer: Trainer
+    batches: Iterable[Any]
+    interval: int
+    rho: float | None = 0.05
+    top_eigenvalue: bool = False
+    loss_function: LossFunction = model_loss
+
+    def __post_init__(self):
+        if self.interval < 1:
+            raise ValueError(f"interval counts optimizer steps and must be at least 1, but is {self.interval}.")
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.interval:
