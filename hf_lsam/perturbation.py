@@ -2,8 +2,8 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
@@ -22,11 +22,10 @@ class Perturbation:
     """
     Moves weights along a direction for the length of a `with` block, and puts them back exactly.
 
-    The moved weights are written to a buffer, which the parameters refer to meanwhile; the tensors that they referred
-    to before stay as they are, and are referred to again afterwards. So there is nothing to copy back, and nothing
-    that a NaN or an error could spoil. (Subtraction would change 0.3 to 6 % of the float32 weights: w + e - e is not
-    w.) A sharded weight stays where it is, since FSDP2 gathers it from there: each process moves its part in place and
-    copies it back.
+    The moved weights are written to a buffer, which the parameters refer to meanwhile, and the tensors from before
+    stay as they are. So there is nothing to copy back, and nothing that a NaN or an error could spoil. (Subtraction
+    would change 0.3 to 6 % of the float32 weights: w + e - e is not w.) A sharded weight stays where it is, since
+    FSDP2 gathers it from there: each process moves its part in place and copies it back.
 
     The buffer is kept from step to step, of the size of the largest set that was ever moved. Where gradients are kept
     for the next step (`copies`) there are two, which take turns.
@@ -46,63 +45,47 @@ class Perturbation:
         """
         Put back the weights that are moved, if there are any.
 
-        To be called where a step ends as well: Ctrl-C may come just as a `with` block is entered or left, which then
-        cannot do it.
+        To be called where a step ends as well: a `with` block cannot do it if Ctrl-C comes just as it begins or ends.
         """
         if self._undo is not None:
             self._undo()
             self._undo = None
             torch.clear_autocast_cache()
 
-    @contextmanager
-    def moved(self, weights: Sequence[Tensor], direction: Sequence[Tensor], scale: float) -> Iterator[list[Tensor]]:
+    def moved(
+        self, weights: Sequence[Tensor], direction: Sequence[Tensor], scale: float
+    ) -> AbstractContextManager[list[Tensor]]:
         """
-        Inside, `weights` are at `weights + scale * direction`; afterwards they are bitwise what they were before.
+        Inside, `weights` are at `weights + scale * direction`; yields their local parts as they were.
 
         Weights of 16 bits are rounded stochastically; rounding to the nearest would swallow most of a short move.
         Nothing here refers to `direction` once the weights are moved, so the caller can free it.
-
-        Args:
-            weights: Parameters.
-            direction: One tensor for each weight, of its shape.
-            scale: Factor, for instance `rho / norm`.
-
-        Yields:
-            The weights' local parts as they were.
         """
         parts = local_parts(weights)
         buffers = self._buffers(parts)
-        if is_sharded(weights):
-            move = self._in_place(parts, buffers, local_parts(direction), scale)
-        else:
+        if not is_sharded(weights):
             add_into(buffers, parts, direction, scale, self.seed)
-            move = self.at(weights, buffers)
-        del direction
-        with move as before:
-            yield before
+            return self.at(weights, buffers)
+        _copy(buffers, parts)
+        move = partial(add_into, parts, buffers, local_parts(direction), scale, self.seed)
+        return self._until_put_back(move, partial(_copy, parts, buffers), buffers)
 
-    @contextmanager
-    def at(self, weights: Sequence[Tensor], tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    def at(self, weights: Sequence[Tensor], tensors: Sequence[Tensor]) -> AbstractContextManager[list[Tensor]]:
         """Inside, `weights`, none of them sharded, refer to `tensors`; yields what they referred to before."""
         before = [weight.data for weight in weights]
-        self._undo = partial(_refer, weights, before)
+        return self._until_put_back(partial(_refer, weights, tensors), partial(_refer, weights, before), before)
+
+    @contextmanager
+    def _until_put_back(
+        self, move: Callable[[], None], undo: Callable[[], None], before: list[Tensor]
+    ) -> Iterator[list[Tensor]]:
+        self._undo = undo
         try:
-            _refer(weights, tensors)
+            move()
+            del move  # and with it the direction
             # Under autocast, casts of the weights may be cached from before.
             torch.clear_autocast_cache()
             yield before
-        finally:
-            self.put_back()
-
-    @contextmanager
-    def _in_place(self, parts, buffers, direction, scale) -> Iterator[list[Tensor]]:
-        _copy(buffers, parts)
-        self._undo = partial(_copy, parts, buffers)
-        try:
-            add_into(parts, buffers, direction, scale, self.seed)
-            del direction
-            torch.clear_autocast_cache()
-            yield buffers
         finally:
             self.put_back()
 
@@ -123,15 +106,16 @@ class Perturbation:
         needed: dict[tuple[torch.device, torch.dtype], int] = {}
         places = []
         for tensor in tensors:
-            key = (tensor.device, tensor.dtype)
-            places.append((key, needed.get(key, 0)))
-            needed[key] = needed.get(key, 0) + tensor.numel()
-        for key, size in needed.items():
-            if key not in self._memory or self._memory[key].numel() < size:
-                self._memory[key] = torch.empty(size, device=key[0], dtype=key[1])
+            kind = (tensor.device, tensor.dtype)
+            start = needed.get(kind, 0)
+            places.append((kind, start))
+            needed[kind] = start + tensor.numel()
+        for (device, dtype), size in needed.items():
+            if (device, dtype) not in self._memory or self._memory[device, dtype].numel() < size:
+                self._memory[device, dtype] = torch.empty(size, device=device, dtype=dtype)
         return [
-            self._memory[key].as_strided(tensor.shape, _dense_strides(tensor), start)
-            for (key, start), tensor in zip(places, tensors, strict=True)
+            self._memory[kind].as_strided(tensor.shape, _dense_strides(tensor), start)
+            for (kind, start), tensor in zip(places, tensors, strict=True)
         ]
 
 
@@ -142,9 +126,8 @@ def unchanged(weights: Sequence[Tensor]) -> Iterator[None]:
     yield
     if versions != [weight._version for weight in weights]:
         raise RuntimeError(
-            "A pass changed perturbed weights in place, as nn.Embedding does with max_norm, which ends with the "
-            "perturbation. Use ascent_gradient='current', whose first pass keeps such changes, or perturb other "
-            "weights (block_selection, block_pattern)."
+            "A pass changed perturbed weights in place, as nn.Embedding does with max_norm, and that would be lost. "
+            "Use ascent_gradient='current', or perturb other weights (block_selection, block_pattern)."
         )
 
 
@@ -154,16 +137,12 @@ def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
 
 
 def _refer(weights: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
-    """
-    Let each of `weights` refer to the data of its tensor.
-
-    Without a step of the interpreter in between, at which Ctrl-C could leave some of them where they were.
-    """
+    """Let each of `weights` refer to the data of its tensor: all at once, since Ctrl-C could come in between."""
     deque(map(Tensor.data.__set__, weights, tensors), maxlen=0)  # type: ignore[attr-defined]
 
 
 def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
-    """The strides of `tensor` without gaps: its own, if it has none (`torch.channels_last` has none, for one)."""
+    """The strides of `tensor` without gaps: its own, if it has none."""
     return tensor.stride() if tensor.is_contiguous() else torch.empty_like(tensor, device="meta").stride()
 
 
@@ -175,9 +154,7 @@ def _real_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
 @torch.no_grad()
 def norms(tensors: Sequence[Tensor]) -> Tensor:
     """The Euclidean norm of each whole tensor, in float32 or wider, stacked: shape `(len(tensors),)`."""
-    dtype = max((t.dtype.to_real() for t in tensors), key=lambda dtype: torch.finfo(dtype).bits)
-    if torch.finfo(dtype).bits < 32:
-        dtype = torch.float32
+    dtype = reduce(torch.promote_types, {tensor.dtype.to_real() for tensor in tensors}, torch.float32)
     parts = torch.stack(torch._foreach_norm(_real_parts(tensors), 2, dtype=dtype))
     if not is_sharded(tensors):
         return parts
@@ -261,17 +238,14 @@ def move_cosine(weights: Sequence[Tensor], before: Sequence[Tensor], direction: 
 def check_rounding(
     weights: Sequence[Tensor], before: Sequence[Tensor], direction: Sequence[Tensor], rho: float
 ) -> bool:
-    """
-    Whether any of `weights` has 16 bits; warns if they have, and could not follow `direction` from `before` by `rho`.
-    """
+    """Whether any of `weights` has 16 bits; warns if so and they could not follow `direction` from `before`."""
     coarse = next((weight.dtype for weight in weights if is_coarse(weight)), None)
     if coarse is None:
         return False
     cosine = move_cosine(weights, before, direction)
     if cosine < _ROUNDED:
         logger.warning(
-            f"rho={rho} moves the {coarse} weights by less than they resolve: rounded stochastically, it is right in "
-            f"the mean but noisy (cosine with its direction {cosine:.2f}). Raise rho, or keep the weights in float32 "
-            "and train with bf16=True."
+            f"rho={rho} moves the {coarse} weights by less than they resolve: rounded stochastically, that is noisy "
+            f"(cosine with its direction {cosine:.2f}). Raise rho, or keep float32 weights and train with bf16=True."
         )
     return True

@@ -1,9 +1,8 @@
 """
-Tensors that FSDP2 shards over processes.
+Tensors that FSDP2 shards over processes: a `DTensor` stands for the whole, of which this process holds a part.
 
-A `DTensor` stands for the whole tensor, of which this process holds a part. Weights and their gradients are split in
-the same way, so element by element all that is done to them is done to the parts; what is a sum over all elements is
-summed over the processes.
+Weights and their gradients are split in the same way, so what is done element by element is done to the parts, and
+what is a sum over all elements is summed over the processes.
 """
 
 from collections.abc import Iterable, Sequence
@@ -33,11 +32,7 @@ def from_parts(parts: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]
 
 @torch.no_grad()
 def sum_over_parts(sums: Tensor, whole: Sequence[Tensor]) -> Tensor:
-    """
-    `sums[i]`, a sum over this process's part of `whole[i]`, as the sum over all of `whole[i]`.
-
-    One all-reduce for all tensors that are sharded over the same processes; none for tensors that are not sharded.
-    """
+    """`sums[i]`, over this process's part of `whole[i]`, as that over all of it; an all-reduce for each mesh."""
     groups: dict[tuple, list[int]] = {}
     for place, tensor in enumerate(whole):
         if isinstance(tensor, DTensor):
@@ -76,8 +71,7 @@ def reshard(modules: Iterable[FSDPModule]) -> None:
     """
     Give up the gathered weights that FSDP2 keeps after a forward pass without a backward pass (an evaluation).
 
-    While it keeps them they are the parameters that the model shows, and the next forward pass uses them as they are,
-    whatever was done to the shards.
+    The model shows them as its parameters, and would use them whatever was done to the shards meanwhile.
     """
     for module in modules:
         module.reshard()

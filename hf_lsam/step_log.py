@@ -25,54 +25,30 @@ _MOST_PENDING = 256
 
 @dataclass(frozen=True)
 class Perturbed:
-    """
-    One perturbation.
+    """One perturbation."""
 
-    Attributes:
-        applied: Whether its gradient was finite and used: one boolean, on the device.
-        chosen: Indices of the perturbed candidates.
-        squared_norms: Squared gradient norm of every candidate.
-        length: How far the weights were moved.
-        first_block: Index of the first model block that held a perturbed weight.
-        overhead: Predicted cost of its pass 2, in plain steps.
-    """
-
-    applied: Tensor
-    chosen: Sequence[int]
-    squared_norms: Sequence[float]
-    length: float | Tensor
-    first_block: int
-    overhead: float
+    applied: Tensor  # whether its gradient was finite and used: one boolean, on the device
+    chosen: Sequence[int]  # indices of the perturbed candidates
+    squared_norms: Sequence[float]  # of the gradient of every candidate
+    length: float | Tensor  # how far the weights were moved
+    first_block: int  # index of the first model block that held a perturbed weight
+    overhead: float  # predicted cost of its pass 2, in plain steps
 
 
 @dataclass
 class StepLog:
-    """
-    Sums since the last log line.
+    """Sums since the last log line."""
 
-    Args:
-        names: Names of the candidates.
-        trained: Of these, those that were trained when the run began. The others are told of once they are.
-        steps: Optimizer steps.
-        chances: Steps, or micro-batches where each has its own perturbation, that could have been perturbed.
-        perturbed: Those that were.
-        skipped: Those that should have been, but had nothing to climb, or a second pass without a finite gradient.
-        sums: Of the figures of the log line, by their names without `lsam/`.
-        counts: How often each candidate was selected, by its name.
-        norms: Sum of each candidate's gradient norms, by its name.
-        pending: Those that are not summed up yet.
-    """
-
-    names: Sequence[str]
-    trained: Sequence[str]
+    names: Sequence[str]  # of the candidates
+    trained: Sequence[str]  # those that were trained when the run began; the others are told of once they are
     steps: int = 0
-    chances: int = 0
-    perturbed: int = 0
-    skipped: int = 0
-    sums: dict[str, float] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-    norms: dict[str, float] = field(default_factory=dict)
-    pending: list[Perturbed] = field(default_factory=list)
+    chances: int = 0  # steps, or micro-batches of scope `micro_batch`, that could have been perturbed
+    perturbed: int = 0  # those that were
+    skipped: int = 0  # those without anything to climb, or without a finite gradient in pass 2
+    sums: dict[str, float] = field(default_factory=dict)  # of the figures of the log line
+    counts: dict[str, float] = field(default_factory=dict)  # how often each candidate was selected
+    norms: dict[str, float] = field(default_factory=dict)  # of each candidate's gradient, summed up
+    pending: list[Perturbed] = field(default_factory=list)  # not summed up yet
 
     def add(self, perturbation: Perturbed) -> None:
         """Note a perturbation. Whether it was applied may still be on its way from the device: nobody waits for it."""
@@ -96,30 +72,25 @@ class StepLog:
             if was_applied:
                 self._sum_up(perturbation)
             else:
-                self.skipped += 1
-                logger.warning_once(
-                    "A step is plain where it was to be perturbed: the gradient at the perturbed weights was not "
-                    "finite, or pass 2 failed. Steps of this kind are counted in lsam/skipped. A smaller rho may help."
-                )
+                self.skip("the gradient at the perturbed weights was not finite (try a smaller rho), or pass 2 failed")
         self.pending.clear()
 
     def _sum_up(self, perturbation: Perturbed) -> None:
-        total = sum(perturbation.squared_norms)
+        chosen, squared_norms = perturbation.chosen, perturbation.squared_norms
+        total = sum(squared_norms)
         self.perturbed += 1
         figures = {
             "grad_norm": total**0.5,
-            "captured": sum(perturbation.squared_norms[index] for index in perturbation.chosen) / total,
+            "captured": sum(squared_norms[index] for index in chosen) / total,
             "perturbation_norm": float(perturbation.length),
-            "first_block": perturbation.first_block,
+            "first_block": float(perturbation.first_block),
             "overhead": perturbation.overhead,
         }
-        for name, value in figures.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        for index in perturbation.chosen:
-            name = self.names[index]
-            self.counts[name] = self.counts.get(name, 0) + 1
-        for name, squared_norm in zip(self.names, perturbation.squared_norms, strict=True):
-            self.norms[name] = self.norms.get(name, 0.0) + squared_norm**0.5
+        counts: dict[str, float] = {self.names[index]: 1 for index in chosen}
+        norms = {name: square**0.5 for name, square in zip(self.names, squared_norms, strict=True)}
+        for sums, values in ((self.sums, figures), (self.counts, counts), (self.norms, norms)):
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0) + value
 
     def line(self) -> dict[str, float]:
         """
@@ -193,18 +164,13 @@ def drop_rows_after(output_dir: str, step: int) -> None:
     draft.replace(path)
 
 
+@dataclass
 class StuckWatch:
-    """
-    Warns once if the loss stays at its initial value while steps are perturbed.
+    """Warns once if the loss stays at its initial value (of the first log line) while steps are perturbed."""
 
-    Args:
-        first_loss: The first loss that the training logged, where it is resumed; `None` at its beginning.
-    """
-
-    def __init__(self, first_loss: float | None = None) -> None:
-        self.first_loss = first_loss
-        self.lines = 0
-        self.done = False
+    first_loss: float | None = None
+    lines: int = 0
+    done: bool = False
 
     def see(self, loss: float, perturbed: int, step: int, max_steps: int) -> None:
         """A log line's mean loss, with the number of perturbed steps in it, at `step` of `max_steps`."""
@@ -219,6 +185,5 @@ class StuckWatch:
             self.done = True
             logger.warning(
                 f"The loss has stayed at its initial value ({self.first_loss:.4g}) for {step} steps while the weights "
-                "were perturbed: the perturbation may hold the model there for good. Begin with plain steps "
-                "(perturb_start=0.15), or lower rho."
+                "were perturbed, which may hold it there. Begin with plain steps (perturb_start=0.15), or lower rho."
             )
