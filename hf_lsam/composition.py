@@ -18,11 +18,7 @@ def check_order(trainer_class: type, mixin: type) -> None:
 
 
 def check_repeatable(trainer_class: type, mixin: type) -> None:
-    """
-    Raise `NotImplementedError` if `training_step` makes the batch that it trains on, as GRPO's does by sampling.
-
-    What a class that derives from `mixin` overrides is its author's own choice, made for two passes.
-    """
+    """Raise `NotImplementedError` if `training_step` makes its own batch, as GRPO's does by sampling."""
     order = trainer_class.__mro__
     sampling = next((c for c in order if c.__name__ in _SAMPLING and c.__module__.startswith("trl.")), None)
     if sampling is not None:
@@ -30,11 +26,11 @@ def check_repeatable(trainer_class: type, mixin: type) -> None:
             f"{sampling.__name__} trains on what the model writes during training: a second pass would have another "
             "batch. Train it plainly with LSAMConfig(block_selection='none')."
         )
+    # What a class that derives from `mixin` overrides is its author's own choice, made for two passes.
     owner = next(c for c in order if "_prepare_inputs" in vars(c))
     if owner is not Trainer and not issubclass(owner, mixin):
         raise NotImplementedError(
             f"{owner.__name__} overrides _prepare_inputs, so each pass may make its own batch, and both need the same "
-            "one. Train it plainly with LSAMConfig(block_selection='none'). If the batch is the same each time and no "
-            "count is kept, say so in your class: def _prepare_inputs(self, inputs): return "
-            "super()._prepare_inputs(inputs)."
+            "one. Train it plainly with LSAMConfig(block_selection='none'). If it keeps no count and its batch stays, "
+            "say so in your class: def _prepare_inputs(self, inputs): return super()._prepare_inputs(inputs)."
         )

@@ -34,8 +34,7 @@ def check_deepspeed(trainer: Trainer, config: LSAMConfig, way_out: str) -> None:
     if config.ascent_gradient == "current":
         raise NotImplementedError(
             "DeepSpeed adds up the gradients of all backward passes and takes none of them back, so pass 2 has none "
-            "of its own. Use ascent_gradient='previous' (with alpha=1 and sharpness_scope='batch'), or launch "
-            f"without DeepSpeed. {way_out}"
+            f"of its own. Use ascent_gradient='previous' (with alpha=1 and sharpness_scope='batch'). {way_out}"
         )
     for name, (fine, reason) in _REFUSED.items():
         value = settings.get_value(name)

@@ -27,16 +27,12 @@ def is_distributed() -> bool:
 
 @torch.no_grad()
 def average_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """
-    The mean of each tensor over all processes, by one all-reduce for each dtype and device.
-
-    In one process the tensors themselves. Every process must give tensors of the same shapes in the same order.
-    Sharded ones are left alone: as gradients, FSDP2 has reduced them over the processes already.
-    """
+    """The mean of each tensor over all processes, of the same shapes, by one all-reduce per dtype and device."""
     if not is_distributed() or not tensors:
         return list(tensors)
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for place, tensor in enumerate(tensors):
+        # FSDP2 has reduced those that are sharded already.
         if not is_sharded([tensor]):
             groups.setdefault((tensor.device, tensor.dtype), []).append(place)
     averages = list(tensors)
@@ -80,13 +76,7 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
 
 
 def check_supported(trainer: Trainer, config: LSAMConfig) -> None:
-    """
-    Refuse what would give wrong results.
-
-    Raises:
-        NotImplementedError: names the setting, the reason and the way out.
-        ValueError: if `max_overhead` cannot hold.
-    """
+    """Raise `NotImplementedError` where results would be wrong, and `ValueError` if `max_overhead` cannot hold."""
     for problem in _problems(trainer, config):
         raise NotImplementedError(f"{problem} {_WAY_OUT}")
 
@@ -95,11 +85,9 @@ def _problems(trainer: Trainer, config: LSAMConfig) -> Iterator[str]:
     """What is not supported, with the reason and how to set it otherwise."""
     args, accelerator = trainer.args, trainer.accelerator
     is_micro_batch = config.sharpness_scope == "micro_batch"
-    if is_distributed() and args.world_size != dist.get_world_size():
-        yield (
-            f"{dist.get_world_size()} processes were launched, but each trains alone: its Trainer counts "
-            f"{args.world_size}, as accelerate does on CPUs unless told. Set use_cpu=True, or launch one process."
-        )
+    launched = dist.get_world_size() if is_distributed() else args.world_size
+    if launched != args.world_size:
+        yield f"{launched} processes were launched, but each trains alone. On CPUs set use_cpu=True, or launch one."
     kind = accelerator.distributed_type
     is_split = getattr(accelerator, "parallelism_config", None) is not None
     if kind.value not in _SUPPORTED or is_split:
@@ -110,37 +98,27 @@ def _problems(trainer: Trainer, config: LSAMConfig) -> Iterator[str]:
     if kind == DistributedType.DEEPSPEED:
         check_deepspeed(trainer, config, _WAY_OUT)
     if getattr(trainer, "is_distributed_loading_by_transformers", False):
-        yield (
-            "The model was loaded with a distributed_config, which may split weights in ways that are not perturbed. "
-            "Load it without, and let accelerate shard it (fsdp_version: 2)."
-        )
+        yield "distributed_config may split weights in ways that are not perturbed. Load without it, and use FSDP2."
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         yield "FSDP1 keeps many weights in one flat tensor, without blocks to perturb. Set fsdp_version: 2."
     if kind == DistributedType.FSDP and is_micro_batch:
-        yield (
-            "sharpness_scope='micro_batch' climbs the gradient of this process's own micro-batch, but FSDP2 averages "
-            "it over the processes. Set sharpness_scope='batch', or launch without FSDP."
-        )
+        yield "FSDP2 averages what each process's micro_batch is to climb alone. Set sharpness_scope='batch'."
     is_uneven = not accelerator.even_batches and not args.dataloader_drop_last
     if is_distributed() and is_uneven and is_micro_batch and args.gradient_accumulation_steps > 1:
         yield (
-            "With even_batches=False a process may have fewer micro-batches than another, which would wait for it in "
-            "sharpness_scope='micro_batch'. Set even_batches=True, dataloader_drop_last=True, or "
-            "sharpness_scope='batch'."
+            "With even_batches=False a process may have fewer micro-batches than the others, which wait for it. "
+            "Set even_batches=True, dataloader_drop_last=True, or sharpness_scope='batch'."
         )
     if is_distributed() and is_micro_batch and getattr(accelerator.ddp_handler, "static_graph", False):
         yield (
-            "ddp_static_graph=True expects the same work in each pass, but sharpness_scope='micro_batch' averages "
+            "ddp_static_graph=True expects the same work in each pass, and sharpness_scope='micro_batch' averages "
             "gradients in plain steps only. Set ddp_static_graph=False, or sharpness_scope='batch'."
         )
     if args.n_gpu > 1:
         yield "DataParallel copies the model in each pass, so no block can be replayed. Set CUDA_VISIBLE_DEVICES=0."
     devices = {str(device) for device in getattr(trainer.model, "hf_device_map", {}).values()} - {"cpu", "disk"}
     if len(devices) > 1:
-        yield (
-            f"device_map spreads the model over {', '.join(sorted(devices))}, and pass 2 repeats the random numbers "
-            "of one device only. Load it without device_map, and let FSDP2 shard it if it does not fit one device."
-        )
+        yield "device_map spans devices, and pass 2 repeats the random numbers of one. Load without it, or use FSDP2."
     if args.optim.endswith(("lomo", "_layerwise")):
         yield f"optim={args.optim} updates the weights inside the backward pass, that is in pass 1. Choose another."
     plugin = accelerator.state.dynamo_plugin
@@ -151,15 +129,11 @@ def _problems(trainer: Trainer, config: LSAMConfig) -> Iterator[str]:
             "pass 1. Use torch_compile_mode='default' or 'max-autotune-no-cudagraphs', or ascent_gradient='previous'."
         )
     is_one_graph = is_compiled and not plugin.use_regional_compilation
-    way_out = (
-        "Compile the blocks one by one (environment variable ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION=true, or "
-        "dynamo_use_regional_compilation in the configuration of accelerate)"
-    )
+    way_out = "Compile the blocks one by one (with ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION=true in the environment)"
     if is_one_graph and config.block_selection == "budget" and config.max_overhead < 1:
         raise ValueError(
-            "torch_compile=True makes one graph of the model, so pass 2 costs as much as a plain step, and "
-            f"max_overhead={config.max_overhead} cannot hold. {way_out}, raise max_overhead to 1, or use "
-            "ascent_gradient='previous'."
+            f"torch_compile=True makes pass 2 cost a plain step, so max_overhead={config.max_overhead} cannot hold. "
+            f"{way_out}, raise max_overhead to 1, or use ascent_gradient='previous'."
         )
     if is_one_graph and is_micro_batch and args.world_size > 1:
         yield (
@@ -169,12 +143,7 @@ def _problems(trainer: Trainer, config: LSAMConfig) -> Iterator[str]:
 
 
 def check_hooks(trainer: Trainer) -> None:
-    """
-    Refuse an optimizer that takes each gradient as soon as it is there.
-
-    Raises:
-        NotImplementedError: if a parameter has a hook that sees its gradient within the backward pass.
-    """
+    """Raise `NotImplementedError` if an optimizer's hooks take each gradient as soon as it is there."""
     if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
         return
     for name, parameter in trainer.model.named_parameters():

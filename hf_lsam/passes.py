@@ -17,11 +17,11 @@ def only_gradients_of(
     Inside, backward gives gradients to `weights` only, starting from none; afterwards every `.grad` is what it was.
 
     All other `parameters` are switched off: `backward(inputs=...)` would give none, and no error, under reentrant
-    activation checkpointing, and wrong ones under FSDP2. A forward pass may switch them on again, as PEFT does where
-    it changes adapters, so what others get is dropped. Of the `foreign` ones only `.grad` is touched.
+    activation checkpointing, and wrong ones under FSDP2. Of the `foreign` ones only `.grad` is touched.
     """
     wanted = set(weights)
     flags = [(parameter, parameter.requires_grad) for parameter in parameters]
+    # A forward pass may switch others on again, as PEFT does where it changes adapters: what they get is dropped.
     gradients = [(p, p.grad) for p in (*parameters, *foreign) if p.grad is not None or p.requires_grad or p in wanted]
     try:
         for parameter, takes in flags:
@@ -40,11 +40,7 @@ def only_gradients_of(
 
 @contextmanager
 def backward_if_any(accelerator: Accelerator) -> Iterator[None]:
-    """
-    Inside, there is no backward pass of a loss that depends on no weight with a gradient: the gradient is zero.
-
-    A micro-batch may do without all selected blocks, by LayerDrop, or a text among images without the vision tower.
-    """
+    """Inside, a loss that depends on no selected block (LayerDrop, a text without images) gets no backward pass."""
     own = vars(accelerator).get("backward")
     backward = accelerator.backward
 
@@ -64,10 +60,7 @@ def backward_if_any(accelerator: Accelerator) -> Iterator[None]:
 
 @contextmanager
 def buffers_not_sent(model: nn.Module) -> Iterator[None]:
-    """
-    Inside, DistributedDataParallel sends no buffers: pass 2 has those that pass 1 got, and a pass that fails on one
-    process and is run again there would send them once more than the others.
-    """
+    """Inside, DistributedDataParallel sends no buffers: one process may run a failed pass again, and others not."""
     sends = getattr(model, "require_forward_param_sync", False)
     try:
         if sends:

@@ -1,16 +1,11 @@
-"""
-Tensors that FSDP2 shards over processes: a `DTensor` stands for the whole, of which this process holds a part.
-
-Weights and their gradients are split in the same way, so what is done element by element is done to the parts, and
-what is a sum over all elements is summed over the processes.
-"""
+"""Tensors that FSDP2 shards: what goes element by element is done to the parts, and sums go over the processes."""
 
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 
 @torch.no_grad()
@@ -45,18 +40,6 @@ def sum_over_parts(sums: Tensor, whole: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def gathered(tensor: Tensor) -> Tensor:
-    """The whole tensor; if it is sharded, on the CPU, and every process has to call this."""
-    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
-
-
-def sharded_as(tensor: Tensor, like: Tensor) -> Tensor:
-    """This process's part of `tensor`, which every process holds, if `like` is sharded."""
-    if not isinstance(like, DTensor):
-        return tensor
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).to(like.device)
-
-
 def is_sharded(tensors: Iterable[Tensor]) -> bool:
     """Whether any of `tensors` is sharded."""
     return any(isinstance(tensor, DTensor) for tensor in tensors)
@@ -68,11 +51,7 @@ def sharded_modules(model: nn.Module) -> list[FSDPModule]:
 
 
 def reshard(modules: Iterable[FSDPModule]) -> None:
-    """
-    Give up the gathered weights that FSDP2 keeps after a forward pass without a backward pass (an evaluation).
-
-    The model shows them as its parameters, and would use them whatever was done to the shards meanwhile.
-    """
+    """Give up weights that an evaluation has gathered: the model would use them, whatever is done to the shards."""
     for module in modules:
         module.reshard()
 

@@ -8,17 +8,16 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.utils import logging
 
 from .ascent import Ascent
-from .shards import gathered, is_sharded, reshard, sharded_as
+from .shards import is_sharded, reshard
 from .step import LSAMStep
 
 logger = logging.get_logger(__name__)
 
 STATE_FILE = "lsam_state.safetensors"
-
-
 # Of the ascent that the next step begins with, what is saved beside its tensors.
 _OF_ASCENT = ("chosen", "squared_norms", "norm", "spent")
 
@@ -42,7 +41,7 @@ def save_state(step: LSAMStep, checkpoint: str, global_step: int, should_save: b
     names: dict[Tensor, str] = {parameter: name for name, parameter in step.model.named_parameters()}
     tensors: dict[str, Tensor] = {}
     for weight, tensor in zip(weights, direction, strict=True):
-        whole = gathered(tensor)
+        whole = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
         if should_save:
             tensors[names[weight]] = whole.contiguous()
     if not should_save:
@@ -61,11 +60,7 @@ def save_state(step: LSAMStep, checkpoint: str, global_step: int, should_save: b
 
 
 def load_state(step: LSAMStep, checkpoint: str) -> None:
-    """
-    Go on from the state in `checkpoint`; raises `ValueError` if it is damaged or belongs to another model.
-
-    A checkpoint without one (of a plain Trainer), or of other settings or blocks, gives a warning and a clean start.
-    """
+    """Go on from `checkpoint`, or warn and start clean; `ValueError` if it is damaged or belongs to another model."""
     path = Path(checkpoint) / STATE_FILE
     if not path.exists():
         logger.warning(f"{checkpoint} holds no {STATE_FILE}: layer-wise SAM starts without state of earlier steps.")
@@ -85,21 +80,25 @@ def load_state(step: LSAMStep, checkpoint: str) -> None:
     if contents["candidates"] != [candidate.name for candidate in step.candidates]:
         changed.append("the blocks to choose from")
     if changed:
+        what = ", ".join(changed)
         logger.warning(
-            f"{checkpoint} was saved with other settings of layer-wise SAM ({', '.join(changed)}), so its state is "
-            "not used."
+            f"{checkpoint} was saved with other settings of layer-wise SAM ({what}): its state is not used."
         )
         return
-    parameters = dict(step.model.named_parameters())
+    parameters: dict[str, Tensor] = dict(step.model.named_parameters())
     for name, tensor in tensors.items():
-        if name not in parameters or parameters[name].shape != tensor.shape:
+        like = parameters.get(name)
+        if like is None or like.shape != tensor.shape:
             raise ValueError(
                 f"{path} belongs to another model: it holds {name} of shape {tuple(tensor.shape)}. Resume with the "
                 "model that it was saved with, or delete the file to go on without it."
             )
+        if isinstance(like, DTensor):
+            # Every process has read all of it.
+            part = distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+            tensors[name] = part.to(like.device)
     step.log.load(contents["log"])
-    weights: list[Tensor] = [parameters[name] for name in tensors]
-    direction = [sharded_as(tensor, weight) for tensor, weight in zip(tensors.values(), weights, strict=True)]
+    weights, direction = [parameters[name] for name in tensors], list(tensors.values())
     if "previous" in contents:
         step.previous = Ascent(**contents["previous"], weights=weights, gradients=[], direction=direction)
     elif weights:

@@ -1,7 +1,6 @@
 """What a user sees of the method: figures for each log line, and rows of figures for each block."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,9 +14,8 @@ logger = logging.get_logger(__name__)
 
 BLOCKS_FILE = "lsam_blocks.jsonl"
 
-# A run counts as stuck if the logged losses of this share of the training, and of at least so many log lines with
-# perturbed steps, stay within this distance of the first. (A fresh classifier's loss is log(classes), and noise moves
-# it by less than that.)
+# A run is stuck if the losses of this share of the training, and of so many log lines with perturbed steps, stay
+# within this distance of the first. (A fresh classifier's is log(classes), and noise moves it by less than that.)
 _STUCK_SHARE, _STUCK_LINES, _STUCK_DISTANCE = 0.25, 5, 0.02
 # Perturbations that wait to be summed up: a run that logs nothing would keep them all.
 _MOST_PENDING = 256
@@ -93,12 +91,7 @@ class StepLog:
                 sums[name] = sums.get(name, 0) + value
 
     def line(self) -> dict[str, float]:
-        """
-        The figures of the ordinary log line.
-
-        `lsam/overhead` is a mean over all steps, perturbed or not; the others are means over the perturbed ones, and
-        are left out where there was none.
-        """
+        """The figures of the log line: means over perturbed steps, if there are any, but `lsam/overhead` over all."""
         self.settle()
         chances = max(self.chances, 1)
         line = {f"lsam/{name}": value / self.perturbed for name, value in self.sums.items()}
@@ -111,15 +104,10 @@ class StepLog:
         """The row of `lsam_blocks.jsonl`: how often each block was selected, and its mean gradient norm."""
         self.settle()
         names = [name for name in self.names if name in self.trained or self.norms.get(name)]
-        return {
-            "step": step,
-            "epoch": epoch,
-            "steps": self.steps,
-            "perturbed": self.perturbed,
-            "skipped": self.skipped,
-            "counts": {name: self.counts.get(name, 0) for name in names},
-            "norms": {name: self.norms[name] / self.perturbed for name in names if name in self.norms},
-        }
+        row = dict(step=step, epoch=epoch, steps=self.steps, perturbed=self.perturbed, skipped=self.skipped)
+        counts = {name: self.counts.get(name, 0) for name in names}
+        norms = {name: self.norms[name] / self.perturbed for name in names if name in self.norms}
+        return row | dict(counts=counts, norms=norms)
 
     def copy(self) -> "StepLog":
         """These sums, to which nothing is added any more."""
@@ -140,7 +128,7 @@ def append_row(output_dir: str, row: dict[str, Any]) -> None:
     """Add `row` to the blocks file of `output_dir`; training goes on where it cannot be written, with a warning."""
     path = Path(output_dir) / BLOCKS_FILE
     try:
-        os.makedirs(output_dir, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
     except OSError as error:
@@ -176,8 +164,7 @@ class StuckWatch:
         """A log line's mean loss, with the number of perturbed steps in it, at `step` of `max_steps`."""
         if self.done:
             return
-        if self.first_loss is None:
-            self.first_loss = loss
+        self.first_loss = loss if self.first_loss is None else self.first_loss
         self.lines += perturbed > 0
         if abs(loss - self.first_loss) > _STUCK_DISTANCE * abs(self.first_loss):
             self.done = True
