@@ -75,7 +75,7 @@ def update_held_back(engine, parameters: Sequence[Tensor]) -> Iterator[None]:
     try:
         yield
     finally:
-        del engine.step  # back to the method of the class
+        del engine.step
     if asked:
         for parameter in parameters:
             parameter.grad = None

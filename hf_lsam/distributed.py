@@ -149,6 +149,6 @@ def check_hooks(trainer: Trainer) -> None:
     for name, parameter in trainer.model.named_parameters():
         if getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise NotImplementedError(
-                f"{name} has hooks that take its gradient within the backward pass (register_post_accumulate_grad_hook"
-                f"), where the mixed one is not there yet. Use an optimizer that reads .grad in its step. {_WAY_OUT}"
+                f"{name} has hooks (register_post_accumulate_grad_hook) that take its gradient in the backward pass, "
+                f"where the mixed one is not there yet. Use an optimizer that reads .grad in its step. {_WAY_OUT}"
             )

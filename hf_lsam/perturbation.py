@@ -29,8 +29,7 @@ class Perturbation:
     """
 
     def __init__(self) -> None:
-        # Of stochastic rounding, apart from the generators of the training. With the number of the step, processes and
-        # runs that resume round alike.
+        # Of stochastic rounding: the number of the step, so that processes and runs that resume round alike.
         self.seed = 0
         # Buffers of the largest set that was ever moved. Those of `copies` take turns with them.
         self._memory: dict[tuple[torch.device, torch.dtype], Tensor] = {}
@@ -67,9 +66,8 @@ class Perturbation:
         self._undo = undo
         try:
             move()
-            # It refers to the direction, which the caller may want to free.
+            # It refers to the direction, which the caller may free. Casts of the weights may be cached under autocast.
             del move
-            # Under autocast, casts of the weights may be cached from before.
             torch.clear_autocast_cache()
             yield before
         finally:

@@ -18,7 +18,7 @@ from .step import LSAMStep
 logger = logging.get_logger(__name__)
 
 STATE_FILE = "lsam_state.safetensors"
-# Of the ascent that the next step begins with, what is saved beside its tensors.
+# What of an ascent is saved beside its tensors.
 _OF_ASCENT = ("chosen", "squared_norms", "norm", "spent")
 
 
