@@ -15,7 +15,7 @@ from .perturbation import adaptive_scores, norms
 from .rounding import add_into, is_coarse
 from .selection import select
 from .shards import is_sharded
-from .step_log import StepLog, sums_of_candidates
+from .step_log import StepLog
 
 
 @dataclass
@@ -116,7 +116,7 @@ def find_ascent(
         chosen = select(config, candidates, costs, counts)
     else:
         squares = squares.cpu()
-        agreed = sums_of_candidates(squares.numpy(), counts)
+        agreed = [float(part.sum()) for part in np.split(squares.numpy(), np.cumsum(counts)[:-1])]
         if apart:
             own = torch.tensor(agreed, device=weights[0].device if weights else device)
             agreed = average_over_ranks([own])[0].tolist()

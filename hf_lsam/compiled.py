@@ -8,14 +8,10 @@ from torch import Tensor, nn
 
 class CompiledRegions:
     """
-    The compiled modules of a model: the whole of it, its blocks one by one (regional compilation), or none.
+    The compiled modules of what a pass calls: the whole of it, its blocks one by one (regional compilation), or none.
 
     A region is compiled anew when the set of its weights that take a gradient changes, and it takes the gradients of
-    all of them together. So they are switched on and off together: a block then knows two states, whatever is
-    selected.
-
-    Args:
-        called: What is called in a pass: the model, its compiled copy, or a wrapper of either.
+    all of them together. So they are switched on and off together: a block then knows two states.
     """
 
     def __init__(self, called: nn.Module):

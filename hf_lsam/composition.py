@@ -7,12 +7,7 @@ _SAMPLING = {"AsyncDistillationTrainer", "AsyncGRPOTrainer", "GKDTrainer", "Onli
 
 
 def check_order(trainer_class: type, mixin: type) -> None:
-    """
-    Refuse a class whose bases are in an order that leaves the mixin out.
-
-    Raises:
-        TypeError: if `mixin` comes after the Trainer, whose methods would then be called instead of its own.
-    """
+    """Raise `TypeError` if `mixin` comes after the Trainer, whose methods would then be called instead of its own."""
     order = trainer_class.__mro__
     if Trainer in order and order.index(Trainer) < order.index(mixin):
         bases = [base.__name__ for base in trainer_class.__bases__ if base is not mixin]
@@ -23,27 +18,19 @@ def check_order(trainer_class: type, mixin: type) -> None:
 
 
 def check_repeatable(trainer_class: type, mixin: type) -> None:
-    """
-    Refuse a class whose `training_step` makes the batch that it trains on, as GRPO's does from the model's samples.
-
-    What a class that derives from `mixin` overrides is its author's own choice, made for two passes.
-
-    Raises:
-        NotImplementedError: names the class, the reason and the way out.
-    """
+    """Raise `NotImplementedError` if `training_step` makes its own batch, as GRPO's does by sampling."""
     order = trainer_class.__mro__
     sampling = next((c for c in order if c.__name__ in _SAMPLING and c.__module__.startswith("trl.")), None)
     if sampling is not None:
         raise NotImplementedError(
             f"{sampling.__name__} trains on what the model writes during training: a second pass would have another "
-            "batch, or samples would come from perturbed weights. Train it plainly with "
-            "LSAMConfig(block_selection='none')."
+            "batch. Train it plainly with LSAMConfig(block_selection='none')."
         )
+    # What a class that derives from `mixin` overrides is its author's own choice, made for two passes.
     owner = next(c for c in order if "_prepare_inputs" in vars(c))
     if owner is not Trainer and not issubclass(owner, mixin):
         raise NotImplementedError(
-            f"{owner.__name__} overrides _prepare_inputs, so each pass would make its own batch, as GRPO does by "
-            "sampling from the model; the two passes need the same one. Train it plainly with "
-            "LSAMConfig(block_selection='none'). If this override gives the same batch each time and keeps no count, "
+            f"{owner.__name__} overrides _prepare_inputs, so each pass may make its own batch, and both need the same "
+            "one. Train it plainly with LSAMConfig(block_selection='none'). If it keeps no count and its batch stays, "
             "say so in your class: def _prepare_inputs(self, inputs): return super()._prepare_inputs(inputs)."
         )

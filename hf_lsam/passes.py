@@ -16,13 +16,12 @@ def only_gradients_of(
     """
     Inside, backward gives gradients to `weights` only, starting from none; afterwards every `.grad` is what it was.
 
-    Gradients are switched off on all other `parameters`. `backward(inputs=...)` would give none, and no error, under
-    reentrant activation checkpointing, and wrong ones under FSDP2. A forward pass may switch them on again, as PEFT
-    does where it changes adapters, so what others get is dropped. The `foreign` ones are left as they are, but for
-    their `.grad`.
+    All other `parameters` are switched off: `backward(inputs=...)` would give none, and no error, under reentrant
+    activation checkpointing, and wrong ones under FSDP2. Of the `foreign` ones only `.grad` is touched.
     """
     wanted = set(weights)
     flags = [(parameter, parameter.requires_grad) for parameter in parameters]
+    # A forward pass may switch others on again, as PEFT does where it changes adapters: what they get is dropped.
     gradients = [(p, p.grad) for p in (*parameters, *foreign) if p.grad is not None or p.requires_grad or p in wanted]
     try:
         for parameter, takes in flags:
@@ -41,11 +40,7 @@ def only_gradients_of(
 
 @contextmanager
 def backward_if_any(accelerator: Accelerator) -> Iterator[None]:
-    """
-    Inside, the backward pass of a loss that depends on no weight with a gradient is left out: the gradient is zero.
-
-    A micro-batch may do without all selected blocks, by LayerDrop, or a text among images without the vision tower.
-    """
+    """Inside, a loss that depends on no selected block (LayerDrop, a text without images) gets no backward pass."""
     own = vars(accelerator).get("backward")
     backward = accelerator.backward
 
@@ -65,28 +60,25 @@ def backward_if_any(accelerator: Accelerator) -> Iterator[None]:
 
 @contextmanager
 def buffers_not_sent(model: nn.Module) -> Iterator[None]:
-    """
-    Inside, DistributedDataParallel sends no buffers: a pass that fails on one process and is run again there would
-    send them once more than the others. Pass 2 has those that pass 1 got.
-    """
-    sends = getattr(model, "require_forward_param_sync", None)
-    if not sends:
-        yield
-        return
+    """Inside, DistributedDataParallel sends no buffers: one process may run a failed pass again, and others not."""
+    sends = getattr(model, "require_forward_param_sync", False)
     try:
-        model.require_forward_param_sync = False  # type: ignore[assignment]
+        if sends:
+            model.require_forward_param_sync = False  # type: ignore[assignment]
         yield
     finally:
-        model.require_forward_param_sync = sends
+        if sends:
+            model.require_forward_param_sync = sends  # type: ignore[assignment]
 
 
 def copy_of(batch: Any) -> Any:
     """A copy of a batch, down to its tensors; what cannot be copied is shared."""
     if isinstance(batch, Tensor):
         return batch.clone()
-    if type(batch) in (dict, list, tuple):
-        parts = [copy_of(part) for part in (batch.values() if isinstance(batch, dict) else batch)]
-        return dict(zip(batch, parts, strict=True)) if isinstance(batch, dict) else type(batch)(parts)
+    if type(batch) is dict:
+        return {key: copy_of(part) for key, part in batch.items()}
+    if type(batch) in (list, tuple):
+        return type(batch)(map(copy_of, batch))
     if isinstance(batch, (int, float, str, type(None))):
         return batch
     try:

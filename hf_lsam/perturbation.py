@@ -2,8 +2,8 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
@@ -16,137 +16,99 @@ logger = logging.get_logger(__name__)
 
 # Below this cosine between what the weights moved by and what they should have, a user is told.
 _ROUNDED = 0.95
+Tensors = Sequence[Tensor]
 
 
 class Perturbation:
     """
     Moves weights along a direction for the length of a `with` block, and puts them back exactly.
 
-    The moved weights are written to a buffer, which the parameters refer to meanwhile; the tensors that they referred
-    to before stay as they are, and are referred to again afterwards. So there is nothing to copy back, and nothing
-    that a NaN or an error could spoil. (Subtraction would change 0.3 to 6 % of the float32 weights: w + e - e is not
-    w.) A sharded weight stays where it is, since FSDP2 gathers it from there: each process moves its part in place and
-    copies it back.
-
-    The buffer is kept from step to step, of the size of the largest set that was ever moved. Where gradients are kept
-    for the next step (`copies`) there are two, which take turns.
-
-    Attributes:
-        seed: Of stochastic rounding, which draws nothing from the generators of the training. With the number of the
-            step, processes and runs that resume round alike.
+    The parameters refer to a buffer meanwhile, so there is nothing to copy back, and nothing that a NaN or an error
+    could spoil. (Subtraction would change 0.3 to 6 % of float32 weights: w + e - e is not w.) FSDP2 gathers a sharded
+    weight from where it is: each process moves its part in place and copies it back.
     """
 
     def __init__(self) -> None:
+        # Of stochastic rounding: the number of the step, so that processes and runs that resume round alike.
         self.seed = 0
+        # Buffers of the largest set that was ever moved. Those of `copies` take turns with them.
         self._memory: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._other_memory: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._undo: Callable[[], None] | None = None
 
     def put_back(self) -> None:
-        """
-        Put back the weights that are moved, if there are any.
-
-        To be called where a step ends as well: Ctrl-C may come just as a `with` block is entered or left, which then
-        cannot do it.
-        """
+        """Put back moved weights; to be called after a step too: Ctrl-C may come just as a `with` block begins."""
         if self._undo is not None:
             self._undo()
             self._undo = None
             torch.clear_autocast_cache()
 
-    @contextmanager
     def moved(
-        self, weights: Sequence[Tensor], direction: Sequence[Tensor], scale: Tensor | float
-    ) -> Iterator[list[Tensor]]:
-        """
-        Inside, `weights` are at `weights + scale * direction`; afterwards they are bitwise what they were before.
-
-        Weights of 16 bits are rounded stochastically; rounding to the nearest would swallow most of a short move.
-        Nothing here refers to `direction` once the weights are moved, so the caller can free it.
-
-        Args:
-            weights: Parameters.
-            direction: One tensor for each weight, of its shape.
-            scale: Factor, one number, for instance `rho / norm`.
-
-        Yields:
-            The weights' local parts as they were.
-        """
+        self, weights: Tensors, direction: Tensors, scale: Tensor | float
+    ) -> AbstractContextManager[list[Tensor]]:
+        """Inside, `weights` are at `weights + scale * direction`; yields their local parts as they were."""
         parts = local_parts(weights)
         buffers = self._buffers(parts)
-        if is_sharded(weights):
-            move = self._in_place(parts, buffers, local_parts(direction), scale)
-        else:
+        if not is_sharded(weights):
             add_into(buffers, parts, direction, scale, self.seed)
-            move = self.at(weights, buffers)
-        del direction
-        with move as before:
-            yield before
+            return self.at(weights, buffers)
+        _copy(buffers, parts)
+        move = partial(add_into, parts, buffers, local_parts(direction), scale, self.seed)
+        return self._until_put_back(move, partial(_copy, parts, buffers), buffers)
 
-    @contextmanager
-    def at(self, weights: Sequence[Tensor], tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    def at(self, weights: Tensors, tensors: Tensors) -> AbstractContextManager[list[Tensor]]:
         """Inside, `weights`, none of them sharded, refer to `tensors`; yields what they referred to before."""
         before = [weight.data for weight in weights]
-        self._undo = partial(_refer, weights, before)
+        return self._until_put_back(partial(_refer, weights, tensors), partial(_refer, weights, before), before)
+
+    @contextmanager
+    def _until_put_back(
+        self, move: Callable[[], None], undo: Callable[[], None], before: list[Tensor]
+    ) -> Iterator[list[Tensor]]:
+        self._undo = undo
         try:
-            _refer(weights, tensors)
-            # Under autocast, casts of the weights may be cached from before.
+            move()
+            # It refers to the direction, which the caller may free. Casts of the weights may be cached under autocast.
+            del move
             torch.clear_autocast_cache()
             yield before
         finally:
             self.put_back()
 
-    @contextmanager
-    def _in_place(self, parts, buffers, direction, scale) -> Iterator[list[Tensor]]:
-        _copy(buffers, parts)
-        self._undo = partial(_copy, parts, buffers)
-        try:
-            add_into(parts, buffers, direction, scale, self.seed)
-            del direction
-            torch.clear_autocast_cache()
-            yield buffers
-        finally:
-            self.put_back()
-
-    def copies(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """
-        Copies of `tensors`, in the memory of the last move. The next move takes that of the copies before these.
-
-        On a CPU a copy into new memory takes twice as long, most of it for the operating system to hand it out.
-        """
+    def copies(self, tensors: Tensors) -> list[Tensor]:
+        """Copies in the memory of the last move, which the next one spares: new memory takes a CPU twice as long."""
         parts = local_parts(tensors)
         buffers = self._buffers(parts)
         _copy(buffers, parts)
         self._memory, self._other_memory = self._other_memory, self._memory
         return from_parts(buffers, tensors)
 
-    def _buffers(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Room for as many tensors of the same kinds, shapes and strides, as slices of the kept memory."""
+    def _buffers(self, tensors: Tensors) -> list[Tensor]:
+        """Room for as many tensors of the same kinds, shapes and (without gaps) strides, in the kept memory."""
         needed: dict[tuple[torch.device, torch.dtype], int] = {}
         places = []
         for tensor in tensors:
-            key = (tensor.device, tensor.dtype)
-            places.append((key, needed.get(key, 0)))
-            needed[key] = needed.get(key, 0) + tensor.numel()
-        for key, size in needed.items():
-            if key not in self._memory or self._memory[key].numel() < size:
-                self._memory[key] = torch.empty(size, device=key[0], dtype=key[1])
-        return [
-            self._memory[key].as_strided(tensor.shape, _dense_strides(tensor), start)
-            for (key, start), tensor in zip(places, tensors, strict=True)
-        ]
+            kind, dense = (tensor.device, tensor.dtype), tensor
+            if not tensor.is_contiguous():
+                dense = torch.empty_like(tensor, device="meta")
+            start = needed.get(kind, 0)
+            places.append((kind, tensor.shape, dense.stride(), start))
+            needed[kind] = start + tensor.numel()
+        for (device, dtype), size in needed.items():
+            if (device, dtype) not in self._memory or self._memory[device, dtype].numel() < size:
+                self._memory[device, dtype] = torch.empty(size, device=device, dtype=dtype)
+        return [self._memory[kind].as_strided(shape, strides, start) for kind, shape, strides, start in places]
 
 
 @contextmanager
-def unchanged(weights: Sequence[Tensor]) -> Iterator[None]:
+def unchanged(weights: Tensors) -> Iterator[None]:
     """Inside, nothing may change the moved `weights` in place, which would be lost; raises `RuntimeError` after it."""
     versions = [weight._version for weight in weights]
     yield
     if versions != [weight._version for weight in weights]:
         raise RuntimeError(
-            "A pass changed perturbed weights in place, as nn.Embedding does with max_norm, which ends with the "
-            "perturbation. Use ascent_gradient='current', whose first pass keeps such changes, or perturb other "
-            "weights (block_selection, block_pattern)."
+            "A pass changed perturbed weights in place, as nn.Embedding does with max_norm, and that would be lost. "
+            "Use ascent_gradient='current', or perturb other weights (block_selection, block_pattern)."
         )
 
 
@@ -155,31 +117,20 @@ def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
     torch._foreach_copy_(targets, sources)
 
 
-def _refer(weights: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
-    """
-    Let each of `weights` refer to the data of its tensor.
-
-    Without a step of the interpreter in between, at which Ctrl-C could leave some of them where they were.
-    """
+def _refer(weights: Tensors, tensors: Tensors) -> None:
+    """Let each of `weights` refer to the data of its tensor: all at once, since Ctrl-C could come in between."""
     deque(map(Tensor.data.__set__, weights, tensors), maxlen=0)  # type: ignore[attr-defined]
 
 
-def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
-    """The strides of `tensor` without gaps: its own, if it has none (`torch.channels_last` has none, for one)."""
-    return tensor.stride() if tensor.is_contiguous() else torch.empty_like(tensor, device="meta").stride()
-
-
-def _real_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
+def _real_parts(tensors: Tensors) -> list[Tensor]:
     """The local parts, complex ones as pairs of real numbers; they share memory with `tensors`."""
     return [torch.view_as_real(part) if part.is_complex() else part for part in local_parts(tensors)]
 
 
 @torch.no_grad()
-def norms(tensors: Sequence[Tensor]) -> Tensor:
+def norms(tensors: Tensors) -> Tensor:
     """The Euclidean norm of each whole tensor, in float32 or wider, stacked: shape `(len(tensors),)`."""
-    dtype = max((t.dtype.to_real() for t in tensors), key=lambda dtype: torch.finfo(dtype).bits)
-    if torch.finfo(dtype).bits < 32:
-        dtype = torch.float32
+    dtype = reduce(torch.promote_types, {tensor.dtype.to_real() for tensor in tensors}, torch.float32)
     parts = torch.stack(torch._foreach_norm(_real_parts(tensors), 2, dtype=dtype))
     if not is_sharded(tensors):
         return parts
@@ -187,7 +138,7 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def distance(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> float:
+def distance(tensors: Tensors, others: Tensors) -> float:
     """Euclidean norm of the difference of all of them together, as a share of that of `others`."""
     parts = torch._foreach_sub(local_parts(tensors), local_parts(others))
     apart, whole = norms(from_parts(parts, others)).double().norm(), norms(others).double().norm()
@@ -195,7 +146,7 @@ def distance(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> float:
 
 
 @torch.no_grad()
-def mix(plain: Sequence[Tensor], perturbed: Sequence[Tensor], alpha: float) -> Sequence[Tensor]:
+def mix(plain: Tensors, perturbed: Tensors, alpha: float) -> Tensors:
     """`(1 - alpha) * plain + alpha * perturbed`; may change `plain` in place."""
     if alpha == 1:
         return perturbed
@@ -204,7 +155,7 @@ def mix(plain: Sequence[Tensor], perturbed: Sequence[Tensor], alpha: float) -> S
 
 
 @torch.no_grad()
-def where(condition: Tensor, tensors: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
+def where(condition: Tensor, tensors: Tensors, others: Tensors) -> list[Tensor]:
     """`tensors` if `condition`, one boolean, else `others`; on an accelerator without waiting for it."""
     if condition.device.type == "cpu":
         return list(tensors if condition.numpy() else others)
@@ -213,7 +164,7 @@ def where(condition: Tensor, tensors: Sequence[Tensor], others: Sequence[Tensor]
 
 
 @torch.no_grad()
-def zero_unless(condition: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+def zero_unless(condition: Tensor, tensors: Tensors) -> list[Tensor]:
     """`tensors` if `condition`, one boolean, else zeros; on an accelerator without waiting for it."""
     if condition.device.type == "cpu":
         return list(tensors) if condition.numpy() else [torch.zeros_like(tensor) for tensor in tensors]
@@ -221,14 +172,14 @@ def zero_unless(condition: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def adaptive_scores(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
+def adaptive_scores(weights: Tensors, gradients: Tensors) -> list[Tensor]:
     """ASAM's `|w| g`, whose norm takes the place of the gradient's, in float32 or wider."""
     parts = torch._foreach_mul(torch._foreach_abs(wide(local_parts(weights))), wide(local_parts(gradients)))
     return from_parts(parts, gradients)
 
 
 @torch.no_grad()
-def orthogonal_part(perturbed: Sequence[Tensor], plain: Sequence[Tensor]) -> list[Tensor]:
+def orthogonal_part(perturbed: Tensors, plain: Tensors) -> list[Tensor]:
     """The part of the `perturbed` gradient orthogonal to the `plain` one, of unit length (zero if there is none)."""
     # LookSAM's memory is largest here, so what is as large as the gradients is made once, and products one at a time.
     plain_parts, perturbed_parts = wide(local_parts(plain)), wide(local_parts(perturbed))
@@ -243,7 +194,7 @@ def orthogonal_part(perturbed: Sequence[Tensor], plain: Sequence[Tensor]) -> lis
 
 
 @torch.no_grad()
-def add_along(gradients: Sequence[Tensor], directions: Sequence[Tensor], scale: float) -> None:
+def add_along(gradients: Tensors, directions: Tensors, scale: float) -> None:
     """Add to `gradients`, in place, `scale` times their joint norm along each of `directions`."""
     # Where one of them is not finite, the others stay what they are.
     length = norms(gradients).square().sum().sqrt().nan_to_num(0.0, posinf=0.0)
@@ -251,7 +202,7 @@ def add_along(gradients: Sequence[Tensor], directions: Sequence[Tensor], scale: 
 
 
 @torch.no_grad()
-def move_cosine(weights: Sequence[Tensor], before: Sequence[Tensor], direction: Sequence[Tensor]) -> float:
+def move_cosine(weights: Tensors, before: Tensors, direction: Tensors) -> float:
     """Cosine between the move of `weights` from `before` and `direction`; below 1 where rounding swallows it."""
     moves = [weight.double() - old.double() for weight, old in zip(local_parts(weights), before, strict=True)]
     products = [(move * d.double()).sum() for move, d in zip(moves, local_parts(direction), strict=True)]
@@ -260,20 +211,15 @@ def move_cosine(weights: Sequence[Tensor], before: Sequence[Tensor], direction: 
     return along / length if length > 0 else 0.0
 
 
-def check_rounding(
-    weights: Sequence[Tensor], before: Sequence[Tensor], direction: Sequence[Tensor], rho: float
-) -> bool:
-    """
-    Whether any of `weights` has 16 bits; warns if they have, and could not follow `direction` from `before` by `rho`.
-    """
+def check_rounding(weights: Tensors, before: Tensors, direction: Tensors, rho: float) -> bool:
+    """Whether any of `weights` has 16 bits; warns if so and they could not follow `direction` from `before`."""
     coarse = next((weight.dtype for weight in weights if is_coarse(weight)), None)
     if coarse is None:
         return False
     cosine = move_cosine(weights, before, direction)
     if cosine < _ROUNDED:
         logger.warning(
-            f"rho={rho} moves the {coarse} weights by less than they resolve: rounded stochastically, it is right in "
-            f"the mean but noisy (cosine with its direction {cosine:.2f}). Raise rho, or keep the weights in float32 "
-            "and train with bf16=True."
+            f"rho={rho} moves the {coarse} weights by less than they resolve: rounded stochastically, that is noisy "
+            f"(cosine with its direction {cosine:.2f}). Raise rho, or keep float32 weights and train with bf16=True."
         )
     return True

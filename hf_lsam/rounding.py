@@ -1,8 +1,7 @@
 """
-Weights of 16 bits: moved by less than they resolve.
+Weights of 16 bits: rounded to the nearest, most of a short move is lost.
 
-Rounded to the nearest, most of a short move is lost. Rounded stochastically, each weight goes to one of its two
-neighbours such that the mean is right; the move is longer and noisy, but the loss rises by what it should.
+Rounded stochastically, a move is longer and noisy, but the loss rises by what it should.
 """
 
 from collections.abc import Sequence

@@ -1,17 +1,11 @@
-"""
-Tensors that FSDP2 shards over processes.
-
-A `DTensor` stands for the whole tensor, of which this process holds a part. Weights and their gradients are split in
-the same way, so element by element all that is done to them is done to the parts; what is a sum over all elements is
-summed over the processes.
-"""
+"""Tensors that FSDP2 shards: what goes element by element is done to the parts, and sums go over the processes."""
 
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 
 @torch.no_grad()
@@ -33,11 +27,7 @@ def from_parts(parts: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]
 
 @torch.no_grad()
 def sum_over_parts(sums: Tensor, whole: Sequence[Tensor]) -> Tensor:
-    """
-    `sums[i]`, a sum over this process's part of `whole[i]`, as the sum over all of `whole[i]`.
-
-    One all-reduce for all tensors that are sharded over the same processes; none for tensors that are not sharded.
-    """
+    """`sums[i]`, over this process's part of `whole[i]`, as that over all of it; an all-reduce for each mesh."""
     groups: dict[tuple, list[int]] = {}
     for place, tensor in enumerate(whole):
         if isinstance(tensor, DTensor):
@@ -48,18 +38,6 @@ def sum_over_parts(sums: Tensor, whole: Sequence[Tensor]) -> Tensor:
         index = torch.tensor(places, device=sums.device)
         total = total.index_copy(0, index, DTensor.from_local(sums[index], mesh, kinds).full_tensor())
     return total
-
-
-def gathered(tensor: Tensor) -> Tensor:
-    """The whole tensor; if it is sharded, on the CPU, and every process has to call this."""
-    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
-
-
-def sharded_as(tensor: Tensor, like: Tensor) -> Tensor:
-    """This process's part of `tensor`, which every process holds, if `like` is sharded."""
-    if not isinstance(like, DTensor):
-        return tensor
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).to(like.device)
 
 
 def is_sharded(tensors: Iterable[Tensor]) -> bool:
@@ -73,12 +51,7 @@ def sharded_modules(model: nn.Module) -> list[FSDPModule]:
 
 
 def reshard(modules: Iterable[FSDPModule]) -> None:
-    """
-    Give up the gathered weights that FSDP2 keeps after a forward pass without a backward pass (an evaluation).
-
-    While it keeps them they are the parameters that the model shows, and the next forward pass uses them as they are,
-    whatever was done to the shards.
-    """
+    """Give up weights that an evaluation has gathered: the model would use them, whatever is done to the shards."""
     for module in modules:
         module.reshard()
 

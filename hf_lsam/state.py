@@ -9,80 +9,63 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.utils import logging
 
 from .ascent import Ascent
-from .shards import gathered, is_sharded, reshard, sharded_as
+from .shards import is_sharded, reshard
 from .step import LSAMStep
 
 logger = logging.get_logger(__name__)
 
 STATE_FILE = "lsam_state.safetensors"
+# What of an ascent is saved beside what has the shapes of weights; the numbers lie in tensors.
+_OF_ASCENT, _NUMBERS_OF_ASCENT = ("chosen", "counts", "spent"), ("squares", "norm")
 
 
 def save_state(step: LSAMStep, checkpoint: str, global_step: int, should_save: bool = True) -> None:
     """
-    Write to `checkpoint` what optimizer step `global_step` begins with.
+    Write to `checkpoint` what optimizer step `global_step` begins with; raises `OSError` if that cannot be written.
 
     Every process has to call it, since sharded tensors are gathered from all; those that `should_save` write. The
     Trainer writes `trainer_state.json` afterwards and cannot resume without it, so a run that is killed in here leaves
     no checkpoint that resumes without this state.
-
-    Raises:
-        OSError: if the file cannot be written, as where the disk is full.
     """
     kept = step.kept(global_step)
     reshard(step.sharded_modules)
-    names: dict[Tensor, str] = {parameter: name for name, parameter in step.model.named_parameters()}
-    tensors: dict[str, Tensor] = {}
     contents: dict[str, Any] = {"config": asdict(step.config), "log": kept.log.state()}
     if kept.previous is not None:
         weights, direction = kept.previous.weights, kept.previous.direction
-        contents["previous"] = {
-            "chosen": kept.previous.chosen,
-            "squares": kept.previous.squares.tolist(),
-            "counts": kept.previous.counts,
-            "norm": kept.previous.norm.item(),
-            "spent": kept.previous.spent,
-        }
-    elif kept.correction is not None:
-        weights, direction = kept.correction
+        contents["previous"] = {name: getattr(kept.previous, name) for name in _OF_ASCENT}
+        contents["previous"] |= {name: getattr(kept.previous, name).tolist() for name in _NUMBERS_OF_ASCENT}
     else:
-        weights, direction = [], []
+        weights, direction = kept.correction or ([], [])
+    names: dict[Tensor, str] = {parameter: name for name, parameter in step.model.named_parameters()}
+    tensors: dict[str, Tensor] = {}
     for weight, tensor in zip(weights, direction, strict=True):
-        whole = gathered(tensor)
+        whole = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
         if should_save:
             tensors[names[weight]] = whole.contiguous()
-    contents["weights"] = list(tensors)
-    contents["candidates"] = [candidate.name for candidate in step.candidates]
     if not should_save:
         return
+    contents["weights"] = list(tensors)
+    contents["candidates"] = [candidate.name for candidate in step.candidates]
     draft = Path(checkpoint) / f"{STATE_FILE}.draft"
     try:
         save_file(tensors, draft, metadata={"lsam": json.dumps(contents)})
     except (SafetensorError, OSError) as error:
         raise OSError(
             f"{draft.with_suffix('')} could not be written ({error}), so {checkpoint} cannot be resumed from. See to "
-            "it that there is room and that the folder may be written to, remove the checkpoint, and resume from the "
-            "one before."
+            "it that there is room and write access, remove the checkpoint, and resume from the one before."
         ) from error
     draft.replace(draft.with_suffix(""))
 
 
 def load_state(step: LSAMStep, checkpoint: str) -> None:
-    """
-    Go on from the state in `checkpoint`.
-
-    A checkpoint without one (of a plain Trainer), or of other settings or blocks, gives a warning and a clean start.
-
-    Raises:
-        ValueError: if the file is damaged or belongs to another model.
-    """
+    """Go on from `checkpoint`, or warn and start clean; `ValueError` if it is damaged or belongs to another model."""
     path = Path(checkpoint) / STATE_FILE
     if not path.exists():
-        logger.warning(
-            f"{checkpoint} holds no {STATE_FILE}, so layer-wise SAM starts without state from earlier steps."
-        )
+        logger.warning(f"{checkpoint} holds no {STATE_FILE}: layer-wise SAM starts without state of earlier steps.")
         return
     try:
         # What is to be sharded need not lie whole on the device.
@@ -92,35 +75,35 @@ def load_state(step: LSAMStep, checkpoint: str) -> None:
             tensors = {name: file.get_tensor(name) for name in contents["weights"]}
     except (SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} is damaged ({error}). Resume from an earlier checkpoint, or delete the file to go on without the "
-            "state of layer-wise SAM."
+            f"{path} is damaged ({error}). Resume from an earlier checkpoint, or delete the file to go on without it."
         ) from error
     saved, current = contents["config"], asdict(step.config)
     changed = sorted(name for name in current if saved.get(name) != current[name])
     if contents["candidates"] != [candidate.name for candidate in step.candidates]:
         changed.append("the blocks to choose from")
     if changed:
+        what = ", ".join(changed)
         logger.warning(
-            f"{checkpoint} was saved with other settings of layer-wise SAM ({', '.join(changed)}), so its state is "
-            "not used: the first steps go without it."
+            f"{checkpoint} was saved with other settings of layer-wise SAM ({what}): its state is not used."
         )
         return
-    parameters = dict(step.model.named_parameters())
+    parameters: dict[str, Tensor] = dict(step.model.named_parameters())
     for name, tensor in tensors.items():
-        if name not in parameters or parameters[name].shape != tensor.shape:
+        like = parameters.get(name)
+        if like is None or like.shape != tensor.shape:
             raise ValueError(
                 f"{path} belongs to another model: it holds {name} of shape {tuple(tensor.shape)}. Resume with the "
-                "model that it was saved with, or delete the file to go on without the state of layer-wise SAM."
+                "model that it was saved with, or delete the file to go on without it."
             )
+        if isinstance(like, DTensor):
+            # Every process has read all of it.
+            part = distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+            tensors[name] = part.to(like.device)
     step.log.load(contents["log"])
-    weights: list[Tensor] = [parameters[name] for name in tensors]
-    direction = [sharded_as(tensor, weight) for tensor, weight in zip(tensors.values(), weights, strict=True)]
+    weights, direction = [parameters[name] for name in tensors], list(tensors.values())
     if "previous" in contents:
-        kept = {
-            k: torch.tensor(v, dtype=torch.float64)
-            for k, v in contents["previous"].items()
-            if k in ("squares", "norm")
-        }
-        step.previous = Ascent(**contents["previous"] | kept, weights=weights, gradients=[], direction=direction)
+        saved = contents["previous"]
+        saved |= {name: torch.tensor(saved[name], dtype=torch.float64) for name in _NUMBERS_OF_ASCENT}
+        step.previous = Ascent(**saved, weights=weights, gradients=[], direction=direction)
     elif weights:
         step.correction = (weights, direction)

@@ -1,7 +1,6 @@
 """What a user sees of the method: figures for each log line, and rows of figures for each block."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,71 +15,40 @@ logger = logging.get_logger(__name__)
 
 BLOCKS_FILE = "lsam_blocks.jsonl"
 
-# A run counts as stuck if the logged losses of this share of the training, and of at least so many log lines with
-# perturbed steps, stay within this distance of the first. (A fresh classifier's loss is log(classes), and noise moves
-# it by less than that.)
+# A run is stuck if the losses of this share of the training, and of so many log lines with perturbed steps, stay
+# within this distance of the first. (A fresh classifier's is log(classes), and noise moves it by less than that.)
 _STUCK_SHARE, _STUCK_LINES, _STUCK_DISTANCE = 0.25, 5, 0.02
 # Perturbations that wait to be summed up: a run that logs nothing would keep them all.
 _MOST_PENDING = 256
 
 
-def sums_of_candidates(squares: np.ndarray, counts: Sequence[int]) -> list[float]:
-    """Squared gradient norm of every candidate, from those of its weights."""
-    return [float(part.sum()) for part in np.split(squares, np.cumsum(counts)[:-1])]
-
-
 @dataclass(frozen=True)
 class Perturbed:
-    """
-    One perturbation.
+    """One perturbation."""
 
-    Attributes:
-        applied: Whether its gradient was finite and used: one boolean, on the device.
-        chosen: Indices of the perturbed candidates.
-        squares: Squared gradient norm of each weight, candidate by candidate.
-        counts: How many of these weights each candidate has.
-        length: How far the weights were moved.
-        first_block: Index of the first model block that held a perturbed weight.
-        overhead: Predicted cost of its pass 2, in plain steps.
-    """
-
-    applied: Tensor
-    chosen: Sequence[int]
-    squares: Tensor
-    counts: Sequence[int]
-    length: float | Tensor
-    first_block: int
-    overhead: float
+    applied: Tensor  # whether its gradient was finite and used: one boolean, on the device
+    chosen: Sequence[int]  # indices of the perturbed candidates
+    squares: Tensor  # squared gradient norm of each weight, candidate by candidate
+    counts: Sequence[int]  # how many of these weights each candidate has
+    length: float | Tensor  # how far the weights were moved
+    first_block: int  # index of the first model block that held a perturbed weight
+    overhead: float  # predicted cost of its pass 2, in plain steps
 
 
 @dataclass
 class StepLog:
-    """
-    Sums since the last log line.
+    """Sums since the last log line."""
 
-    Args:
-        names: Names of the candidates.
-        trained: Of these, those that were trained when the run began. The others are told of once they are.
-        steps: Optimizer steps.
-        chances: Steps, or micro-batches where each has its own perturbation, that could have been perturbed.
-        perturbed: Those that were.
-        skipped: Those that should have been, but had nothing to climb, or a second pass without a finite gradient.
-        sums: Of the figures of the log line, by their names without `lsam/`.
-        counts: How often each candidate was selected, by its name.
-        norms: Sum of each candidate's gradient norms, by its name.
-        pending: Those that are not summed up yet.
-    """
-
-    names: Sequence[str]
-    trained: Sequence[str]
+    names: Sequence[str]  # of the candidates
+    trained: Sequence[str]  # those that were trained when the run began; the others are told of once they are
     steps: int = 0
-    chances: int = 0
-    perturbed: int = 0
-    skipped: int = 0
-    sums: dict[str, float] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-    norms: dict[str, float] = field(default_factory=dict)
-    pending: list[Perturbed] = field(default_factory=list)
+    chances: int = 0  # steps, or micro-batches of scope `micro_batch`, that could have been perturbed
+    perturbed: int = 0  # those that were
+    skipped: int = 0  # those without anything to climb, or without a finite gradient in pass 2
+    sums: dict[str, float] = field(default_factory=dict)  # of the figures of the log line
+    counts: dict[str, float] = field(default_factory=dict)  # how often each candidate was selected
+    norms: dict[str, float] = field(default_factory=dict)  # of each candidate's gradient, summed up
+    pending: list[Perturbed] = field(default_factory=list)  # not summed up yet
 
     def add(self, perturbation: Perturbed) -> None:
         """Note a perturbation. Whether it was applied may still be on its way from the device: nobody waits for it."""
@@ -104,39 +72,29 @@ class StepLog:
             if was_applied:
                 self._sum_up(perturbation)
             else:
-                self.skipped += 1
-                logger.warning_once(
-                    "A step is plain where it was to be perturbed: the gradient at the perturbed weights was not "
-                    "finite, or pass 2 failed. Steps of this kind are counted in lsam/skipped. A smaller rho may help."
-                )
+                self.skip("the gradient at the perturbed weights was not finite (try a smaller rho), or pass 2 failed")
         self.pending.clear()
 
     def _sum_up(self, perturbation: Perturbed) -> None:
-        squared_norms = sums_of_candidates(perturbation.squares.cpu().numpy(), perturbation.counts)
+        chosen, ends = perturbation.chosen, np.cumsum(perturbation.counts)[:-1]
+        squared_norms = [float(part.sum()) for part in np.split(perturbation.squares.cpu().numpy(), ends)]
         total = sum(squared_norms)
         self.perturbed += 1
         figures = {
             "grad_norm": total**0.5,
-            "captured": sum(squared_norms[index] for index in perturbation.chosen) / total,
+            "captured": sum(squared_norms[index] for index in chosen) / total,
             "perturbation_norm": float(perturbation.length),
-            "first_block": perturbation.first_block,
+            "first_block": float(perturbation.first_block),
             "overhead": perturbation.overhead,
         }
-        for name, value in figures.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        for index in perturbation.chosen:
-            name = self.names[index]
-            self.counts[name] = self.counts.get(name, 0) + 1
-        for name, squared_norm in zip(self.names, squared_norms, strict=True):
-            self.norms[name] = self.norms.get(name, 0.0) + squared_norm**0.5
+        counts: dict[str, float] = {self.names[index]: 1 for index in chosen}
+        norms = {name: square**0.5 for name, square in zip(self.names, squared_norms, strict=True)}
+        for sums, values in ((self.sums, figures), (self.counts, counts), (self.norms, norms)):
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0) + value
 
     def line(self) -> dict[str, float]:
-        """
-        The figures of the ordinary log line.
-
-        `lsam/overhead` is a mean over all steps, perturbed or not; the others are means over the perturbed ones, and
-        are left out where there was none.
-        """
+        """The figures of the log line: means over perturbed steps, if there are any, but `lsam/overhead` over all."""
         self.settle()
         chances = max(self.chances, 1)
         line = {f"lsam/{name}": value / self.perturbed for name, value in self.sums.items()}
@@ -149,15 +107,10 @@ class StepLog:
         """The row of `lsam_blocks.jsonl`: how often each block was selected, and its mean gradient norm."""
         self.settle()
         names = [name for name in self.names if name in self.trained or self.norms.get(name)]
-        return {
-            "step": step,
-            "epoch": epoch,
-            "steps": self.steps,
-            "perturbed": self.perturbed,
-            "skipped": self.skipped,
-            "counts": {name: self.counts.get(name, 0) for name in names},
-            "norms": {name: self.norms[name] / self.perturbed for name in names if name in self.norms},
-        }
+        row = dict(step=step, epoch=epoch, steps=self.steps, perturbed=self.perturbed, skipped=self.skipped)
+        counts = {name: self.counts.get(name, 0) for name in names}
+        norms = {name: self.norms[name] / self.perturbed for name in names if name in self.norms}
+        return row | dict(counts=counts, norms=norms)
 
     def copy(self) -> "StepLog":
         """These sums, to which nothing is added any more."""
@@ -178,7 +131,7 @@ def append_row(output_dir: str, row: dict[str, Any]) -> None:
     """Add `row` to the blocks file of `output_dir`; training goes on where it cannot be written, with a warning."""
     path = Path(output_dir) / BLOCKS_FILE
     try:
-        os.makedirs(output_dir, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
     except OSError as error:
@@ -202,25 +155,19 @@ def drop_rows_after(output_dir: str, step: int) -> None:
     draft.replace(path)
 
 
+@dataclass
 class StuckWatch:
-    """
-    Warns once if the loss stays at its initial value while steps are perturbed.
+    """Warns once if the loss stays at its initial value (of the first log line) while steps are perturbed."""
 
-    Args:
-        first_loss: The first loss that the training logged, where it is resumed; `None` at its beginning.
-    """
-
-    def __init__(self, first_loss: float | None = None) -> None:
-        self.first_loss = first_loss
-        self.lines = 0
-        self.done = False
+    first_loss: float | None = None
+    lines: int = 0
+    done: bool = False
 
     def see(self, loss: float, perturbed: int, step: int, max_steps: int) -> None:
         """A log line's mean loss, with the number of perturbed steps in it, at `step` of `max_steps`."""
         if self.done:
             return
-        if self.first_loss is None:
-            self.first_loss = loss
+        self.first_loss = loss if self.first_loss is None else self.first_loss
         self.lines += perturbed > 0
         if abs(loss - self.first_loss) > _STUCK_DISTANCE * abs(self.first_loss):
             self.done = True
@@ -228,6 +175,5 @@ class StuckWatch:
             self.done = True
             logger.warning(
                 f"The loss has stayed at its initial value ({self.first_loss:.4g}) for {step} steps while the weights "
-                "were perturbed: the perturbation may hold the model there for good. Begin with plain steps "
-                "(perturb_start=0.15), or lower rho."
+                "were perturbed, which may hold it there. Begin with plain steps (perturb_start=0.15), or lower rho."
             )
