@@ -62,7 +62,7 @@ class Ascent:
         """
         weights, direction = self.weights, self.direction
         kinds = {tensor.dtype for tensor in (*weights, *direction)}
-        if self.spent or is_sharded(weights) or len(kinds) != 1 or any(map(is_coarse, weights)):
+        if self.spent or is_sharded(weights) or len(kinds) != 1 or any(map(is_coarse, kinds)):
             return
         self.weights, self.direction = [], []
         add_into(direction, weights, direction, self.scale(rho), seed=0)

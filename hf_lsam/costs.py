@@ -48,7 +48,8 @@ class CostModel:
         # Whether a gradient comes to the first block, and so goes through all of them.
         below = not any(takes) or any(not trained.isdisjoint(module.parameters()) for module in embeddings)
         calls = [Call(index, 1, below or any(takes[: index + 1])) for index in range(len(blocks))]
-        costs = Weights(model, list(blocks.values())).costs(calls, 1, trained)
+        weights = Weights(model, list(blocks.values()))
+        costs = weights.costs(calls, 1, weights.taken(trained))
         return cls(costs.passed, costs.plain, one_graph)
 
     def start(self, candidate: Candidate) -> int:
@@ -89,14 +90,16 @@ class Weights:
         self.parts = [[p for p in part if p in used] for part in parts]
         self.sizes = [sum(p.numel() for p in part) for part in self.parts]
 
-    def overhead(
-        self, recordings: Sequence[Recording], graded: Collection[Tensor], taking: Collection[Tensor]
-    ) -> float:
-        """Cost of the last passes in plain ones, at most 1: `graded` took a gradient in pass 1, `taking` in those."""
-        first = sum(self._cost(recording.first, recording.heads, graded) for recording in recordings)
-        return min(sum(self._cost(r.last, r.heads, taking) for r in recordings) / first, 1.0)
+    def taken(self, weights: Collection[Tensor]) -> list[int]:
+        """How many entries of each part belong to `weights`, which take a gradient."""
+        return [sum(p.numel() for p in part if p in weights) for part in self.parts]
 
-    def costs(self, calls: Sequence[Call], heads: int, graded: Collection[Tensor]) -> CostModel:
+    def overhead(self, recordings: Sequence[Recording], first: Sequence[int], last: Sequence[int]) -> float:
+        """Cost of the last passes in plain ones, at most 1, by what of each part took a gradient in either."""
+        plain = sum(self._cost(recording.first, recording.heads, first) for recording in recordings)
+        return min(sum(self._cost(r.last, r.heads, last) for r in recordings) / plain, 1.0)
+
+    def costs(self, calls: Sequence[Call], heads: int, taken: Sequence[int]) -> CostModel:
         """The cost model after a first pass with these calls of blocks, and `heads` of the model."""
         starts: dict[int, int] = {}
         places: Counter[int] = Counter()
@@ -106,11 +109,10 @@ class Weights:
             places[ran.block] += ran.places * ran.has_gradient
             passed.append(passed[-1] + ran.places * self.sizes[ran.block])
             gradients.append(gradients[-1] + ran.places * self.sizes[ran.block] * ran.has_gradient)
-        plain = self._cost(calls, heads, graded)
+        plain = self._cost(calls, heads, taken)
         return CostModel(tuple(passed[:0:-1]), plain, False, tuple(gradients[:0:-1]), starts, places)
 
-    def _cost(self, calls: Sequence[Call], heads: int, taking: Collection[Tensor]) -> float:
-        taken = [sum(p.numel() for p in part if p in taking) for part in self.parts]
+    def _cost(self, calls: Sequence[Call], heads: int, taken: Sequence[int]) -> float:
         return sum(
             ran.places * (self.sizes[ran.block] * (1 + ran.has_gradient) + taken[ran.block] * ran.has_gradient)
             for ran in self._with_head(calls, heads)

@@ -42,12 +42,12 @@ class RandomState:
         own = (random.getstate(), np.random.get_state()) if host else None
         return cls(device, torch.get_rng_state(), accelerator, own)
 
-    def restore(self) -> None:
-        """Set every generator to the captured state."""
+    def restore(self, host: bool = True) -> None:
+        """Set every generator to the captured state, those of Python and NumPy if `host`."""
         torch.set_rng_state(self.cpu)
         if self.accelerator is not None:
             torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
-        if self.host is not None:
+        if host and self.host is not None:
             random.setstate(self.host[0])
             np.random.set_state(self.host[1])
 

@@ -1,6 +1,7 @@
 """What a pass reads and what it leaves: noted before pass 1, put back before pass 2, and after it."""
 
 import concurrent.futures
+import contextlib
 import functools
 import io
 import queue
@@ -81,10 +82,22 @@ class Entry(NamedTuple):
 class Snapshot:
     """What can be put back, and tensors that were not copied, each with a stamp that tells whether it changed."""
 
-    def __init__(self, device: torch.device):
-        self.random = RandomState.capture(device)
+    def __init__(self, random: RandomState):
+        self.random = random
         self.entries: list[Entry] = []
         self.watched: list[tuple[str, Tensor, tuple]] = []
+
+    def hold(self, name: str, thing: Any, kind: Kind, always: bool) -> None:
+        """Copy `thing`, unless it has nothing to copy, as a closure's variable that is not set."""
+        with contextlib.suppress(RuntimeError, TypeError, ValueError):
+            self.entries.append(Entry(name, thing, kind, kind.copy(thing), always))
+
+    def later(self, random: RandomState) -> "Snapshot":
+        """What the same things hold now."""
+        now = Snapshot(random)
+        for entry in self.entries:
+            now.hold(entry.name, entry.thing, entry.kind, entry.always)
+        return now
 
     def take_again(self, tensors: Iterable[Tensor]) -> None:
         """Note some tensors as they are now: buffers that DistributedDataParallel has sent, for instance."""
@@ -106,8 +119,8 @@ class Snapshot:
                 pairs += [(f"{name} {table}", kind.copy(thing).get(table, {}), kept[table]) for table in tables]
         return {(n, key) for n, now, kept in pairs for key in now if key not in kept or now[key] is not kept[key]}
 
-    def put(self) -> None:
-        """Put everything back."""
+    def put(self, host: bool = True) -> None:
+        """Put everything back, the states of Python's and NumPy's generators if `host`."""
         tensors = [entry for entry in self.entries if entry.kind is TENSOR]
         put_tensors([entry.thing for entry in tensors], [entry.kept for entry in tensors])
         for entry in self.entries:
@@ -116,7 +129,7 @@ class Snapshot:
                     entry.kind.put(entry.thing, entry.kept)
                 except (AttributeError, TypeError, ValueError, RuntimeError) as error:
                     logger.warning_once(f"{entry.name} changes in both passes, since it cannot be put back: {error}.")
-        self.random.restore()
+        self.random.restore(host)
 
 
 class PassState:
@@ -165,13 +178,18 @@ class PassState:
         self.steps += 1
         self._window = []
 
-    def before_pass_1(self) -> Snapshot:
-        """What there is before pass 1: all of it, if it is time to look."""
-        return self._snapshot(look=self.steps & (self.steps - 1) == 0, known=False)
+    @property
+    def looks(self) -> bool:
+        """Whether everything is copied in this step."""
+        return self.steps & (self.steps - 1) == 0
 
-    def after_pass_1(self) -> Snapshot:
-        """What there is after it, of that which was seen to change."""
-        after = self._snapshot(look=False, known=True)
+    def before_pass_1(self) -> Snapshot:
+        """What there is before pass 1."""
+        return self._snapshot(self.looks)
+
+    def after_pass_1(self, random: RandomState) -> Snapshot:
+        """What pass 1 has left, of all that its last micro-batch began with. (What is new, pass 2 makes anew.)"""
+        after = self._window[-1].later(random)
         self._window.append(after)
         return after
 
@@ -230,10 +248,10 @@ class PassState:
                     "Change it in pass 1 only: if not trainer.in_second_pass."
                 )
 
-    def _snapshot(self, look: bool, known: bool) -> Snapshot:
-        """With `look` of everything; where it is `known` what changes, of no other tensors."""
-        self._known, self._in_module, self._bytes = known, False, 0
-        self._now = Snapshot(self.device)
+    def _snapshot(self, look: bool) -> Snapshot:
+        """With `look` of everything."""
+        self._in_module, self._bytes = False, 0
+        self._now = Snapshot(RandomState.capture(self.device))
         self._seen: set[int] = set()
         if look:
             self._unchanged, self._contents, self._modules = {}, {}, weakref.WeakSet()
@@ -260,18 +278,14 @@ class PassState:
             for name, thing, kind in list(self._changing.values()):
                 if id(thing) not in self._seen:
                     self._hold(name, thing, kind)
-            watched = [(n, t) for n, t in self._module_tensors if not known and id(t) not in self._seen]
+            watched = [(n, t) for n, t in self._module_tensors if id(t) not in self._seen]
             self._now.watched += [(name, tensor, stamp_of(tensor)) for name, tensor in watched]
         return self._now
 
     def _hold(self, name: str, thing: Any, kind: Kind, always: bool = False) -> None:
         self._seen.add(id(thing))
         always = always or not (self._in_module or isinstance(thing, (Tensor, np.ndarray, nn.Module)))
-        try:
-            self._now.entries.append(Entry(name, thing, kind, kind.copy(thing), always))
-        except (RuntimeError, TypeError, ValueError):
-            # A closure's variable that is not set yet, or a tensor without values.
-            self._changing.pop(id(thing), None)
+        self._now.hold(name, thing, kind, always)
 
     def _visit_all(self, named: Iterable[tuple[str, Any]]) -> None:
         for name, thing in named:
@@ -366,14 +380,15 @@ class PassState:
         if tensor.requires_grad:
             self.foreign.append(tensor)
         if self._is_due(tensor, tensor.numel()):
-            self._hold(name, tensor, TENSOR)
+            # A small one that is no module's is put back unseen: to compare it would be to wait for the device.
+            self._hold(name, tensor, TENSOR, not self._in_module and not self.looks and tensor.numel() <= _SMALL)
         else:
             self._now.watched.append((name, tensor, stamp_of(tensor)))
 
     def _is_due(self, thing: Tensor | np.ndarray, entries: int) -> bool:
         """Whether a tensor or array is to be copied: if it changes, is small, or was not seen before."""
-        if id(thing) in self._changing or self._known:
-            return id(thing) in self._changing
+        if id(thing) in self._changing:
+            return True
         self._bytes += thing.nbytes
         is_new = self._unchanged.get(id(thing), lambda: None)() is not thing
         return (entries <= _SMALL and not self._in_module) or (is_new and self._bytes <= _MOST_BYTES)

@@ -1,12 +1,14 @@
 """What surrounds a second pass: only some weights take a gradient."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor, nn
+
+from .replay import Standin
 
 
 @contextmanager
@@ -19,23 +21,38 @@ def only_gradients_of(
     All other `parameters` are switched off: `backward(inputs=...)` would give none, and no error, under reentrant
     activation checkpointing, and wrong ones under FSDP2. Of the `foreign` ones only `.grad` is touched.
     """
-    wanted = set(weights)
+    # Thousands of weights: so by place in memory, since Tensor.__hash__ is slow, and by attribute.
+    wanted = set(map(id, weights))
     flags = [(parameter, parameter.requires_grad) for parameter in parameters]
     # A forward pass may switch others on again, as PEFT does where it changes adapters: what they get is dropped.
-    gradients = [(p, p.grad) for p in (*parameters, *foreign) if p.grad is not None or p.requires_grad or p in wanted]
+    gradients = [
+        (p, p.grad) for p in (*parameters, *foreign) if p.requires_grad or p.grad is not None or id(p) in wanted
+    ]
     try:
         for parameter, takes in flags:
-            if takes and parameter not in wanted:
-                parameter.requires_grad_(False)
+            if takes and id(parameter) not in wanted:
+                parameter.requires_grad = False
         for parameter, _ in gradients:
             parameter.grad = None
         yield
     finally:
         for parameter, takes in flags:
             if parameter.requires_grad != takes:
-                parameter.requires_grad_(takes)
+                parameter.requires_grad = takes
         for parameter, gradient in gradients:
             parameter.grad = gradient
+
+
+@contextmanager
+def modes_kept(model: nn.Module, modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, `model.train()` goes through no `modules` where all of them train: it takes as long as some blocks."""
+
+    def run(train: Callable, args: tuple, kwargs: dict) -> nn.Module:
+        all_train = {module.training for module in modules} == {True}
+        return model if all_train and not (args or kwargs) else train(*args, **kwargs)
+
+    with Standin(model, "train", run):
+        yield
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Move the selected weights, and put them back exactly."""
 
+import operator
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -32,8 +33,7 @@ class Perturbation:
         # Of stochastic rounding: the number of the step, so that processes and runs that resume round alike.
         self.seed = 0
         # Buffers of the largest set that was ever moved. Those of `copies` take turns with them.
-        self._memory: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        self._other_memory: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._memory, self._other_memory = _Memory(), _Memory()
         self._undo: Callable[[], None] | None = None
 
     def put_back(self) -> None:
@@ -48,7 +48,7 @@ class Perturbation:
     ) -> AbstractContextManager[list[Tensor]]:
         """Inside, `weights` are at `weights + scale * direction`; yields their local parts as they were."""
         parts = local_parts(weights)
-        buffers = self._buffers(parts)
+        buffers = self._memory.places_of(parts)
         if not is_sharded(weights):
             add_into(buffers, parts, direction, scale, self.seed)
             return self.at(weights, buffers)
@@ -78,26 +78,41 @@ class Perturbation:
     def copies(self, tensors: Tensors) -> list[Tensor]:
         """Copies in the memory of the last move, which the next one spares: new memory takes a CPU twice as long."""
         parts = local_parts(tensors)
-        buffers = self._buffers(parts)
+        buffers = self._memory.places_of(parts)
         _copy(buffers, parts)
         self._memory, self._other_memory = self._other_memory, self._memory
         return from_parts(buffers, tensors)
 
-    def _buffers(self, tensors: Tensors) -> list[Tensor]:
-        """Room for as many tensors of the same kinds, shapes and (without gaps) strides, in the kept memory."""
+
+class _Memory:
+    """Memory that is kept from step to step, as large as the largest set of tensors that was ever put there."""
+
+    def __init__(self) -> None:
+        self.flat: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        # The last set, and its places: as long as it stays the same, they do.
+        self.last: tuple[list[Tensor], list[Tensor]] = [], []
+
+    def places_of(self, tensors: Tensors) -> list[Tensor]:
+        """Room for as many tensors of the same kinds, shapes and (without gaps) strides."""
+        known, places = self.last
+        same = len(known) == len(tensors) and all(map(operator.is_, known, tensors))
+        if same and [place.shape for place in places] == [tensor.shape for tensor in tensors]:
+            return places
         needed: dict[tuple[torch.device, torch.dtype], int] = {}
-        places = []
+        wanted = []
         for tensor in tensors:
             kind, dense = (tensor.device, tensor.dtype), tensor
             if not tensor.is_contiguous():
                 dense = torch.empty_like(tensor, device="meta")
             start = needed.get(kind, 0)
-            places.append((kind, tensor.shape, dense.stride(), start))
+            wanted.append((kind, tensor.shape, dense.stride(), start))
             needed[kind] = start + tensor.numel()
-        for (device, dtype), size in needed.items():
-            if (device, dtype) not in self._memory or self._memory[device, dtype].numel() < size:
-                self._memory[device, dtype] = torch.empty(size, device=device, dtype=dtype)
-        return [self._memory[kind].as_strided(shape, strides, start) for kind, shape, strides, start in places]
+        for kind, size in needed.items():
+            if kind not in self.flat or self.flat[kind].numel() < size:
+                self.flat[kind] = torch.empty(size, device=kind[0], dtype=kind[1])
+        places = [self.flat[kind].as_strided(shape, strides, start) for kind, shape, strides, start in wanted]
+        self.last = list(tensors), places
+        return places
 
 
 @contextmanager
@@ -124,13 +139,16 @@ def _refer(weights: Tensors, tensors: Tensors) -> None:
 
 def _real_parts(tensors: Tensors) -> list[Tensor]:
     """The local parts, complex ones as pairs of real numbers; they share memory with `tensors`."""
-    return [torch.view_as_real(part) if part.is_complex() else part for part in local_parts(tensors)]
+    parts = local_parts(tensors)
+    if not any(dtype.is_complex for dtype in {part.dtype for part in parts}):
+        return parts
+    return [torch.view_as_real(part) if part.is_complex() else part for part in parts]
 
 
 @torch.no_grad()
 def norms(tensors: Tensors) -> Tensor:
     """The Euclidean norm of each whole tensor, in float32 or wider, stacked: shape `(len(tensors),)`."""
-    dtype = reduce(torch.promote_types, {tensor.dtype.to_real() for tensor in tensors}, torch.float32)
+    dtype = reduce(torch.promote_types, (dtype.to_real() for dtype in {t.dtype for t in tensors}), torch.float32)
     parts = torch.stack(torch._foreach_norm(_real_parts(tensors), 2, dtype=dtype))
     if not is_sharded(tensors):
         return parts
@@ -213,7 +231,7 @@ def move_cosine(weights: Tensors, before: Tensors, direction: Tensors) -> float:
 
 def check_rounding(weights: Tensors, before: Tensors, direction: Tensors, rho: float) -> bool:
     """Whether any of `weights` has 16 bits; warns if so and they could not follow `direction` from `before`."""
-    coarse = next((weight.dtype for weight in weights if is_coarse(weight)), None)
+    coarse = next((dtype for dtype in {weight.dtype for weight in weights} if is_coarse(dtype)), None)
     if coarse is None:
         return False
     cosine = move_cosine(weights, before, direction)

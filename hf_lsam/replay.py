@@ -1,7 +1,7 @@
 """Suffix replay: pass 2 returns what blocks returned in pass 1, up to the first perturbed one."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -150,7 +150,7 @@ class Replay:
                 call.kept = places is None or len(recording.calls) in places
                 recording.has_dropped |= not call.kept
                 call.output = _map(Tensor.detach if call.kept else _placeholder, output)
-                call.versions = _versions(call.output)
+                call.versions = _versions(call.output) if call.kept else []
                 call.state = RandomState.capture(self.device, self.draws_on_host)
             (recording.again if again else recording.calls).append(call)
             return output
@@ -203,7 +203,7 @@ class Replay:
             position += 1
             if call.block != block:
                 raise ReplayError(f"block {block} was called where block {call.block} was called in pass 1")
-            if call.versions != _versions(call.output):
+            if call.kept and call.versions != _versions(call.output):
                 raise ReplayError(f"the output of block {block} was changed in place after the block returned it")
             if call.state is not None:
                 call.state.restore()
@@ -229,57 +229,55 @@ class Replay:
     @contextmanager
     def _standing_in(self, run_block: Callable, run_model: Callable) -> Iterator[None]:
         """Inside, `run_block(index, forward, args, kwargs)` runs for each block, and the like for the model."""
-        runs: list[tuple[nn.Module, Callable]] = [(b, partial(run_block, i)) for i, b in enumerate(self.blocks)]
-        if self.model is not None:
-            runs.append((self.model, run_model))
-        standins: list[_Standin] = []
-        try:
-            for module, run in runs:
-                standins.append(_Standin(module, run))
-                standins[-1].enter()
+        with ExitStack() as stack:
+            for index, block in enumerate(self.blocks):
+                stack.enter_context(Standin(block, _forward_of(block), partial(run_block, index)))
+            if self.model is not None:
+                stack.enter_context(Standin(self.model, _forward_of(self.model), run_model))
             yield
-        finally:
-            for standin in standins:
-                standin.leave()
 
 
-class _Standin:
+class Standin:
     """
-    What an instance has in the place of its class's `forward`, for the length of a pass.
+    What an instance has in the place of a method of its class, inside of a `with` block: calls go to `run`.
 
     A copy of the module that is made meanwhile is one of the module and of nothing else.
     """
 
-    def __init__(self, module: nn.Module, run: Callable):
-        # `forward`, or where `block.compile()` was called what it compiled, so that no wrapper is compiled in.
-        self.name = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
-        self.module, self.copies = module, []  # type: ignore[var-annotated]
+    def __init__(self, module: nn.Module, name: str, run: Callable[[Callable, tuple, dict], Any]):
+        self.module, self.name, self.copies = module, name, []  # type: ignore[var-annotated]
         # An instance may have one of its own already (accelerate's device hooks): it comes back as it was.
-        self.own = vars(module).get(self.name)
-        self.forward = getattr(module, self.name)
+        self.own = vars(module).get(name)
+        self.method = getattr(module, name)
         self.run: Callable | None = run
 
     def __call__(self, *args, **kwargs):
-        return self.forward(*args, **kwargs) if self.run is None else self.run(self.forward, args, kwargs)
+        return self.method(*args, **kwargs) if self.run is None else self.run(self.method, args, kwargs)
 
     def __deepcopy__(self, memo: dict):
         self.copies.append(memo.get(id(self.module)))
-        return deepcopy(self.forward, memo)
+        return deepcopy(self.method, memo)
 
     def __reduce__(self):
         # In a pickle, whose modules are without attributes when this is called: that of the class.
         return getattr, (self.module, self.name)
 
-    def enter(self) -> None:
+    def __enter__(self) -> None:
         vars(self.module)[self.name] = self
 
-    def leave(self) -> None:
+    def __exit__(self, *error: object) -> None:
         self.run = None
+        if self.own is not None:
+            vars(self.module)[self.name] = self.own
+            return
         for module in (self.module, *self.copies):
             if module is not None:
                 vars(module).pop(self.name, None)
-        if self.own is not None:
-            vars(self.module)[self.name] = self.own
+
+
+def _forward_of(module: nn.Module) -> str:
+    """`forward`, or where `block.compile()` was called what it compiled, so that no wrapper is compiled in."""
+    return "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
 
 
 def _is_backward() -> bool:
@@ -308,9 +306,8 @@ def _tensors(output: Any) -> list[Tensor]:
     """All tensors in `output`."""
     if isinstance(output, Tensor):
         return [output]
-    tensors: list[Tensor] = []
-    recursively_apply(tensors.append, output)
-    return tensors
+    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]
 
 
 def _placeholder(tensor: Tensor) -> Tensor:

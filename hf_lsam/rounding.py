@@ -18,9 +18,10 @@ def add_into(
     if isinstance(scale, Tensor) and scale.device.type == "cpu":
         # Unlike that of an accelerator it is there, and can be read without a wait.
         scale = scale.numpy().item()
-    generator = torch.Generator(weights[0].device).manual_seed(seed) if any(map(is_coarse, weights)) else None
+    coarse = [dtype for dtype in {weight.dtype for weight in weights} if is_coarse(dtype)]
+    generator = torch.Generator(weights[0].device).manual_seed(seed) if coarse else None
     for target, weight, slope in zip(targets, weights, direction, strict=True):
-        if generator is not None and is_coarse(weight):
+        if generator is not None and weight.dtype in coarse:
             exact = weight.float().add_(slope.float() * scale)
             target.copy_(round_stochastically(exact, weight.dtype, generator))
         elif isinstance(scale, Tensor):
@@ -29,9 +30,9 @@ def add_into(
             torch.add(weight, slope, alpha=scale, out=target)
 
 
-def is_coarse(tensor: Tensor) -> bool:
+def is_coarse(dtype: torch.dtype) -> bool:
     """Whether its numbers have 16 bits or fewer."""
-    return torch.finfo(tensor.dtype).bits < 32
+    return torch.finfo(dtype).bits < 32
 
 
 @torch.no_grad()
@@ -51,4 +52,4 @@ def round_stochastically(values: Tensor, dtype: torch.dtype, generator: torch.Ge
 
 def wide(tensors: Sequence[Tensor]) -> list[Tensor]:
     """`tensors` in float32 or wider: products of 16-bit gradients underflow or overflow."""
-    return [tensor.float() if is_coarse(tensor) else tensor for tensor in tensors]
+    return [tensor.float() if is_coarse(tensor.dtype) else tensor for tensor in tensors]

@@ -35,6 +35,7 @@ class MicroBatch:
 
     Attributes:
         before: What pass 1 began with.
+        after: The random states that it ended with.
         unseen: Name of something that pass 1 changed and that `before` does not hold.
         signature: What pass 1 called, as far as it is free to compare.
     """
@@ -43,6 +44,7 @@ class MicroBatch:
     loss: Tensor
     recording: Recording
     before: Snapshot
+    after: RandomState
     unseen: str | None
     signature: tuple
 
@@ -79,6 +81,7 @@ class SecondPass:
 
     Attributes:
         parameters: All that are trained or may be.
+        modules: Those of what is called.
         together: Whether every process runs these passes now; their gradients are then averaged, and they agree.
         replays: The same as given, if it is possible: not inside of a compiled model, nor where a replayed pass was
             found to be another one.
@@ -101,8 +104,9 @@ class SecondPass:
         raises: Callable[[Exception], bool],
     ):
         self.model, self.regions, self.state, self.begins, self.raises = model, regions, state, begins, raises
-        # Looked up once: to go through all modules takes as long as to launch a few blocks on a GPU.
+        # Looked up seldom: to go through all modules takes as long as to launch a few blocks on a GPU.
         self.parameters: list[Tensor] = list(model.parameters())
+        self.called, self.modules = called, list(called.modules())
         scripted = any(isinstance(block, torch.jit.ScriptModule) for block in blocks.values())
         hidden = scripted or regions.caller(model) is not model or regions.hide([model, *blocks.values()])
         own = [] if hidden else [regions.caller(block) for block in blocks.values()]
@@ -116,7 +120,7 @@ class SecondPass:
         self._kept: Collection[int] | None = None
         self._settings: dict = {}
         self._settings_changed = 0
-        self._wrapper = next((m for m in called.modules() if isinstance(m, DistributedDataParallel)), None)
+        self._wrapper = next((m for m in self.modules if isinstance(m, DistributedDataParallel)), None)
 
     def record(self, pass_1: Pass, pass_2: Pass, alone: bool) -> MicroBatch:
         """
@@ -126,6 +130,8 @@ class SecondPass:
         together. So only every second output is kept: a block more may run again, forward only.
         """
         before = self.state.before_pass_1()
+        if self.state.looks:
+            self.modules = list(self.called.modules())
         stride = 1 if alone else 2
         kept = None if self._kept is None or not self.drops else set(sorted(self._kept)[::stride])
         wrapper = self._wrapper
@@ -133,20 +139,19 @@ class SecondPass:
         sent = (lambda: before.take_again(self.model.buffers())) if is_sent else (lambda: None)
         with self.replay.recording(self.replays, kept, sent) as recording:
             loss = pass_1()
-        unseen = self.state.learn(before)
+        unseen, after = self.state.learn(before), RandomState.capture(self.state.device)
+        if not self.replay.draws_on_host:
+            self.replay.draws_on_host = not after.same_host_state(before.random)
+            recording.replayable &= not self.replay.draws_on_host
         if self.replays:
             known, self._kept = self._kept, {place - 1 for place in self.begins(recording)}
             if known is None:
                 # All outputs are there, but a run that resumes is to begin where an uninterrupted one does.
                 for place in set(range(len(recording.calls))).difference(sorted(self._kept)[::stride]):
                     recording.calls[place].kept = False
-            if not self.replay.draws_on_host:
-                after = RandomState.capture(self.state.device)
-                self.replay.draws_on_host = not after.same_host_state(before.random)
-                recording.replayable = not self.replay.draws_on_host
         calls = tuple((call.block, call.has_gradient) for call in recording.calls)
         signature = (calls, tuple(recording.models), self._settings_of_model())
-        return MicroBatch(pass_2, loss, recording, before, unseen, signature)
+        return MicroBatch(pass_2, loss, recording, before, after, unseen, signature)
 
     def _settings_of_model(self) -> int:
         """How often the plain values of the model's config have changed."""
@@ -157,9 +162,9 @@ class SecondPass:
         return self._settings_changed
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
+    def aside(self, window: Sequence[MicroBatch]) -> Iterator[None]:
         """Inside, passes may run again; afterwards all is as the last pass 1 left it."""
-        after, marks = self.state.after_pass_1(), self.state.marks()
+        after, marks = self.state.after_pass_1(window[-1].after), self.state.marks()
         try:
             yield
         finally:
@@ -293,7 +298,7 @@ class SecondPass:
         try:
             with only_gradients_of(self.parameters, taken, self.state.foreign):
                 for micro_batch in window:
-                    micro_batch.before.put()
+                    micro_batch.before.put(self.replay.draws_on_host)
                     self.running = True
                     with self.replay.replaying(micro_batch.recording, perturbed):
                         losses.append(micro_batch.rerun())

@@ -16,7 +16,7 @@ return the loss.
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,21 @@ from .shards import reshard, sharded_modules
 from .step_log import Perturbed, StepLog
 
 logger = logging.get_logger(__name__)
+
+
+class Trained(NamedTuple):
+    """
+    What is trained now.
+
+    Attributes:
+        candidates: The candidates with what of them has a gradient and is trained.
+        number: Another one for other weights with a gradient.
+        taken: For each choice of candidates, how much of each block takes a gradient in pass 2; for `None` in pass 1.
+    """
+
+    candidates: list[Candidate]
+    number: int
+    taken: dict[tuple[int, ...] | None, list[int]]
 
 
 class LSAMStep:
@@ -104,8 +119,9 @@ class LSAMStep:
         self.perturbation = Perturbation()
         self.rounding_checked = False
         self._optimized: Collection[Tensor] | None = None
-        # What is trained, for each set of weights that had a gradient: candidates, and all weights that had one.
-        self._trained: dict[tuple, tuple[list[Candidate], set[Tensor]]] = {}
+        # What is trained, for the last set of weights that had a gradient; and whether this micro-batch has looked.
+        self._trained: tuple[tuple, Trained] | None = None
+        self._has_looked = False
         self._multiplied = multiplied_parameters(model)
         # Micro-batches of this step that wait for its last one.
         self.window: list[MicroBatch] = []
@@ -161,7 +177,7 @@ class LSAMStep:
         Returns the loss of pass 1. Raises what pass 1 raises, and of pass 2 what is no `Exception` (Ctrl-C) or is for
         the caller; the weights are then where they were.
         """
-        self.overhead = 0.0
+        self.overhead, self._has_looked = 0.0, False
         self.current = (step, self.kept(step))
         self.perturbation.seed = step
         self.log.steps += is_last
@@ -214,16 +230,16 @@ class LSAMStep:
     def _perturb_and_rerun(self, window: Sequence[MicroBatch]) -> None:
         """From the gradient of pass 1 in `.grad` to the mixed one: select, perturb, pass 2, restore, mix."""
         recordings = [micro_batch.recording for micro_batch in window]
-        graded = self._trained_now()[1]
+        trained = self._trained_now()
         if recordings[-1].calls:
-            self.costs = self.weights.costs(recordings[-1].first, recordings[-1].heads, graded)
+            self.costs = self._costs(recordings[-1])
         # S, and for each i in S: grad_i L(w).
         ascent = self._find_ascent()
         if isinstance(ascent, str):
             self.log.skip(ascent)
             return
         selected = [self.candidates[index] for index in ascent.chosen]
-        with self.second_pass.aside():
+        with self.second_pass.aside(window):
             # For each i in S: grad_i L(w + eps).
             perturbed = self._gradients(window, ascent, set().union(*(candidate.blocks for candidate in selected)))
             if isinstance(perturbed, str):
@@ -242,7 +258,10 @@ class LSAMStep:
         if not self.second_pass.narrow:
             self.overhead = 1.0
         elif recordings[-1].calls:
-            self.overhead = self.weights.overhead(recordings, graded, self.regions.taken_with(ascent.weights))
+            key = tuple(ascent.chosen)
+            if key not in trained.taken:
+                trained.taken[key] = self.weights.taken(self.regions.taken_with(ascent.weights))
+            self.overhead = self.weights.overhead(recordings, trained.taken[None], trained.taken[key])
         else:
             self.overhead = self.costs.overhead(selected, replayed=False)
         self._count(ascent, self.overhead, finite, min(selected, key=self.costs.start).first_block)
@@ -252,7 +271,7 @@ class LSAMStep:
         passes = self.second_pass
         passes.together = self.config.sharpness_scope == "batch"
         unseen = next((micro_batch.unseen for micro_batch in window if micro_batch.unseen is not None), None)
-        is_due = passes.is_due(window, blocks, hash(next(iter(self._trained))))
+        is_due = passes.is_due(window, blocks, self._trained_now().number)
         is_due, changed = passes.any(is_due, unseen is not None)
         if changed:
             return f"pass 1 changed {unseen or 'something in another process'}, of which there is no copy yet"
@@ -263,19 +282,23 @@ class LSAMStep:
             run = passes.compare_with_replay if is_due else passes.gradients
             return run(window, ascent.weights, blocks)
 
-    def _trained_now(self) -> tuple[list[Candidate], set[Tensor]]:
-        """The candidates with what of them has a gradient and is trained, and all weights that have one."""
+    def _trained_now(self) -> Trained:
+        """What is trained, from the gradients of pass 1 on."""
+        if self._trained is not None and self._has_looked:
+            return self._trained[1]
         optimized = self.optimized()
         if optimized is not self._optimized:
             self._optimized = optimized
             self.second_pass.parameters = list(dict.fromkeys([*self.model.parameters(), *(optimized or ())]))
         parameters = self.second_pass.parameters
         key = (tuple([p.grad is not None for p in parameters]), id(optimized))
-        if key not in self._trained:
+        if self._trained is None or self._trained[0] != key:
             graded = {p for p, has in zip(parameters, key[0], strict=True) if has}
             trained = graded if optimized is None else {p for p in graded if p in optimized}
-            self._trained = {key: ([self._live(candidate, trained) for candidate in self.candidates], graded)}
-        return self._trained[key]
+            candidates = [self._live(candidate, trained) for candidate in self.candidates]
+            self._trained = key, Trained(candidates, hash(key), {None: self.weights.taken(graded)})
+        self._has_looked = True
+        return self._trained[1]
 
     def _live(self, candidate: Candidate, trained: Collection[Tensor]) -> Candidate:
         parameters = tuple(p for p in candidate.parameters if p in trained)
@@ -289,13 +312,15 @@ class LSAMStep:
 
     def _beginnings(self, recording: Recording) -> set[int]:
         """Where pass 2 may begin after such a pass 1."""
-        candidates, graded = self._trained_now()
-        live = [candidate for candidate in candidates if candidate.parameters]
-        return beginnings(self.config, live, self.weights.costs(recording.first, recording.heads, graded))
+        live = [candidate for candidate in self._trained_now().candidates if candidate.parameters]
+        return beginnings(self.config, live, self._costs(recording))
+
+    def _costs(self, recording: Recording) -> CostModel:
+        return self.weights.costs(recording.first, recording.heads, self._trained_now().taken[None])
 
     def _find_ascent(self) -> Ascent | str:
         """The ascent along `.grad`. A scaler's scale is in its direction and norm, not in `squares`."""
-        ascent = find_ascent(self._trained_now()[0], self.costs, self.config, self.second_pass.state.device)
+        ascent = find_ascent(self._trained_now().candidates, self.costs, self.config, self.second_pass.state.device)
         if isinstance(ascent, Ascent) and self.scaler is not None:
             ascent.squares = ascent.squares / self.scaler.scale(torch.ones_like(ascent.squares)) ** 2
         return ascent

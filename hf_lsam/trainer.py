@@ -17,7 +17,7 @@ from .config import LSAMConfig
 from .deepspeed import update_held_back
 from .distributed import check_hooks, check_supported
 from .held import Attributes
-from .passes import backward_if_any, buffers_not_sent, copy_of
+from .passes import backward_if_any, buffers_not_sent, copy_of, modes_kept
 from .state import load_state, save_state
 from .step import LSAMStep
 from .step_log import StuckWatch, append_row, drop_rows_after
@@ -169,7 +169,8 @@ class LSAMMixin(_AnyTrainer):
             batch, num_items = copy_of(kept)
             # FSDP2 reduces gradients as it shards them; without it there would be none at all.
             sync = nullcontext() if self.accelerator.is_fsdp2 else self.accelerator.no_sync(model)
-            with sync, buffers_not_sent(model), backward_if_any(self.accelerator):
+            passes = modes_kept(model, step.second_pass.modules)
+            with sync, passes, buffers_not_sent(model), backward_if_any(self.accelerator):
                 return training_step(model, batch, num_items)
 
         held_back: AbstractContextManager[None] = nullcontext()
