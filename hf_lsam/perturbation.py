@@ -1,6 +1,5 @@
 """Move the selected weights, and put them back exactly."""
 
-import operator
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -88,31 +87,28 @@ class _Memory:
     """Memory that is kept from step to step, as large as the largest set of tensors that was ever put there."""
 
     def __init__(self) -> None:
-        self.flat: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        # The last set, and its places: as long as it stays the same, they do.
-        self.last: tuple[list[Tensor], list[Tensor]] = [], []
+        self._flat: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._kinds: list[tuple] = []
+        self._places: list[Tensor] = []
 
     def places_of(self, tensors: Tensors) -> list[Tensor]:
         """Room for as many tensors of the same kinds, shapes and (without gaps) strides."""
-        known, places = self.last
-        same = len(known) == len(tensors) and all(map(operator.is_, known, tensors))
-        if same and [place.shape for place in places] == [tensor.shape for tensor in tensors]:
-            return places
-        needed: dict[tuple[torch.device, torch.dtype], int] = {}
-        wanted = []
+        kinds = [(tensor.device, tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors]
+        if kinds == self._kinds:
+            return self._places
+        starts: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for device, dtype, shape, _ in kinds:
+            ends = starts.setdefault((device, dtype), [0])
+            ends.append(ends[-1] + shape.numel())
+        for (device, dtype), ends in starts.items():
+            if (device, dtype) not in self._flat or self._flat[device, dtype].numel() < ends[-1]:
+                self._flat[device, dtype] = torch.empty(ends[-1], device=device, dtype=dtype)
+        self._kinds, self._places = kinds, []
         for tensor in tensors:
-            kind, dense = (tensor.device, tensor.dtype), tensor
-            if not tensor.is_contiguous():
-                dense = torch.empty_like(tensor, device="meta")
-            start = needed.get(kind, 0)
-            wanted.append((kind, tensor.shape, dense.stride(), start))
-            needed[kind] = start + tensor.numel()
-        for kind, size in needed.items():
-            if kind not in self.flat or self.flat[kind].numel() < size:
-                self.flat[kind] = torch.empty(size, device=kind[0], dtype=kind[1])
-        places = [self.flat[kind].as_strided(shape, strides, start) for kind, shape, strides, start in wanted]
-        self.last = list(tensors), places
-        return places
+            dense = tensor if tensor.is_contiguous() else torch.empty_like(tensor, device="meta")
+            kind = (tensor.device, tensor.dtype)
+            self._places.append(self._flat[kind].as_strided(tensor.shape, dense.stride(), starts[kind].pop(0)))
+        return self._places
 
 
 @contextmanager
