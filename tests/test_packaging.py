@@ -19,10 +19,12 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import hf_lsam
+
 ROOT = Path(__file__).parent.parent
 CORE = {"accelerate", "numpy", "safetensors", "torch", "transformers"}
 # What the sdist holds, whole folders and files.
-FOLDERS = (".ci", "accelerate_configs", "docs", "hf_lsam", "recipes", "tests")
+FOLDERS = (".ci", ".github", "accelerate_configs", "docs", "hf_lsam", "recipes", "tests")
 FILES = (
     ".pre-commit-config.yaml",
     "CHANGELOG.md",
@@ -32,6 +34,7 @@ FILES = (
     "MANIFEST.in",
     "Makefile",
     "README.md",
+    "RELEASING.md",
     "constraints-oldest.txt",
     "constraints.txt",
     "pyproject.toml",
@@ -100,12 +103,22 @@ def installed(built) -> Path:
     return site
 
 
-def test_wheel_holds_the_package_and_nothing_else(built):
+def test_wheel_holds_the_package_and_the_recipes_and_nothing_else(built):
+    """Of the recipes all but the studies: neither evidence nor results, and no tests."""
     files = zipfile.ZipFile(next(built.glob("*.whl"))).namelist()
     modules = {f"hf_lsam/{path.name}" for path in (ROOT / "hf_lsam").iterdir() if path.suffix in (".py", ".typed")}
-    assert {file for file in files if ".dist-info/" not in file} == modules
-    assert "hf_lsam/py.typed" in modules
+    recipes = {path.relative_to(ROOT / "recipes") for path in (ROOT / "recipes").rglob("*")}
+    kept = {path for path in recipes if path.suffix in (".py", ".yaml") and path.parts[0] != "studies"}
+    assert {file for file in files if ".dist-info/" not in file} == modules | {
+        f"hf_lsam_recipes/{path.as_posix()}" for path in kept
+    }
+    assert {"hf_lsam/py.typed", "hf_lsam_recipes/run_glue.py", "hf_lsam_recipes/glue/rte.yaml"} <= {*files}
+    assert not [file for file in files if file.endswith((".csv", ".json")) or "evidence" in file or "test" in file]
     assert any(file.endswith("licenses/LICENSE") for file in files)
+    [commands] = [file for file in files if file.endswith("entry_points.txt")]
+    assert "hf-lsam = hf_lsam_recipes.support.cli:main" in (
+        zipfile.ZipFile(next(built.glob("*.whl"))).read(commands).decode()
+    )
 
 
 def test_sdist_holds_all_that_it_takes_to_test_and_no_leftovers(built):
@@ -151,7 +164,7 @@ def test_mypy_honours_the_types_of_the_wheel_in_the_file_of_a_user(installed, tm
 
 def test_metadata_is_complete(built):
     [wheel] = built.glob("*.whl")
-    content = zipfile.ZipFile(wheel).read(f"hf_lsam-{PROJECT['version']}.dist-info/METADATA").decode()
+    content = zipfile.ZipFile(wheel).read(f"hf_lsam-{hf_lsam.__version__}.dist-info/METADATA").decode()
     metadata = email.message_from_string(content)
     for name in ("Name", "Version", "Summary", "Author", "Keywords", "Project-URL", "Requires-Python"):
         assert metadata[name], f"{name} is missing"
@@ -166,7 +179,8 @@ def test_metadata_is_complete(built):
 
 
 def test_one_version_everywhere():
-    version = PROJECT["version"]
+    version = hf_lsam.__version__
+    assert PROJECT["dynamic"] == ["version"] and "version" not in PROJECT
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == version
     assert citation["license"] == PROJECT["license"]
@@ -182,7 +196,7 @@ def test_core_dependencies_are_few():
 def test_an_extra_holds_what_is_imported_and_nothing_else(extra):
     """What a script imports directly is required directly."""
     scripts = {"demo": reached_from(ROOT / "recipes" / "demo.py")}
-    scripts["recipes"] = {*(ROOT / "recipes").glob("*.py")}
+    scripts["recipes"] = {*(ROOT / "recipes").rglob("*.py")}
     scripts["test"] = {*scripts["recipes"], *(ROOT / "tests").glob("*.py")}
     wanted = requirements(extra) - {"hf-lsam"}
     distributions = importlib.metadata.packages_distributions()
@@ -219,13 +233,14 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names.add(str(node.module))
+            # What is imported from a package may be a module of it.
+            names |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
     return names
 
 
 def foreign(path: Path) -> set[str]:
     """The top-level packages that a file imports and that are neither Python's nor files of this repository."""
-    own = {file.stem for folder in ("recipes", "tests") for file in (ROOT / folder).glob("*.py")} | {"hf_lsam"}
+    own = {file.stem for file in (ROOT / "tests").glob("*.py")} | {"hf_lsam", "hf_lsam_recipes"}
     return {name.partition(".")[0] for name in imports(path)} - own - sys.stdlib_module_names
 
 
@@ -236,6 +251,6 @@ def reached_from(script: Path) -> set[Path]:
         path = waiting.pop()
         if path.is_file() and path not in reached:
             reached.add(path)
-            waiting += [ROOT.joinpath("hf_lsam", f"{name.removeprefix('hf_lsam.')}.py") for name in imports(path)]
-            waiting += [ROOT / "recipes" / f"{name}.py" for name in imports(path)]
+            names = [name.replace("hf_lsam_recipes", "recipes", 1) for name in imports(path)]
+            waiting += [ROOT.joinpath(*name.split(".")).with_suffix(".py") for name in names]
     return reached

@@ -1,7 +1,7 @@
 """
 Two claims of the paper on the results of a comparison, with 95 % intervals over the seeds.
 
-    python recipes/claims.py outputs/compare/glue_small
+    python recipes/studies/claims.py outputs/compare/glue_small
 
 - Penalising a few layers lowers the gradient norm of the whole model: its mean over the last third of the training, as
   a ratio to the baseline with the same seed. Less than 1 supports the claim.
@@ -26,9 +26,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from compare_series import Curve, ResultsError, TaskResults, block_norms, read_results, whole_norms
-from compare_statistics import mean_interval
 from scipy import stats
+
+from hf_lsam_recipes.support.comparison.series import (
+    Curve,
+    ResultsError,
+    TaskResults,
+    block_norms,
+    read_results,
+    whole_norms,
+)
+from hf_lsam_recipes.support.comparison.statistics import mean_interval
 
 PARTS = 3
 

@@ -1,7 +1,7 @@
 r"""
 Does perturbing a few layers converge as fast as perturbing all of them? Rates on a function whose constants are known.
 
-    python recipes/convergence.py outputs/convergence
+    python recipes/studies/convergence.py outputs/convergence
 
 writes `convergence.json`, and the picture as SVG and PNG.
 
@@ -31,18 +31,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from compare_statistics import Interval, mean_interval
 from matplotlib.figure import Figure
-from palette import style
-from plot import save
-from plot_figures import WIDTH
 from scipy import stats
-from stamp import stamp
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from hf_lsam import LSAMConfig
 from hf_lsam.step import LSAMStep
+from hf_lsam_recipes.plot import save
+from hf_lsam_recipes.support.comparison.statistics import Interval, mean_interval
+from hf_lsam_recipes.support.figures.comparison import WIDTH
+from hf_lsam_recipes.support.figures.palette import style
+from hf_lsam_recipes.support.stamp import stamp
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """
 Gain over cost, one panel for each task: from the `runs.csv` of one or several comparisons.
 
-    python recipes/plot_gains.py gains.svg recipes/results/sentences.csv recipes/results/small_data.csv
+    python recipes/studies/plot_gains.py gains.svg recipes/studies/results/sentences.csv recipes/studies/results/small_data.csv
 
 A point is the mean difference of the metric to the baseline with the same seed, with its 95 % interval, over the ratio
 of a cost to that of the baseline. Panels have one axis of differences, but for those of a loss, and for those whose
@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from compare_plan import is_greater_better
-from compare_statistics import COSTS, Interval, mean_interval
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.scale import SymmetricalLogScale
 from matplotlib.ticker import FixedLocator, MaxNLocator
-from palette import style
+
+from hf_lsam_recipes.support.comparison.plan import is_greater_better
+from hf_lsam_recipes.support.comparison.statistics import COSTS, Interval, mean_interval
+from hf_lsam_recipes.support.figures.palette import style
 
 matplotlib.use("Agg")
 

@@ -1,7 +1,7 @@
 """
 How much of a perturbation is left in 16-bit weights, rounded to the nearest or stochastically.
 
-    python recipes/rounding.py --models path/to/MiniLM-L6,path/to/SmolLM2-135M --text_file path/to/sst2/dev.tsv
+    python recipes/studies/rounding.py --models path/to/MiniLM-L6,path/to/SmolLM2-135M --text_file path/to/sst2/dev.tsv
 
 The weights start on the grid of the dtype. The gradient and the losses are computed in float32, so that the rounding
 of the moved weights is all that differs from a perturbation in float32.
@@ -16,9 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import parse_arguments
-from json_files import check_output_file, write_json
-from stamp import stamp
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -35,6 +32,9 @@ from hf_lsam.ascent import Ascent, find_ascent
 from hf_lsam.perturbation import move_cosine, norms
 from hf_lsam.rounding import round_stochastically
 from hf_lsam.step import LSAMStep
+from hf_lsam_recipes.support.json_files import check_output_file, write_json
+from hf_lsam_recipes.support.settings import parse_arguments
+from hf_lsam_recipes.support.stamp import stamp
 
 DTYPES = (torch.bfloat16, torch.float16)
 SELECTIONS: dict[str, dict[str, Any]] = {

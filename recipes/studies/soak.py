@@ -1,7 +1,7 @@
 """
 Long training of a tiny model with features toggled at random: does memory grow, do weights drift from the reference?
 
-    python recipes/soak.py --steps 20000 --output_file recipes/results/soak.json
+    python recipes/studies/soak.py --steps 20000 --output_file recipes/studies/results/soak.json
 
 The steps come in stretches of a few hundred. Each stretch draws its settings, and a twin of the model makes the same
 steps by `hf_lsam/reference.py`, from the same weights, batches and random numbers, in float64. At its end the two are
@@ -25,11 +25,6 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from common import parse_arguments
-from json_files import check_output_file, write_json
-from soak_stretch import BATCH, Rows, Stretch, build, draw
-from soak_twin import Twin
-from stamp import stamp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -39,6 +34,11 @@ from transformers import (
 )
 
 from hf_lsam import LSAMConfig, LSAMTrainer
+from hf_lsam_recipes.studies.soak_stretch import BATCH, Rows, Stretch, build, draw
+from hf_lsam_recipes.studies.soak_twin import Twin
+from hf_lsam_recipes.support.json_files import check_output_file, write_json
+from hf_lsam_recipes.support.settings import parse_arguments
+from hf_lsam_recipes.support.stamp import stamp
 
 LARGEST_DIFFERENCE = 1e-9
 

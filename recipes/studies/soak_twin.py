@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-from soak_stretch import BLOCKS, Stretch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from hf_lsam import LSAMConfig, reference
+from hf_lsam_recipes.studies.soak_stretch import BLOCKS, Stretch
 
 
 class Seeded(nn.Module):

@@ -1,7 +1,7 @@
 """
 Why one pass is not two: how much of the ascent is left in the gradient of the step before.
 
-    python recipes/staleness.py recipes/glue/sst2.yaml --max_steps 75 --output_file staleness.json
+    python recipes/studies/staleness.py recipes/glue/sst2.yaml --max_steps 75 --output_file staleness.json
 
 Trains plainly with the settings of `run_glue.py`. At every step, the loss of the step's batch (without dropout) is
 measured at weights moved by `rho` along three directions: the batch's own gradient, as two passes move them; the
@@ -16,12 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import run_glue
 import torch
 from accelerate.utils import send_to_device
-from json_files import check_output_file, write_json
-from rounding import SELECTIONS
-from stamp import stamp
 from torch import Tensor
 from transformers import logging
 
@@ -29,6 +25,10 @@ from hf_lsam import LSAMConfig, LSAMTrainer
 from hf_lsam.ascent import Ascent, find_ascent
 from hf_lsam.perturbation import move_cosine
 from hf_lsam.step import LSAMStep
+from hf_lsam_recipes import run_glue
+from hf_lsam_recipes.studies.rounding import SELECTIONS
+from hf_lsam_recipes.support.json_files import check_output_file, write_json
+from hf_lsam_recipes.support.stamp import stamp
 
 RHOS = (0.05, 0.2, 0.5)
 DIRECTIONS = ("own", "other batch", "step before")

@@ -4,9 +4,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from adapters import AdapterArguments, add_adapter, find_base, load_adapter, load_config
 from peft import TaskType
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from hf_lsam_recipes.support.adapters import AdapterArguments, add_adapter, find_base, load_adapter, load_config
 
 
 @dataclass

@@ -5,7 +5,6 @@ import json
 import math
 import platform
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
 
+import hf_lsam
 from hf_lsam import LSAMTrainer
 
 TRAINING_FIELDS = (
@@ -127,7 +127,7 @@ def write_model_card(
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "hf-lsam": _own_version(),
+            "hf-lsam": hf_lsam.__version__,
         },
     }
     content = TEMPLATE.format(
@@ -143,13 +143,6 @@ def write_model_card(
     card.save(Path(args.output_dir) / "README.md")
     if args.push_to_hub:
         card.push_to_hub(trainer.hub_model_id, token=args.hub_token)
-
-
-def _own_version() -> str:
-    try:
-        return version("hf-lsam")
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _json_block(values: dict) -> str:

@@ -6,10 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from compare_plan import CompareError, Comparison, Method, Settings, Task, is_greater_better, slug, tuning_folder
-from yaml_text import read_yaml_text
 
-RECIPES = Path(__file__).resolve().parent
+from hf_lsam_recipes.support.comparison.plan import (
+    CompareError,
+    Comparison,
+    Method,
+    Settings,
+    Task,
+    is_greater_better,
+    slug,
+    tuning_folder,
+)
+from hf_lsam_recipes.support.yaml_text import read_yaml_text
+
+RECIPES = Path(__file__).resolve().parents[2]
 # What each run gets from `compare.py`.
 OWN_SETTINGS = ("output_dir", "seed", "resume_from_checkpoint")
 # A name without a value.
@@ -23,7 +33,7 @@ def read_comparison(path: Path, overrides: Mapping[str, Any], settings: Mapping[
     Args:
         path (`Path`): The YAML.
         overrides (`dict`): What replaces it, name by name, such as `output_dir`. A `recipe` here is any script; that
-            of the YAML, which may come from elsewhere, is one in this folder.
+            of the YAML, which may come from elsewhere, is one of the recipes.
         settings (`dict`): Settings of the recipe, for all runs, which replace those of the YAML and of its tasks.
 
     Raises:

@@ -7,11 +7,12 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from compare_plan import Comparison, Task
-from compare_statistics import Row
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from palette import style
+
+from hf_lsam_recipes.support.comparison.plan import Comparison, Task
+from hf_lsam_recipes.support.comparison.statistics import Row
+from hf_lsam_recipes.support.figures.palette import style
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222 }

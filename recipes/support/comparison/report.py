@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from compare_html import page, picture
-from compare_plan import CompareError, Comparison, Run, Task, metric_of
-from compare_statistics import COSTS, Row, mean_interval, missing_runs, table, warnings
-from json_files import write_json
+from hf_lsam_recipes.support.comparison.html import page, picture
+from hf_lsam_recipes.support.comparison.plan import CompareError, Comparison, Run, Task, metric_of
+from hf_lsam_recipes.support.comparison.statistics import COSTS, Row, mean_interval, missing_runs, table, warnings
+from hf_lsam_recipes.support.json_files import write_json
 
 FIGURES = (*COSTS, "wall_seconds")
 

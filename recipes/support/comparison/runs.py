@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import yaml
-from compare_plan import CompareError, Comparison, Run
-from json_files import read_json, write_json
+
+from hf_lsam_recipes.support.comparison.plan import CompareError, Comparison, Run
+from hf_lsam_recipes.support.json_files import read_json, write_json
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 # Seconds between two looks at the running processes, and that a stopped one gets to end.

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from compare_plan import is_greater_better
+
+from hf_lsam_recipes.support.comparison.plan import is_greater_better
 
 Run = dict[str, Any]
 Curve = dict[float, float]

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from compare_plan import Comparison, Run, Task, metric_of
 from scipy import stats
+
+from hf_lsam_recipes.support.comparison.plan import Comparison, Run, Task, metric_of
 
 # What is reported as a ratio to the baseline with the same seed, by its name in the result of a run.
 COSTS = {

@@ -7,7 +7,11 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from compare_series import (
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+
+from hf_lsam_recipes.support.comparison.series import (
     Band,
     Curve,
     Run,
@@ -19,11 +23,8 @@ from compare_series import (
     perturbation_counts,
     whole_norms,
 )
-from compare_statistics import COSTS, mean_interval
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
-from palette import style
+from hf_lsam_recipes.support.comparison.statistics import COSTS, mean_interval
+from hf_lsam_recipes.support.figures.palette import style
 
 # Inches: as wide as a README is shown, letters of 9 points stay as large as its own.
 WIDTH = 9.0

@@ -1,12 +1,6 @@
-"""
-The picture of the demo: learning curves, what a step costs, and which blocks were perturbed when.
+"""The picture of the demo: learning curves, what a step costs, and which blocks were perturbed when."""
 
-    python recipes/plot_demo.py demo/results.json demo/results.png
-"""
-
-import argparse
 import json
-import sys
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,7 +9,8 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from palette import style
+
+from hf_lsam_recipes.support.figures.palette import style
 
 matplotlib.use("Agg")
 
@@ -113,19 +108,3 @@ def _block_map(axes: Axes, method: str, repeats: list[dict], blocks: list[str]):
     axes.set_xlabel("optimizer step")
     axes.set_title(method, fontsize=10)
     return image
-
-
-def main(argv: list[str] | None = None):
-    """Draw what the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__.strip().partition("\n")[0])
-    parser.add_argument("results", type=Path, help="results.json of the demo")
-    parser.add_argument("picture", type=Path, help="the PNG to write")
-    args = parser.parse_args(argv)
-    try:
-        draw(read_demo(args.results), args.picture)
-    except (OSError, ValueError) as error:
-        sys.exit(f"plot_demo.py: {error}")
-
-
-if __name__ == "__main__":
-    main()

@@ -9,8 +9,9 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, Value
-from image_examples import check_images
-from tables import load_hub
+
+from hf_lsam_recipes.support.images.examples import check_images
+from hf_lsam_recipes.support.tables import load_hub
 
 NEEDED_BY = {"train": "do_train", "validation": "do_eval", "test": "do_predict"}
 # Of what is drawn once and for all: the images that are held out, and those that are left out.

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
-from clm_arguments import DataArguments
 from datasets import Dataset
-from tables import SUFFIXES, check_columns, check_file, load_hub, read_table, read_texts
 from transformers import PreTrainedTokenizerBase
+
+from hf_lsam_recipes.support.tables import SUFFIXES, check_columns, check_file, load_hub, read_table, read_texts
+from hf_lsam_recipes.support.text.clm_arguments import DataArguments
 
 NO_LABEL = -100
 LARGEST_DEFAULT_BLOCK = 1024

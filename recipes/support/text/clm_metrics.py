@@ -7,10 +7,11 @@ from decimal import Decimal, InvalidOperation
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from clm_arguments import GenerationArguments
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, Trainer
+
+from hf_lsam_recipes.support.text.clm_arguments import GenerationArguments
 
 
 def sum_losses(logits: Tensor | tuple, labels: Tensor) -> Tensor:

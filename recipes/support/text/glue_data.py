@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pyarrow as pa
 from datasets import Dataset
-from glue_sampling import split_training_data, with_label_noise
-from glue_tasks import GLUE_TASKS, HUB_NAME, STSB_RANGE, DataArguments
-from tables import SUFFIXES, check_columns, load_hub, read_table, read_texts
+
+from hf_lsam_recipes.support.tables import SUFFIXES, check_columns, load_hub, read_table, read_texts
+from hf_lsam_recipes.support.text.glue_sampling import split_training_data, with_label_noise
+from hf_lsam_recipes.support.text.glue_tasks import GLUE_TASKS, HUB_NAME, STSB_RANGE, DataArguments
 
 COLUMN_SETTINGS = "Set text_column, text_pair_column or label_column"
 NEEDED_BY = {"train": "do_train", "validation": "do_eval", "test": "do_predict"}

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 
 import numpy as np
-from glue_tasks import DataArguments
+
+from hf_lsam_recipes.support.text.glue_tasks import DataArguments
 
 Columns = dict[str, list]
 
