@@ -1,5 +1,6 @@
 """The command `hf-lsam`: the recipes by their names."""
 
+import importlib.metadata
 import sys
 
 from hf_lsam_recipes.support.shipped import RECIPES, did_you_mean, shipped_yamls
@@ -25,9 +26,7 @@ def main() -> None:
         print(usage())
         return
     if arguments[0] == "--version":
-        import hf_lsam
-
-        print(f"hf-lsam {hf_lsam.__version__}")
+        print(f"hf-lsam {importlib.metadata.version('hf-lsam')}")
         return
     name = arguments[0]
     if name not in COMMANDS:

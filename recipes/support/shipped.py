@@ -26,8 +26,8 @@ def find_yaml(name: str, folder: str) -> Path:
         return shipped[stem]
     near = did_you_mean(stem, list(shipped))
     raise ValueError(
-        f"{name} is no file, and no YAML of that name ships with this recipe.{near} The first argument is a YAML of "
-        f"your own or one of {', '.join(shipped)}, which are in {RECIPES / folder}; or it starts with --."
+        f"{name} is no file, and no YAML of that name ships with this recipe.{near} Name a file of your own or one of "
+        f"{', '.join(shipped)}, which are in {RECIPES / folder}; settings start with --."
     )
 
 
