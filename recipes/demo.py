@@ -61,7 +61,7 @@ TRAINING: dict[str, Any] = {
     "report_to": "none",
 }
 # Learning rate and rho are the best of four for each method, on the validation part with the seeds 10 and 11: see
-# studies/evidence/demo.yaml and studies/results/demo_tuning.csv. All methods chose the same learning rate. Before about
+# studies/evidence/demo.yaml and results/demo_tuning.csv. All methods chose the same learning rate. Before about
 # a third of the training the fresh head has not left its start. `last` with 2 blocks costs 0.34 plain steps where a
 # step is perturbed: 0.24 over the training with this start.
 METHODS: dict[str, dict[str, Any]] = {

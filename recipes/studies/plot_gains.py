@@ -1,7 +1,7 @@
 """
 Gain over cost, one panel for each task: from the `runs.csv` of one or several comparisons.
 
-    python recipes/studies/plot_gains.py gains.svg recipes/studies/results/sentences.csv recipes/studies/results/small_data.csv
+    python recipes/studies/plot_gains.py gains.svg recipes/studies/results/{sentences,small_data}.csv
 
 A point is the mean difference of the metric to the baseline with the same seed, with its 95 % interval, over the ratio
 of a cost to that of the baseline. Panels have one axis of differences, but for those of a loss, and for those whose

@@ -32,6 +32,6 @@ def find_yaml(name: str, folder: str) -> Path:
 
 
 def did_you_mean(name: str, names: list[str]) -> str:
-    """` Did you mean X or Y?`, or nothing where nothing of `names` looks like `name`."""
-    near = difflib.get_close_matches(name, names)
+    """` Did you mean X or Y?`: what begins with `name`, or looks like it; or nothing."""
+    near = [other for other in names if other.startswith(name)] or difflib.get_close_matches(name, names)
     return f" Did you mean {' or '.join(near)}?" if near else ""
