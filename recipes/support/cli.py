@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import sys
+from collections.abc import Callable
 
 from hf_lsam_recipes.support.shipped import RECIPES, did_you_mean, shipped_yamls
 
@@ -37,7 +38,7 @@ def main() -> None:
         )
     sys.argv = [f"hf-lsam {name}", *arguments[1:]]
     try:
-        run(name)
+        script = find_script(name)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] in ("hf_lsam", "hf_lsam_recipes"):
             raise
@@ -45,10 +46,11 @@ def main() -> None:
             f"hf-lsam: error: hf-lsam {name} needs {error.name}, which is not installed: "
             "pip install 'hf-lsam[recipes]' installs all that the commands need."
         )
+    script()
 
 
-def run(name: str) -> None:
-    """Run a command, with its arguments in `sys.argv`; nothing of the others is imported."""
+def find_script(name: str) -> Callable[[], None]:
+    """What runs a command, with its arguments in `sys.argv`; nothing of the others is imported."""
     match name:
         case "glue":
             from hf_lsam_recipes.run_glue import script
@@ -64,7 +66,7 @@ def run(name: str) -> None:
             from hf_lsam_recipes.benchmark import script
         case "demo":
             from hf_lsam_recipes.demo import script
-    script()
+    return script
 
 
 def usage() -> str:
