@@ -22,7 +22,7 @@ from tqdm import tqdm
 from hf_lsam_recipes.support.comparison.config import read_comparison
 from hf_lsam_recipes.support.comparison.plan import CompareError, Comparison, Run
 from hf_lsam_recipes.support.comparison.runs import run_all
-from hf_lsam_recipes.support.shipped import find_yaml
+from hf_lsam_recipes.support.shipped import RECIPES, find_yaml
 
 # Options that each have results of their own, in a folder of their own.
 DATA_CHANGES = ("label_noise", "train_fraction")
@@ -74,7 +74,7 @@ def make_stamp() -> dict[str, Any]:
 
     By a process of its own: with torch in this one, its memory would count into the peak of those that it starts.
     """
-    command = [sys.executable, "-m", "hf_lsam_recipes.support.stamp"]
+    command = [sys.executable, str(RECIPES / "support" / "stamp.py")]
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
 
 

@@ -1,4 +1,4 @@
-"""What figures were made with: every file of results carries it. `python -m` of this module prints it."""
+"""What figures were made with: every file of results carries it. As a script, it prints it."""
 
 import importlib.metadata
 import json

@@ -17,9 +17,9 @@ from hf_lsam_recipes.support.comparison.plan import (
     slug,
     tuning_folder,
 )
+from hf_lsam_recipes.support.shipped import RECIPES
 from hf_lsam_recipes.support.yaml_text import read_yaml_text
 
-RECIPES = Path(__file__).resolve().parents[2]
 # What each run gets from `compare.py`.
 OWN_SETTINGS = ("output_dir", "seed", "resume_from_checkpoint")
 # A name without a value.
