@@ -34,6 +34,7 @@ demo: .venv/.installed-demo
 test: .venv/.installed-test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	@test -e hf_lsam_recipes || ln -s recipes hf_lsam_recipes  # which an sdist lacks
 	.venv/bin/mypy
 	.venv/bin/pytest -n 2 --dist loadfile
 
@@ -77,4 +78,4 @@ format: .venv/.installed-test
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .venv-audit build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest .venv-newest .venv-audit .venv-release .venv-wheel build *.egg-info .mypy_cache .pytest_cache .ruff_cache

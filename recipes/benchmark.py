@@ -23,21 +23,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_table import table
-from common import StepTimer, parse_arguments, peak_memory_mib
-from json_files import check_output_file, write_json
-from peers import IN_TRAINER, PEERS, HandWrittenLoop, SAMTrainer
-from plot_cost import draw_cost, read_runs
-from stamp import stamp
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.utils import logging
-from workload import Rows, WorkloadArguments, make_model
 
 from hf_lsam import LSAMConfig, LSAMTrainer
 from hf_lsam.blocks import find_blocks, find_candidates
 from hf_lsam.costs import CostModel
+from hf_lsam_recipes.support.cost.peers import IN_TRAINER, PEERS, HandWrittenLoop, SAMTrainer
+from hf_lsam_recipes.support.cost.table import table
+from hf_lsam_recipes.support.cost.workload import Rows, WorkloadArguments, make_model
+from hf_lsam_recipes.support.figures.cost import draw_cost, read_runs
+from hf_lsam_recipes.support.json_files import check_output_file, write_json
+from hf_lsam_recipes.support.settings import parse_arguments
+from hf_lsam_recipes.support.stamp import stamp
+from hf_lsam_recipes.support.step_timer import StepTimer, peak_memory_mib
 
 METHODS: dict[str, dict[str, Any]] = {
     "plain": {"block_selection": "none"},
@@ -282,8 +283,13 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
     return figures
 
 
-if __name__ == "__main__":
+def script() -> None:
+    """Run the command line, as the file and as `hf-lsam benchmark`."""
     try:
         main()
     except ValueError as error:
         sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    script()

@@ -17,10 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from compare_config import RECIPES, read_comparison
-from compare_plan import CompareError, Comparison, Run
-from compare_runs import run_all
 from tqdm import tqdm
+
+from hf_lsam_recipes.support.comparison.config import read_comparison
+from hf_lsam_recipes.support.comparison.plan import CompareError, Comparison, Run
+from hf_lsam_recipes.support.comparison.runs import run_all
+from hf_lsam_recipes.support.shipped import RECIPES, find_yaml
 
 # Options that each have results of their own, in a folder of their own.
 DATA_CHANGES = ("label_noise", "train_fraction")
@@ -72,14 +74,14 @@ def make_stamp() -> dict[str, Any]:
 
     By a process of its own: with torch in this one, its memory would count into the peak of those that it starts.
     """
-    command = [sys.executable, str(RECIPES / "stamp.py")]
+    command = [sys.executable, str(RECIPES / "support" / "stamp.py")]
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv`; returns 1 if a run is missing in the end, else 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").strip().partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("config", type=Path, help="YAML of tasks, methods and seeds")
+    parser.add_argument("config", help="YAML of tasks, methods and seeds, or the name of one that ships")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the recipe, for all")
     parser.add_argument("--label_noise", metavar="P", help="make this share of the training labels wrong")
     parser.add_argument("--train_fraction", metavar="P", help="train on this share of the training data")
@@ -91,12 +93,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--report_only", action="store_true", help="run nothing, report what is there")
     args = parser.parse_args(argv)
     try:
-        comparison = read_comparison(args.config, *read_overrides(args))
+        comparison = read_comparison(find_comparison(args.config), *read_overrides(args))
         if apart := [f"{name}-{getattr(args, name)}" for name in DATA_CHANGES if getattr(args, name) is not None]:
             comparison = dataclasses.replace(comparison, output_dir=comparison.output_dir / "_".join(apart))
         problems = [] if args.report_only else compare(comparison)
         # Only here: memory of this process counts into the peak of those that it starts.
-        from compare_report import write_report
+        from hf_lsam_recipes.support.comparison.report import write_report
 
         missing = write_report(comparison)
     except CompareError as error:
@@ -104,6 +106,14 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.exit("\nStopped. Finished runs are kept; the same command goes on from there.")
     return 1 if missing or problems else 0
+
+
+def find_comparison(name: str) -> Path:
+    """The YAML of a comparison, by its path or the name of one that ships."""
+    try:
+        return find_yaml(name, "compare")
+    except ValueError as error:
+        raise CompareError(str(error)) from error
 
 
 def read_overrides(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
@@ -120,8 +130,13 @@ def read_overrides(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, 
     return overrides, settings
 
 
-if __name__ == "__main__":
+def script() -> None:
+    """Run the command line, as the file and as `hf-lsam compare`."""
     # Stopping this process must stop those that it waits for.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    script()

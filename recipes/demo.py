@@ -26,18 +26,21 @@ from statistics import fmean
 from typing import Any
 
 import yaml
-from demo_assets import AssetError, Splits, model_folder, rated_sentences, write_splits
 from tqdm import tqdm
+
+from hf_lsam_recipes.support.text.demo_assets import AssetError, Splits, model_folder, rated_sentences, write_splits
 
 RECIPES = Path(__file__).resolve().parent
 CODE = [
     *RECIPES.parent.glob("hf_lsam/*.py"),
     # What run_glue.py imports, but for the model card.
-    *(RECIPES / f"{name}.py" for name in ("run_glue", "adapters", "common", "loading", "measures")),
+    RECIPES / "run_glue.py",
     *(
-        RECIPES / f"{name}.py"
-        for name in ("glue_data", "glue_metric", "glue_sampling", "glue_tasks", "tables", "yaml_text")
+        RECIPES / "support" / f"{name}.py"
+        for name in ("adapters", "loading", "logits", "measures", "output", "settings", "shipped", "step_timer")
     ),
+    *(RECIPES / "support" / f"{name}.py" for name in ("tables", "yaml_text")),
+    *(RECIPES / "support" / "text" / f"glue_{name}.py" for name in ("data", "metric", "sampling", "tasks")),
 ]
 
 SPLITS = Splits(train=400, validation=1000, test=2000, flipped=0.3)
@@ -58,9 +61,9 @@ TRAINING: dict[str, Any] = {
     "report_to": "none",
 }
 # Learning rate and rho are the best of four for each method, on the validation part with the seeds 10 and 11: see
-# evidence/demo.yaml and results/demo_tuning.csv. All methods chose the same learning rate. Before about a third of the
-# training the fresh head has not left its start. `last` with 2 blocks costs 0.34 plain steps where a step is
-# perturbed: 0.24 over the training with this start.
+# studies/evidence/demo.yaml and results/demo_tuning.csv. All methods chose the same learning rate. Before about
+# a third of the training the fresh head has not left its start. `last` with 2 blocks costs 0.34 plain steps where a
+# step is perturbed: 0.24 over the training with this start.
 METHODS: dict[str, dict[str, Any]] = {
     "AdamW": {"block_selection": "none"},
     "SAM": {"block_selection": "all", "rho": 0.02, "perturb_start": 0.3},
@@ -263,9 +266,9 @@ def demo(output_dir: Path, seeds: list[int], model: Path | None, reviews: Path |
             bar.update(begin + steps - bar.n)
 
     # Only here: the memory of this process counts into the peak of those that it starts.
-    from plot_demo import draw
-    from run_glue import main as run_glue
-    from stamp import stamp
+    from hf_lsam_recipes.run_glue import main as run_glue
+    from hf_lsam_recipes.support.figures.demo import draw
+    from hf_lsam_recipes.support.stamp import stamp
 
     for run in tqdm([run for run in runs if not run.tested], desc="Evaluating on the test part", unit="model"):
         test(run, files["test"].resolve(), run_glue)
@@ -300,5 +303,10 @@ def main():
         sys.exit("\nStopped. Finished runs are kept; the same command goes on from there.")
 
 
-if __name__ == "__main__":
+def script() -> None:
+    """Run the command line, as the file and as `hf-lsam demo`."""
     main()
+
+
+if __name__ == "__main__":
+    script()

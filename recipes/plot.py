@@ -16,11 +16,12 @@ from functools import partial
 from pathlib import Path
 
 import matplotlib
-from compare_plan import slug
-from compare_series import ResultsError, TaskResults, read_results
-from compare_statistics import COSTS
 from matplotlib.figure import Figure
-from plot_figures import (
+
+from hf_lsam_recipes.support.comparison.plan import slug
+from hf_lsam_recipes.support.comparison.series import ResultsError, TaskResults, read_results
+from hf_lsam_recipes.support.comparison.statistics import COSTS
+from hf_lsam_recipes.support.figures.comparison import (
     NotDrawnError,
     accuracy_over_cost,
     gradient_norm,
@@ -89,5 +90,10 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"plot.py: {error}")
 
 
-if __name__ == "__main__":
+def script() -> None:
+    """Run the command line, as the file and as `hf-lsam plot`."""
     main()
+
+
+if __name__ == "__main__":
+    script()

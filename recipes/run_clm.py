@@ -14,9 +14,20 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters import AdapterArguments, save_model_config
-from clm_arguments import DataArguments, GenerationArguments
-from clm_data import (
+from peft import TaskType
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, TrainingArguments, set_seed
+from transformers.utils import logging
+
+from hf_lsam import LSAMConfig, LSAMTrainer
+from hf_lsam_recipes.support.adapters import AdapterArguments, save_model_config
+from hf_lsam_recipes.support.loading import ModelArguments, ModelSource, find_model, load_model
+from hf_lsam_recipes.support.measures import MeasureArguments, set_up_measures, write_landscapes
+from hf_lsam_recipes.support.model_card import OWN_FILES, Subject, write_model_card
+from hf_lsam_recipes.support.output import check_output_dir, report
+from hf_lsam_recipes.support.settings import parse_arguments, run_script
+from hf_lsam_recipes.support.step_timer import StepTimer
+from hf_lsam_recipes.support.text.clm_arguments import DataArguments, GenerationArguments
+from hf_lsam_recipes.support.text.clm_data import (
     Examples,
     Rows,
     begin_texts,
@@ -25,7 +36,7 @@ from clm_data import (
     make_examples,
     prompt_and_response,
 )
-from clm_metrics import (
+from hf_lsam_recipes.support.text.clm_metrics import (
     check_answers,
     compute_perplexity,
     find_answer,
@@ -33,15 +44,6 @@ from clm_metrics import (
     same_answer,
     sum_losses,
 )
-from common import StepTimer, check_output_dir, parse_arguments, report, run_script
-from loading import ModelArguments, ModelSource, find_model, load_model
-from measures import MeasureArguments, set_up_measures, write_landscapes
-from model_card import OWN_FILES, Subject, write_model_card
-from peft import TaskType
-from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, TrainingArguments, set_seed
-from transformers.utils import logging
-
-from hf_lsam import LSAMConfig, LSAMTrainer
 
 SETTINGS = (
     ModelArguments,
@@ -92,7 +94,7 @@ def prepare(argv: list[str]) -> Run:
     """Check settings, output directory and data, then build model and trainer; no file is written."""
     description = (__doc__ or "").strip().splitlines()[0]
     model_args, adapter_args, data_args, generation_args, measure_args, lsam_config, args = parse_arguments(
-        SETTINGS, argv, description
+        SETTINGS, argv, description, "clm"
     )
     splits = [split for split, wanted in (("train", args.do_train), ("validation", args.do_eval)) if wanted]
     if not splits or args.do_predict:
@@ -252,5 +254,10 @@ def describe(data_args: DataArguments) -> Subject:
     )
 
 
-if __name__ == "__main__":
+def script() -> None:
+    """Run the command line, as the file and as `hf-lsam clm`."""
     run_script(prepare, execute)
+
+
+if __name__ == "__main__":
+    script()

@@ -14,15 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from adapters import AdapterArguments, save_model_config
-from common import StepTimer, check_output_dir, make_compute_loss, parse_arguments, read_logits, report, run_script
 from datasets import Dataset
-from glue_data import TextData, load_text_data
-from glue_metric import GlueMetric
-from glue_tasks import DRAWN, GLUE_TASKS, HUB_NAME, PREDICTIONS, STSB_RANGE, DataArguments
-from loading import ModelArguments, find_model, load_model
-from measures import MeasureArguments, set_up_measures, write_landscapes
-from model_card import OWN_FILES, Subject, write_model_card
 from peft import TaskType
 from transformers import (
     AutoModelForSequenceClassification,
@@ -35,6 +27,17 @@ from transformers import (
 )
 
 from hf_lsam import LSAMConfig, LSAMTrainer
+from hf_lsam_recipes.support.adapters import AdapterArguments, save_model_config
+from hf_lsam_recipes.support.loading import ModelArguments, find_model, load_model
+from hf_lsam_recipes.support.logits import make_compute_loss, read_logits
+from hf_lsam_recipes.support.measures import MeasureArguments, set_up_measures, write_landscapes
+from hf_lsam_recipes.support.model_card import OWN_FILES, Subject, write_model_card
+from hf_lsam_recipes.support.output import check_output_dir, report
+from hf_lsam_recipes.support.settings import parse_arguments, run_script
+from hf_lsam_recipes.support.step_timer import StepTimer
+from hf_lsam_recipes.support.text.glue_data import TextData, load_text_data
+from hf_lsam_recipes.support.text.glue_metric import GlueMetric
+from hf_lsam_recipes.support.text.glue_tasks import DRAWN, GLUE_TASKS, HUB_NAME, PREDICTIONS, STSB_RANGE, DataArguments
 
 SETTINGS = (ModelArguments, AdapterArguments, DataArguments, MeasureArguments, LSAMConfig, TrainingArguments)
 
@@ -63,7 +66,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 def prepare(argv: list[str]) -> Run:
     """Check settings, output directory and data, then build model and trainer; no file is written."""
     description = (__doc__ or "").strip().splitlines()[0]
-    model_args, adapter_args, data_args, measure_args, lsam_config, args = parse_arguments(SETTINGS, argv, description)
+    model_args, adapter_args, data_args, measure_args, lsam_config, args = parse_arguments(
+        SETTINGS, argv, description, "glue"
+    )
     splits = [
         split
         for split, wanted in (("train", args.do_train), ("validation", args.do_eval), ("test", args.do_predict))
@@ -251,5 +256,10 @@ def write_predictions(path: Path, logits: np.ndarray, data_args: DataArguments, 
     path.write_text("index\tprediction\n" + "".join(lines), encoding="utf-8")
 
 
-if __name__ == "__main__":
+def script() -> None:
+    """Run the command line, as the file and as `hf-lsam glue`."""
     run_script(prepare, execute)
+
+
+if __name__ == "__main__":
+    script()

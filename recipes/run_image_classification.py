@@ -13,13 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import resnets
 import torch
-from common import StepTimer, check_output_dir, make_compute_loss, parse_arguments, read_logits, report, run_script
-from image_data import DataArguments, ImageData, load_image_data
-from image_examples import Augmentation, EpochCallback, ImageExamples, without_augmentation
-from measures import MeasureArguments, set_up_measures, write_landscapes
-from model_card import OWN_FILES, Subject, write_model_card
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -33,6 +27,15 @@ from transformers import (
 )
 
 from hf_lsam import LSAMConfig, LSAMTrainer
+from hf_lsam_recipes.support.images import resnets
+from hf_lsam_recipes.support.images.data import DataArguments, ImageData, load_image_data
+from hf_lsam_recipes.support.images.examples import Augmentation, EpochCallback, ImageExamples, without_augmentation
+from hf_lsam_recipes.support.logits import make_compute_loss, read_logits
+from hf_lsam_recipes.support.measures import MeasureArguments, set_up_measures, write_landscapes
+from hf_lsam_recipes.support.model_card import OWN_FILES, Subject, write_model_card
+from hf_lsam_recipes.support.output import check_output_dir, report
+from hf_lsam_recipes.support.settings import parse_arguments, run_script
+from hf_lsam_recipes.support.step_timer import StepTimer
 
 PREDICTIONS = "predictions.tsv"
 ARCHITECTURES = ("resnet", "wide_resnet")
@@ -128,7 +131,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 def prepare(argv: list[str]) -> Run:
     """Check settings, output directory and data, then build model and trainer; no file is written."""
     description = (__doc__ or "").strip().splitlines()[0]
-    model_args, data_args, measure_args, lsam_config, args = parse_arguments(SETTINGS, argv, description)
+    model_args, data_args, measure_args, lsam_config, args = parse_arguments(SETTINGS, argv, description, "images")
     wanted = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
     splits = [split for split in wanted if wanted[split]]
     if not splits:
@@ -272,5 +275,10 @@ def describe(model_args: ModelArguments, data_args: DataArguments) -> Subject:
     )
 
 
-if __name__ == "__main__":
+def script() -> None:
+    """Run the command line, as the file and as `hf-lsam images`."""
     run_script(prepare, execute)
+
+
+if __name__ == "__main__":
+    script()

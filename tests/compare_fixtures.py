@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-import compare
-import compare_config
 import pytest
 import yaml
 from tiny_compare import RECIPE, STAMP
+
+from hf_lsam_recipes import compare
+from hf_lsam_recipes.support.comparison import config as compare_config
 
 
 @pytest.fixture

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
-import run_glue
-from glue_tasks import GLUE_TASKS
 from tiny_glue import rte, save_bert, write_task
+
+from hf_lsam_recipes import run_glue
+from hf_lsam_recipes.support.text.glue_tasks import GLUE_TASKS
 
 
 @pytest.fixture(scope="session")

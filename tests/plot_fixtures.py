@@ -3,11 +3,12 @@
 import json
 from pathlib import Path
 
-import compare
-import compare_config
 import pytest
 import yaml
 from tiny_compare import LOGGING_RECIPE, STAMP
+
+from hf_lsam_recipes import compare
+from hf_lsam_recipes.support.comparison import config as compare_config
 
 METHODS = {
     "plain": {"kind": "none", "value": 1},

@@ -5,11 +5,8 @@ import math
 import shutil
 from pathlib import Path
 
-import adapters
 import pytest
-import run_glue
 import torch
-from adapters import AdapterArguments, add_adapter
 from peft import PeftModel
 from test_run_glue import RECIPES, read_predictions
 from tiny_glue import QUICK, files_in, rte, save_bert, save_decoder, save_tokenizer, write_rows
@@ -21,6 +18,10 @@ from transformers import (
     DistilBertConfig,
     DistilBertForSequenceClassification,
 )
+
+from hf_lsam_recipes import run_glue
+from hf_lsam_recipes.support import adapters
+from hf_lsam_recipes.support.adapters import AdapterArguments, add_adapter
 
 pytest_plugins = ["glue_fixtures"]
 

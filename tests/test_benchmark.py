@@ -3,18 +3,18 @@
 import json
 from functools import partial
 
-import benchmark
 import pytest
 import torch
-from benchmark import METHODS
-from peers import IN_TRAINER, PEERS, HandWrittenLoop, SAMTrainer
 from tiny import Examples, arguments, bert, largest_difference, weights
 from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, TrainingArguments
-from workload import Rows, make_model
 
 from hf_lsam import LSAMConfig, LSAMTrainer
+from hf_lsam_recipes import benchmark
+from hf_lsam_recipes.benchmark import METHODS
+from hf_lsam_recipes.support.cost.peers import IN_TRAINER, PEERS, HandWrittenLoop, SAMTrainer
+from hf_lsam_recipes.support.cost.workload import Rows, make_model
 
 TINY = ["--num_hidden_layers", "4", "--hidden_size", "64", "--batch_size", "2", "--sequence_length", "8"]
 TINY += ["--rounds", "1", "--steps", "1", "--memory_repeats", "0"]

@@ -2,11 +2,12 @@
 
 import csv
 
-import claims
 import pytest
-from claims import Consistency, consistency, late_mean, norm_ratios
-from compare_series import read_results
 from tiny_compare import unmeasured
+
+from hf_lsam_recipes.studies import claims
+from hf_lsam_recipes.studies.claims import Consistency, consistency, late_mean, norm_ratios
+from hf_lsam_recipes.support.comparison.series import read_results
 
 pytest_plugins = ["plot_fixtures"]
 

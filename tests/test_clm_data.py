@@ -1,15 +1,16 @@
 """What the language-model recipe makes of text, and what it refuses."""
 
-import clm_data
 import pytest
-import tables
-from clm_arguments import DataArguments
-from clm_data import Rows, find_block_size, load_rows, make_examples, prompt_and_response
 from datasets import Dataset, DatasetDict
 from tiny_clm import save_model, write_questions, write_text
 from tiny_glue import write_rows
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoTokenizer
+
+from hf_lsam_recipes.support import tables
+from hf_lsam_recipes.support.text import clm_data
+from hf_lsam_recipes.support.text.clm_arguments import DataArguments
+from hf_lsam_recipes.support.text.clm_data import Rows, find_block_size, load_rows, make_examples, prompt_and_response
 
 NO = clm_data.NO_LABEL
 PAIRS = {"train_file": "unused", "prompt_column": "question", "response_column": "answer"}

@@ -1,8 +1,9 @@
 """How answers of a language model are found and compared."""
 
 import pytest
-from clm_arguments import GenerationArguments
-from clm_metrics import check_answers, find_answer, same_answer
+
+from hf_lsam_recipes.support.text.clm_arguments import GenerationArguments
+from hf_lsam_recipes.support.text.clm_metrics import check_answers, find_answer, same_answer
 
 
 @pytest.mark.parametrize(

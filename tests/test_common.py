@@ -4,19 +4,21 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-import common
 import pytest
-import run_clm
-import run_glue
 import yaml
 from tiny_glue import files_in, rte
 from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from hf_lsam_recipes import run_clm, run_glue
+from hf_lsam_recipes.support import step_timer
+from hf_lsam_recipes.support.output import check_output_dir
+from hf_lsam_recipes.support.settings import parse_arguments
 
 pytest_plugins = ["glue_fixtures"]
 
 
 def parse(*argv: str):
-    return common.parse_arguments(run_glue.SETTINGS, list(argv), "")
+    return parse_arguments(run_glue.SETTINGS, list(argv), "")
 
 
 @pytest.mark.parametrize("recipe, folder", [(run_glue, "glue"), (run_clm, "clm")])
@@ -24,7 +26,7 @@ def test_yamls_hold_only_what_differs_from_the_defaults(recipe, folder):
     paths = list(Path(recipe.__file__).parent.glob(f"{folder}/*.yaml"))
     assert paths
     for path in paths:
-        parsed = common.parse_arguments(recipe.SETTINGS, [str(path)], "")
+        parsed = parse_arguments(recipe.SETTINGS, [str(path)], "")
         for name in yaml.safe_load(path.read_text()):
             [settings] = [settings for settings in parsed if hasattr(settings, name)]
             default = next(item.default for item in dataclasses.fields(settings) if item.name == name)
@@ -106,7 +108,7 @@ def test_output_of_any_kind_is_kept(tmp_path, bert, glue, name):
 
 def test_other_files_are_no_obstacle(tmp_path):
     (tmp_path / "log.txt").touch()
-    assert common.check_output_dir(TrainingArguments(str(tmp_path), do_train=True), ["RTE.tsv"]) is None
+    assert check_output_dir(TrainingArguments(str(tmp_path), do_train=True), ["RTE.tsv"]) is None
 
 
 @pytest.mark.parametrize("latest", [True, False])
@@ -142,8 +144,8 @@ def test_resume_without_a_checkpoint(bert, glue, tmp_path, resume):
 
 def test_step_time_leaves_out_what_lies_between_steps(monkeypatch):
     clock = iter([0.0, 1.0, 11.0, 13.0, 100.0, 103.0])
-    monkeypatch.setattr(common.time, "perf_counter", lambda: next(clock))
-    timer, state, control = common.StepTimer(), TrainerState(), TrainerControl()
+    monkeypatch.setattr(step_timer.time, "perf_counter", lambda: next(clock))
+    timer, state, control = step_timer.StepTimer(), TrainerState(), TrainerControl()
     timer.on_train_begin(TrainingArguments("unused", use_cpu=True), state, control)
     for _ in range(3):
         timer.on_step_begin(None, state, control)

@@ -10,10 +10,11 @@ import sys
 import time
 from pathlib import Path
 
-import compare
-import compare_runs
 import pytest
 from tiny_compare import STAMP
+
+from hf_lsam_recipes import compare
+from hf_lsam_recipes.support.comparison import runs as compare_runs
 
 pytest_plugins = ["compare_fixtures"]
 
@@ -132,10 +133,11 @@ def test_a_killed_comparison_goes_on_from_the_last_checkpoint(config, tmp_path, 
     path = config(methods={"A": {"value": 1}}, processes=1)
     (tmp_path / "hold").touch()
     # The same as the script, but for the seconds that the stamp takes.
-    code = f"import sys, signal, compare; compare.make_stamp = lambda: {STAMP}; "
+    code = "import sys, signal; from hf_lsam_recipes import compare; "
+    code += f"compare.make_stamp = lambda: {STAMP}; "
     code += "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); sys.exit(compare.main())"
     command = [sys.executable, "-c", code, str(path), "--recipe", str(tmp_path / "recipe.py")]
-    process = subprocess.Popen(command, cwd=RECIPES, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
     model = tmp_path / "out" / "t" / "a" / "seed-1" / "model"
     wait_for((model / "model.safetensors").exists)
     os.kill(process.pid, number)

@@ -9,16 +9,16 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-import compare
 import pytest
-import run_glue
 import torch
 import yaml
-from common import parse_arguments
-from compare_config import read_comparison
-from compare_plan import slug
 from tiny_glue import write_task
 from transformers import BertModel
+
+from hf_lsam_recipes import compare, run_glue
+from hf_lsam_recipes.support.comparison.config import read_comparison
+from hf_lsam_recipes.support.comparison.plan import slug
+from hf_lsam_recipes.support.settings import parse_arguments
 
 pytest_plugins = ["glue_fixtures"]
 
@@ -42,11 +42,11 @@ def headless(bert, tmp_path_factory) -> str:
 
 
 def test_every_yaml_is_one_that_the_recipe_accepts():
-    files = sorted(path for folder in ("compare", "evidence") for path in (RECIPES / folder).glob("*.yaml"))
+    files = sorted([*RECIPES.glob("compare/*.yaml"), *RECIPES.glob("studies/evidence/*.yaml")])
     assert len(files) >= 2
     for path in files:
         comparison = read_comparison(path, {}, {})
-        settings = importlib.import_module(comparison.recipe.stem).SETTINGS
+        settings = importlib.import_module(f"hf_lsam_recipes.{comparison.recipe.stem}").SETTINGS
         for run in [*comparison.tuning_runs(), *comparison.final_runs()]:
             options = [f"--{name}={value}" for name, value in run.settings.items() if name != "recipe"]
             parse_arguments(settings, [*options, "--output_dir", "out"], "")
@@ -102,6 +102,7 @@ def test_comparison_of_real_runs(headless, rte_data, tmp_path):
 
 def test_comparing_needs_no_torch_itself():
     """The peak memory of a process counts that of the one that started it, up to the start."""
-    code = "import sys, compare; print([m for m in ('torch', 'matplotlib', 'scipy') if m in sys.modules])"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=RECIPES)
+    code = "import sys, hf_lsam_recipes.compare; "
+    code += "print([m for m in ('torch', 'matplotlib', 'scipy') if m in sys.modules])"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.stdout.strip() == "[]", ended.stderr

@@ -4,11 +4,12 @@ import json
 import re
 from html.parser import HTMLParser
 
-import compare
 import pytest
-from compare_config import read_comparison
-from compare_plan import CompareError
-from compare_statistics import Interval, mean_interval
+
+from hf_lsam_recipes import compare
+from hf_lsam_recipes.support.comparison.config import read_comparison
+from hf_lsam_recipes.support.comparison.plan import CompareError
+from hf_lsam_recipes.support.comparison.statistics import Interval, mean_interval
 
 pytest_plugins = ["compare_fixtures"]
 

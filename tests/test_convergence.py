@@ -3,14 +3,22 @@
 import json
 from types import SimpleNamespace
 
-import convergence
 import numpy as np
 import pytest
 import torch
-from convergence import Model, Problem, Settings, draw, fitted_slope, mean_squared_norm, start_of
 from torch import nn
 
 from hf_lsam import reference
+from hf_lsam_recipes.studies import convergence
+from hf_lsam_recipes.studies.convergence import (
+    Model,
+    Problem,
+    Settings,
+    draw,
+    fitted_slope,
+    mean_squared_norm,
+    start_of,
+)
 
 SETTINGS = Settings(rows=64, layers=3, features=2, batch_size=4, steps=(4, 8, 16), c=2.0, c_rho=0.5, seeds=(0, 1))
 

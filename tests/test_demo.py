@@ -7,9 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import demo
 import pytest
-from plot_demo import draw
+
+from hf_lsam_recipes import demo
+from hf_lsam_recipes.support.figures.demo import draw
 
 STAND_IN = """
 import json, pathlib, sys, yaml
@@ -69,15 +70,16 @@ def test_runs_are_interleaved_and_kept_and_redone_when_something_changed(tmp_pat
 
 
 def test_a_change_of_any_code_that_a_run_imports_makes_it_another_run():
-    reached, waiting = set(), ["run_glue"]
+    reached, waiting = set(), ["hf_lsam_recipes.run_glue"]
     while waiting:
-        name = waiting.pop()
+        package, _, name = waiting.pop().partition(".")
+        path = demo.RECIPES.joinpath(*name.split(".")).with_suffix(".py")
         # The card is written after all else, and has no part in a figure.
-        if name != "model_card" and (path := demo.RECIPES / f"{name}.py").is_file() and path not in reached:
+        if package == "hf_lsam_recipes" and path.stem != "model_card" and path not in reached:
             reached.add(path)
             nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
             waiting += [str(node.module) for node in nodes]
-    assert {path for path in demo.CODE if path.parent == demo.RECIPES} == reached
+    assert {path for path in demo.CODE if path.is_relative_to(demo.RECIPES)} == reached
     assert demo.RECIPES.parent / "hf_lsam" / "step.py" in demo.CODE
 
 
@@ -181,9 +183,7 @@ def test_every_method_is_a_valid_setting():
 
 def test_demo_needs_no_torch_itself():
     """The peak memory of a process counts that of the one that started it, up to the start."""
-    code = "import sys, demo; print(json.dumps([m in sys.modules for m in ('torch', 'matplotlib', 'transformers')]))"
-    recipes = Path(demo.__file__).parent
-    result = subprocess.run(
-        [sys.executable, "-c", "import json; " + code], capture_output=True, text=True, cwd=recipes
-    )
+    code = "import json, sys, hf_lsam_recipes.demo; "
+    code += "print(json.dumps([m in sys.modules for m in ('torch', 'matplotlib', 'transformers')]))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert json.loads(result.stdout) == [False, False, False], result.stderr

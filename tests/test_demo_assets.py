@@ -8,9 +8,10 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-import demo_assets
 import pytest
-from demo_assets import AssetError, Splits
+
+from hf_lsam_recipes.support.text import demo_assets
+from hf_lsam_recipes.support.text.demo_assets import AssetError, Splits
 
 RATED = [(2.25, "a joy"), (-1.5, "dull \x85 and long"), (0.25, "so so"), (-0.5, 'a "9 inch" screen'), (3.0, "a joy")]
 

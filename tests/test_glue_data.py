@@ -3,13 +3,14 @@
 import json
 import os
 
-import glue_data
 import pytest
-import tables
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-from glue_data import load_text_data
-from glue_tasks import GLUE_TASKS, DataArguments
 from tiny_glue import make_rows, write_rows, write_task
+
+from hf_lsam_recipes.support import tables
+from hf_lsam_recipes.support.text import glue_data
+from hf_lsam_recipes.support.text.glue_data import load_text_data
+from hf_lsam_recipes.support.text.glue_tasks import GLUE_TASKS, DataArguments
 
 NO_LABELS: dict[str, int] = {}
 

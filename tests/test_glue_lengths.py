@@ -3,9 +3,10 @@
 import json
 
 import pytest
-import run_glue
 from tiny_glue import make_rows, rte, save_tokenizer, write_rows
 from transformers import AutoModelForSequenceClassification, BertConfig, RobertaConfig
+
+from hf_lsam_recipes import run_glue
 
 
 @pytest.mark.parametrize("kind", [BertConfig, RobertaConfig])

@@ -4,10 +4,11 @@ import math
 
 import numpy as np
 import pytest
-from glue_metric import METRICS, GlueMetric
-from glue_tasks import GLUE_TASKS
 from scipy import stats
 from sklearn import metrics
+
+from hf_lsam_recipes.support.text.glue_metric import METRICS, GlueMetric
+from hf_lsam_recipes.support.text.glue_tasks import GLUE_TASKS
 
 REFERENCES = {
     "accuracy": lambda p, r: metrics.accuracy_score(r, p),

@@ -3,10 +3,11 @@
 import json
 
 import pytest
-import run_glue
-from glue_data import load_text_data
-from glue_tasks import GLUE_TASKS, DataArguments
 from tiny_glue import make_rows, rte, write_rows, write_task
+
+from hf_lsam_recipes import run_glue
+from hf_lsam_recipes.support.text.glue_data import load_text_data
+from hf_lsam_recipes.support.text.glue_tasks import GLUE_TASKS, DataArguments
 
 pytest_plugins = ["glue_fixtures"]
 SPLITS = ("train", "validation", "test")

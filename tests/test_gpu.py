@@ -8,7 +8,6 @@ import sys
 import warnings
 from pathlib import Path
 
-import benchmark
 import pytest
 import torch
 from tiny import VOCABULARY, Examples, arguments, assert_equal, bert, largest_difference, training_lines, weights
@@ -18,6 +17,7 @@ from tiny_precision import METHODS, Replays, Watch
 from transformers import BertConfig, BertForSequenceClassification, Trainer, set_seed
 
 from hf_lsam import LSAMConfig, LSAMTrainer
+from hf_lsam_recipes import benchmark
 
 DEVICE = "cuda"
 pytestmark = [

@@ -2,10 +2,11 @@
 
 import json
 
-import host_cost
 import pytest
 import torch
-from peers import IN_TRAINER
+
+from hf_lsam_recipes.studies import host_cost
+from hf_lsam_recipes.support.cost.peers import IN_TRAINER
 
 TINY = ["--num_hidden_layers", "3", "--rounds", "2", "--steps", "2", "--warm_up", "3"]
 

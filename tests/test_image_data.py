@@ -3,16 +3,17 @@
 import zipfile
 from pathlib import Path
 
-import image_data
 import numpy as np
 import PIL.Image
 import pytest
-import tables
 import torch
 from datasets import Dataset
-from image_data import DataArguments, load_image_data
-from image_examples import Augmentation, read_image
 from tiny_images import CLASSES, picture, write_folder, write_hub, write_zip
+
+from hf_lsam_recipes.support import tables
+from hf_lsam_recipes.support.images import data as image_data
+from hf_lsam_recipes.support.images.data import DataArguments, load_image_data
+from hf_lsam_recipes.support.images.examples import Augmentation, read_image
 
 ALL = ("train", "validation", "test")
 

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import run_glue
 import torch
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -21,6 +20,8 @@ from tiny import bert, llama
 from tiny_glue import save_bert, write_task
 from tiny_passes import distance, length, share_of_rounding
 from transformers import BertForSequenceClassification
+
+from hf_lsam_recipes import run_glue
 
 ROOT = Path(run_glue.__file__).parents[1]
 CONFIGS = {path.stem: path for path in sorted((ROOT / "accelerate_configs").glob("*.yaml"))}

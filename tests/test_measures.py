@@ -3,11 +3,7 @@
 import json
 
 import pytest
-import run_clm
-import run_glue
-import run_image_classification
 import torch
-from measures import MeasureArguments, set_up_measures
 from safetensors.torch import load_file
 from tiny_clm import questions_argv, save_model, write_questions
 from tiny_glue import rte
@@ -15,6 +11,8 @@ from tiny_images import QUICK, SMALL, write_folder
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_lsam.sharpness_callback import SharpnessCallback, block_surfaces, gradient_norms
+from hf_lsam_recipes import run_clm, run_glue, run_image_classification
+from hf_lsam_recipes.support.measures import MeasureArguments, set_up_measures
 
 pytest_plugins = ["glue_fixtures"]
 

@@ -7,18 +7,16 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
-import model_card
 import pytest
-import run_clm
-import run_glue
-import run_image_classification
 import yaml
-from glue_tasks import DataArguments
-from model_card import Subject
 from tiny_glue import rte
 from transformers import TrainingArguments
 
 from hf_lsam import LSAMConfig
+from hf_lsam_recipes import run_clm, run_glue, run_image_classification
+from hf_lsam_recipes.support import model_card
+from hf_lsam_recipes.support.model_card import Subject
+from hf_lsam_recipes.support.text.glue_tasks import DataArguments
 
 pytest_plugins = ["glue_fixtures"]
 

@@ -3,6 +3,7 @@
 import ast
 import email
 import importlib.metadata
+import json
 import os
 import re
 import shutil
@@ -18,11 +19,15 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from tiny_glue import rte, save_bert, write_task
+
+import hf_lsam
+from hf_lsam_recipes.support.images.resnets import CifarResNet, CifarResNetConfig, WideResNet, WideResNetConfig
 
 ROOT = Path(__file__).parent.parent
 CORE = {"accelerate", "numpy", "safetensors", "torch", "transformers"}
 # What the sdist holds, whole folders and files.
-FOLDERS = (".ci", "accelerate_configs", "docs", "hf_lsam", "recipes", "tests")
+FOLDERS = (".ci", ".github", "accelerate_configs", "docs", "hf_lsam", "recipes", "tests")
 FILES = (
     ".pre-commit-config.yaml",
     "CHANGELOG.md",
@@ -32,6 +37,7 @@ FILES = (
     "MANIFEST.in",
     "Makefile",
     "README.md",
+    "RELEASING.md",
     "constraints-oldest.txt",
     "constraints.txt",
     "pyproject.toml",
@@ -68,6 +74,22 @@ print("#", hf_lsam.__file__, trainer.state.log_history[0]["lsam/active"], *added
 """
 
 
+LOADED = """
+import sys
+import hf_lsam_recipes.support.images.resnets
+from transformers import AutoModelForImageClassification
+print("#", *[type(AutoModelForImageClassification.from_pretrained(folder)).__name__ for folder in sys.argv[1:]])
+"""
+
+# What the script that an installer makes of the entry point does.
+COMMAND = """
+import importlib.metadata, sys
+[command] = importlib.metadata.entry_points(group="console_scripts", name="hf-lsam")
+sys.argv[0] = "hf-lsam"
+sys.exit(command.load()())
+"""
+
+
 def run(*command, **kwargs) -> str:
     """What `command` printed; its error output is shown if it fails."""
     result = subprocess.run(command, capture_output=True, text=True, **kwargs)
@@ -97,15 +119,33 @@ def installed(built) -> Path:
     run(sys.executable, "-m", "venv", "--without-pip", str(built / "env"))
     [site] = (built / "env").glob("lib/python*/site-packages")
     zipfile.ZipFile(next(built.glob("*.whl"))).extractall(site)
+    # The other packages come from where the tests run.
+    (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return site
 
 
-def test_wheel_holds_the_package_and_nothing_else(built):
+def run_installed(site: Path, *arguments: str, cwd: Path) -> str:
+    """What Python prints, run with `arguments` in the environment that `installed` made."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    return run(str(site.parents[2] / "bin" / "python"), "-I", *arguments, cwd=cwd, env=environment)
+
+
+def test_wheel_holds_the_package_and_the_recipes_and_nothing_else(built):
+    """Of the recipes all but the studies: neither evidence nor results, and no tests."""
     files = zipfile.ZipFile(next(built.glob("*.whl"))).namelist()
     modules = {f"hf_lsam/{path.name}" for path in (ROOT / "hf_lsam").iterdir() if path.suffix in (".py", ".typed")}
-    assert {file for file in files if ".dist-info/" not in file} == modules
-    assert "hf_lsam/py.typed" in modules
+    recipes = {path.relative_to(ROOT / "recipes") for path in (ROOT / "recipes").rglob("*")}
+    kept = {path for path in recipes if path.suffix in (".py", ".yaml") and path.parts[0] != "studies"}
+    assert {file for file in files if ".dist-info/" not in file} == modules | {
+        f"hf_lsam_recipes/{path.as_posix()}" for path in kept
+    }
+    assert {"hf_lsam/py.typed", "hf_lsam_recipes/run_glue.py", "hf_lsam_recipes/glue/rte.yaml"} <= {*files}
+    assert not [file for file in files if file.endswith((".csv", ".json")) or "evidence" in file or "test" in file]
     assert any(file.endswith("licenses/LICENSE") for file in files)
+    [commands] = [file for file in files if file.endswith("entry_points.txt")]
+    assert "hf-lsam = hf_lsam_recipes.support.cli:main" in (
+        zipfile.ZipFile(next(built.glob("*.whl"))).read(commands).decode()
+    )
 
 
 def test_sdist_holds_all_that_it_takes_to_test_and_no_leftovers(built):
@@ -120,16 +160,43 @@ def test_sdist_holds_all_that_it_takes_to_test_and_no_leftovers(built):
 
 
 def test_the_wheel_trains_by_itself_and_brings_the_core_dependencies_only(installed, tmp_path):
-    """Of what transformers' Trainer has not imported itself; the other packages come from where the tests run."""
-    (installed / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    python = installed.parents[2] / "bin" / "python"
-    output = run(str(python), "-I", "-c", FEW_STEPS, cwd=tmp_path, env=environment)
+    """Of what transformers' Trainer has not imported itself."""
+    output = run_installed(installed, "-c", FEW_STEPS, cwd=tmp_path)
     [line] = [line for line in output.splitlines() if line.startswith("#")]
     _, file, active, *added = line.split()
     assert Path(file) == installed / "hf_lsam" / "__init__.py"
     assert float(active) == 1
     assert {"hf_lsam"} <= set(added) - sys.stdlib_module_names <= CORE | {"hf_lsam"}
+
+
+def test_the_wheel_brings_the_command_and_its_yamls(installed, tmp_path):
+    output = run_installed(installed, "-c", COMMAND, "--version", cwd=tmp_path)
+    assert output == f"hf-lsam {hf_lsam.__version__}\n"
+    output = run_installed(installed, "-c", COMMAND, "--help", cwd=tmp_path)
+    assert str(installed / "hf_lsam_recipes") in output and " rte, " in output
+
+
+def test_a_recipe_of_the_wheel_trains_by_the_name_of_a_yaml(installed, tmp_path):
+    model, data = save_bert(tmp_path / "bert"), write_task(tmp_path / "glue", "rte")
+    argv = ["glue", "rte", *rte(model, data, tmp_path / "out")]
+    run_installed(installed, "-c", COMMAND, *argv, cwd=tmp_path)
+    assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["global_step"] == 2
+    assert f'"hf-lsam": "{hf_lsam.__version__}"' in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_trained_resnet_loads_where_the_wheel_is_installed(installed, tmp_path):
+    CifarResNet(CifarResNetConfig(depth=8)).save_pretrained(tmp_path / "one")
+    WideResNet(WideResNetConfig(depth=10, widen_factor=1)).save_pretrained(tmp_path / "two")
+    output = run_installed(installed, "-c", LOADED, str(tmp_path / "one"), str(tmp_path / "two"), cwd=tmp_path)
+    assert output.splitlines()[-1] == "# CifarResNet WideResNet"
+
+
+def test_results_of_an_installed_package_carry_its_version_and_no_commit_of_others(installed, tmp_path):
+    """Neither does those of a package inside the clone of another project."""
+    code = "from hf_lsam_recipes.support.stamp import stamp; print(stamp([0])['commit'])"
+    subprocess.run(["git", "init", "--quiet", str(installed)], check=True)
+    assert run_installed(installed, "-c", code, cwd=tmp_path) == f"hf-lsam {hf_lsam.__version__}\n"
+    shutil.rmtree(installed / ".git")
 
 
 def test_mypy_honours_the_types_of_the_wheel_in_the_file_of_a_user(installed, tmp_path):
@@ -151,7 +218,7 @@ def test_mypy_honours_the_types_of_the_wheel_in_the_file_of_a_user(installed, tm
 
 def test_metadata_is_complete(built):
     [wheel] = built.glob("*.whl")
-    content = zipfile.ZipFile(wheel).read(f"hf_lsam-{PROJECT['version']}.dist-info/METADATA").decode()
+    content = zipfile.ZipFile(wheel).read(f"hf_lsam-{hf_lsam.__version__}.dist-info/METADATA").decode()
     metadata = email.message_from_string(content)
     for name in ("Name", "Version", "Summary", "Author", "Keywords", "Project-URL", "Requires-Python"):
         assert metadata[name], f"{name} is missing"
@@ -166,7 +233,8 @@ def test_metadata_is_complete(built):
 
 
 def test_one_version_everywhere():
-    version = PROJECT["version"]
+    version = hf_lsam.__version__
+    assert PROJECT["dynamic"] == ["version"] and "version" not in PROJECT
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == version
     assert citation["license"] == PROJECT["license"]
@@ -182,7 +250,7 @@ def test_core_dependencies_are_few():
 def test_an_extra_holds_what_is_imported_and_nothing_else(extra):
     """What a script imports directly is required directly."""
     scripts = {"demo": reached_from(ROOT / "recipes" / "demo.py")}
-    scripts["recipes"] = {*(ROOT / "recipes").glob("*.py")}
+    scripts["recipes"] = {*(ROOT / "recipes").rglob("*.py")}
     scripts["test"] = {*scripts["recipes"], *(ROOT / "tests").glob("*.py")}
     wanted = requirements(extra) - {"hf-lsam"}
     distributions = importlib.metadata.packages_distributions()
@@ -219,13 +287,14 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names.add(str(node.module))
+            # What is imported from a package may be a module of it.
+            names |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
     return names
 
 
 def foreign(path: Path) -> set[str]:
     """The top-level packages that a file imports and that are neither Python's nor files of this repository."""
-    own = {file.stem for folder in ("recipes", "tests") for file in (ROOT / folder).glob("*.py")} | {"hf_lsam"}
+    own = {file.stem for file in (ROOT / "tests").glob("*.py")} | {"hf_lsam", "hf_lsam_recipes"}
     return {name.partition(".")[0] for name in imports(path)} - own - sys.stdlib_module_names
 
 
@@ -236,6 +305,6 @@ def reached_from(script: Path) -> set[Path]:
         path = waiting.pop()
         if path.is_file() and path not in reached:
             reached.add(path)
-            waiting += [ROOT.joinpath("hf_lsam", f"{name.removeprefix('hf_lsam.')}.py") for name in imports(path)]
-            waiting += [ROOT / "recipes" / f"{name}.py" for name in imports(path)]
+            names = [name.replace("hf_lsam_recipes", "recipes", 1) for name in imports(path)]
+            waiting += [ROOT.joinpath(*name.split(".")).with_suffix(".py") for name in names]
     return reached

@@ -6,12 +6,13 @@ from dataclasses import replace
 from xml.etree import ElementTree
 
 import numpy as np
-import plot
-import plot_figures
 import pytest
-from compare_series import ResultsError, block_norms, read_results
-from palette import COLOURS, style
 from tiny_compare import unmeasured
+
+from hf_lsam_recipes import plot
+from hf_lsam_recipes.support.comparison.series import ResultsError, block_norms, read_results
+from hf_lsam_recipes.support.figures import comparison as plot_figures
+from hf_lsam_recipes.support.figures.palette import COLOURS, style
 
 pytest_plugins = ["plot_fixtures"]
 

@@ -1,10 +1,12 @@
 """The pictures of the benchmark over one of its arguments, and files that hold something else."""
 
 import json
+from pathlib import Path
 
-import plot_cost
-import plot_demo
 import pytest
+
+from hf_lsam_recipes.studies import plot_cost, plot_demo
+from hf_lsam_recipes.support.figures.demo import RUN
 
 OTHERS = {
     "nonsense.json": "nonsense",
@@ -21,13 +23,13 @@ def test_files_of_something_else_are_refused_by_name(tmp_path, script, name):
     path = tmp_path / name
     if name in OTHERS:
         path.write_text(OTHERS[name])
-    with pytest.raises(SystemExit, match=rf"{script.__name__}.py: .*{name}"):
+    with pytest.raises(SystemExit, match=rf"{Path(script.__file__).name}: .*{name}"):
         script.main([str(path), str(tmp_path / "picture.png")])
     assert not (tmp_path / "picture.png").exists()
 
 
 def test_results_of_a_comparison_are_not_those_of_the_demo(tmp_path):
-    run = dict.fromkeys(plot_demo.RUN, 1) | {"curve": [{"step": 1, "eval_accuracy": 0.5}], "blocks": []}
+    run = dict.fromkeys(RUN, 1) | {"curve": [{"step": 1, "eval_accuracy": 0.5}], "blocks": []}
     (tmp_path / "results.json").write_text(json.dumps({"runs": [run]}))
     with pytest.raises(SystemExit, match="results.json is not a results.json of the demo"):
         plot_demo.main([str(tmp_path / "results.json"), str(tmp_path / "picture.png")])

@@ -3,10 +3,11 @@
 import csv
 from pathlib import Path
 
-import plot_gains
 import pytest
-from compare_statistics import COSTS
-from palette import style
+
+from hf_lsam_recipes.studies import plot_gains
+from hf_lsam_recipes.support.comparison.statistics import COSTS
+from hf_lsam_recipes.support.figures.palette import style
 
 TITLES = ["task", "method", "stage", "seed", "metric", "value", *COSTS]
 
@@ -84,7 +85,7 @@ def test_the_baseline_is_the_one_of_the_comparison(tmp_path):
 
 
 def test_results_that_are_kept_can_all_be_drawn():
-    folder = Path(plot_gains.__file__).parent / "results"
+    folder = Path(plot_gains.__file__).with_name("results")
     files = [path for path in folder.glob("*.csv") if "compared" in path.read_text()]
     assert len(files) > 20
     for path in files:

@@ -4,7 +4,6 @@ import functools
 
 import pytest
 import torch
-from resnets import CifarResNet, CifarResNetConfig, ResidualBlock, WideResidualBlock, WideResNet, WideResNetConfig
 from tiny import arguments, assert_equal, largest_difference, passes, weights
 from torch import nn
 from torch.nn import functional as F
@@ -15,6 +14,14 @@ from hf_lsam.blocks import find_blocks, find_candidates
 from hf_lsam.held import RandomState
 from hf_lsam.passes import only_gradients_of
 from hf_lsam.replay import Replay
+from hf_lsam_recipes.support.images.resnets import (
+    CifarResNet,
+    CifarResNetConfig,
+    ResidualBlock,
+    WideResidualBlock,
+    WideResNet,
+    WideResNetConfig,
+)
 
 CONVOLUTIONS = r"stem|blocks\.\d+\.(conv\d|shortcut)"
 STEPS, BATCH = 6, 4

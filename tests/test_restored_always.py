@@ -18,13 +18,13 @@ import torch
 from faulty import STEPS, Case, Injected, Net, cases, places, tokens
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from soak_twin import Seeded
 from tiny import without_replay
 from torch import nn
 
 from hf_lsam import LSAMConfig, reference
 from hf_lsam.blocks import find_blocks
 from hf_lsam.step import LSAMStep
+from hf_lsam_recipes.studies.soak_twin import Seeded
 
 
 class Run:

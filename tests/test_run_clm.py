@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import run_clm
 import torch
 from peft import PeftModel
 from tiny import largest_difference, training_lines, weights
 from tiny_clm import argv, questions_argv, save_model, write_questions, write_text
 from tiny_glue import files_in, save_bert, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_lsam_recipes import run_clm
 
 RECIPES = Path(run_clm.__file__).parent
 YAMLS = sorted((RECIPES / "clm").glob("*.yaml"))

@@ -10,10 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import run_glue
 import torch
-from glue_metric import METRICS
-from glue_tasks import GLUE_TASKS, DataArguments
 from tiny import largest_difference, training_lines, weights
 from tiny_glue import QUICK, files_in, make_rows, rte, save_bert, save_tokenizer, write_rows
 from transformers import (
@@ -24,6 +21,10 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+
+from hf_lsam_recipes import run_glue
+from hf_lsam_recipes.support.text.glue_metric import METRICS
+from hf_lsam_recipes.support.text.glue_tasks import GLUE_TASKS, DataArguments
 
 pytest_plugins = ["glue_fixtures"]
 

@@ -9,13 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import run_image_classification as recipe
 import torch
 import yaml
-from common import parse_arguments
-from image_data import DataArguments, load_image_data
-from image_examples import read_image
-from resnets import CifarResNet, WideResNet
 from tiny import largest_difference, weights
 from tiny_glue import files_in
 from tiny_images import CLASSES, QUICK, SMALL, save_vit, write_folder, write_hub
@@ -23,6 +18,11 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Tr
 
 from hf_lsam import LSAMConfig
 from hf_lsam.blocks import find_blocks, find_candidates
+from hf_lsam_recipes import run_image_classification as recipe
+from hf_lsam_recipes.support.images.data import DataArguments, load_image_data
+from hf_lsam_recipes.support.images.examples import read_image
+from hf_lsam_recipes.support.images.resnets import CifarResNet, WideResNet
+from hf_lsam_recipes.support.settings import parse_arguments
 
 RECIPES = Path(recipe.__file__).parent
 YAMLS = sorted((RECIPES / "images").glob("*.yaml"))

@@ -8,11 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import compare
 import pytest
-import run_clm
-import run_glue
-import run_image_classification
 import transformers.dynamic_module_utils
 from tiny import Examples, arguments, bert
 from tiny_clm import write_text
@@ -20,11 +16,12 @@ from tiny_glue import rte, save_bert, save_decoder, save_tokenizer, write_task
 from tiny_images import SMALL, write_folder
 
 from hf_lsam import LSAMConfig, LSAMTrainer
+from hf_lsam_recipes import compare, run_clm, run_glue, run_image_classification
 
 pytest_plugins = ["compare_fixtures"]
 
 ROOT = Path(__file__).parent.parent
-CODE = sorted([*(ROOT / "hf_lsam").glob("*.py"), *(ROOT / "recipes").glob("*.py")])
+CODE = sorted([*(ROOT / "hf_lsam").glob("*.py"), *(ROOT / "recipes").rglob("*.py")])
 QUICK = ["--use_cpu", "--disable_tqdm", "true", "--report_to", "none", "--max_steps", "1"]
 
 
@@ -225,7 +222,7 @@ def test_a_script_elsewhere_runs_where_the_command_line_asks_for_it(config, tmp_
 # Runs recipes with every way to the network cut, and tells who tried to use one.
 CUT_OFF = """
 import json, socket, sys
-import run_clm, run_glue, run_image_classification
+from hf_lsam_recipes import run_clm, run_glue, run_image_classification
 class Tried(BaseException):
     "Nothing catches it and tries again."
 def refuse(*args, **kwargs):
@@ -266,9 +263,8 @@ def test_no_recipe_touches_the_network_unless_a_name_asks_for_one(tmp_path):
         ("clm", [*common("hub", "somebody/something"), "--train_file", text]),
     ]
     environment = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
-    path = os.pathsep.join([str(ROOT), str(ROOT / "recipes")])
     # A cache of its own, where nothing of the Hub is found.
-    environment |= {"PYTHONPATH": path, "HF_HOME": str(tmp_path / "empty")}
+    environment |= {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "empty")}
     command = [sys.executable, "-c", CUT_OFF, json.dumps(runs)]
     ended = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert ended.returncode == 0, ended.stderr

@@ -4,12 +4,11 @@ import json
 import random
 
 import pytest
-import soak
-import soak_twin
 import torch
-from soak_stretch import Rows, Stretch, build
 
 from hf_lsam.step_log import Perturbed, StepLog
+from hf_lsam_recipes.studies import soak, soak_twin
+from hf_lsam_recipes.studies.soak_stretch import Rows, Stretch, build
 
 
 def test_a_short_soak_agrees_with_the_reference(tmp_path):

@@ -4,11 +4,11 @@ import json
 import math
 
 import pytest
-import rounding
-import run_glue
-import staleness
 from safetensors.torch import load_file
 from tiny_glue import rte
+
+from hf_lsam_recipes import run_glue
+from hf_lsam_recipes.studies import rounding, staleness
 
 pytest_plugins = ["glue_fixtures"]
 

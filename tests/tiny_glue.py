@@ -9,7 +9,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 import torch
-from glue_tasks import GLUE_TASKS
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -20,6 +19,8 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+
+from hf_lsam_recipes.support.text.glue_tasks import GLUE_TASKS
 
 QUICK = ["--use_cpu", "--disable_tqdm", "true", "--max_steps", "2", "--per_device_train_batch_size", "4"]
 WORDS = ["film", "good", "bad", "the", "a", "is", '"', "NA", "null", "''", "dull", "bright"]

@@ -1,0 +1,1 @@
+"""What the evidence was made with: `evidence` holds the settings, `results` the figures."""

@@ -1,0 +1,356 @@
+"""
+What each method costs the host: a model so small that only Python and the launching of operations count.
+
+    python recipes/studies/host_cost.py
+    python recipes/studies/host_cost.py --methods plain,sam,sam-by-hand --rounds 40 --output_file host.json
+
+On a GPU that waits for its host, as in GLUE's small batches, this is what a step costs. It is measured on a CPU, in
+one thread: CPU time of that thread for an optimizer step, the whole of the Trainer's loop, over that of the plain
+Trainer in the same round. The methods take turns, a few steps each, and each has a training of its own, which goes on
+where it was: what a second pass looks at and compares in its first steps is over by then. At steps 1, 2, 4, 8, ... it
+looks at everything again, so these count for no method. Each turn has one log line.
+
+Calls of Python functions and of C functions from Python are counted in one more turn, the same at every run. Where
+they come from is told twice: by the file that made them, and by the part of a pass (the innermost of `PARTS` on the
+stack) that they were made for.
+"""
+
+import gc
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.utils import logging
+
+from hf_lsam import LSAMConfig, LSAMTrainer
+from hf_lsam_recipes.benchmark import METHODS
+from hf_lsam_recipes.support.cost.peers import IN_TRAINER, SAMTrainer
+from hf_lsam_recipes.support.json_files import check_output_file, write_json
+from hf_lsam_recipes.support.settings import parse_arguments
+from hf_lsam_recipes.support.stamp import stamp
+
+_VOCABULARY = 100
+
+# What calls are made for: the end of a file's name, the beginning of the function's, and the part. The first that
+# fits counts; what lies in no part is the loop's.
+PARTS = (
+    ("hf_lsam/held.py", "TorchRandomState", "random states"),
+    ("hf_lsam/held.py", "RandomState", "random states"),
+    ("hf_lsam/pass_state.py", "", "snapshots"),
+    ("hf_lsam/held.py", "", "snapshots"),
+    ("hf_lsam/replay.py", "", "hooks on blocks"),
+    ("hf_lsam/passes.py", "copy_of", "copies of the batch"),
+    ("hf_lsam/passes.py", "", "gradients of a few weights"),
+    ("hf_lsam/perturbation.py", "", "moves and norms"),
+    ("hf_lsam/rounding.py", "", "moves and norms"),
+    ("hf_lsam/ascent.py", "", "selection"),
+    ("hf_lsam/selection.py", "", "selection"),
+    ("hf_lsam/costs.py", "", "costs"),
+    ("hf_lsam/step_log.py", "", "logging"),
+    ("hf_lsam/trainer.py", "LSAMMixin.log", "logging"),
+    ("hf_lsam/trainer.py", "LSAMMixin.training_step", "around the passes"),
+    ("hf_lsam/trainer.py", "LSAMMixin.train", "loop"),
+    ("hf_lsam/trainer.py", "", "around the passes"),
+    ("hf_lsam/", "", "step"),
+    ("peers.py", "", "step"),
+    ("transformers/masking_utils.py", "", "masks"),
+    ("modeling_bert.py", "BertEmbeddings", "embeddings"),
+    ("modeling_bert.py", "BertLayer", "blocks"),
+    ("modeling_bert.py", "Bert", "model around blocks"),
+    ("transformers/trainer.py", "Trainer.training_step", "training_step"),
+    ("transformers/trainer.py", "Trainer.compute_loss", "training_step"),
+    ("transformers/trainer.py", "Trainer.floating_point_ops", "count of operations"),
+    ("torch/_tensor.py", "Tensor.backward", "backward"),
+)
+
+
+@dataclass
+class HostArguments:
+    """What is measured."""
+
+    methods: str = field(
+        default=f"plain,off,one-pass-2,last-1,last-2,top-2,sam,{IN_TRAINER}",
+        metadata={"help": "Names of methods of benchmark.py, the plain one among them."},
+    )
+    num_hidden_layers: int = field(default=12, metadata={"help": "Blocks of the BERT."})
+    hidden_size: int = field(default=32, metadata={"help": "Its width; it has 2 heads."})
+    batch_size: int = field(default=2, metadata={"help": "Rows of a batch."})
+    sequence_length: int = field(default=8, metadata={"help": "Tokens of a row."})
+    rounds: int = field(default=20, metadata={"help": "Turns of each method; the figure is the median of its ratios."})
+    steps: int = field(default=10, metadata={"help": "Steps of a turn."})
+    warm_up: int = field(default=40, metadata={"help": "Steps of each method before the first turn."})
+    output_file: str | None = field(default=None, metadata={"help": "JSON of figures."})
+
+    def __post_init__(self):
+        for name in ("num_hidden_layers", "batch_size", "sequence_length", "rounds", "steps", "warm_up"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}.")
+        names = self.methods.split(",")
+        if "plain" not in names or not {*METHODS, IN_TRAINER}.issuperset(names):
+            raise ValueError(
+                f"methods={self.methods}: it must hold plain and others of {', '.join([*METHODS, IN_TRAINER])}."
+            )
+
+
+class CallCounter:
+    """For `sys.setprofile`: counts calls by the file that made them and by the part that they were made for."""
+
+    def __init__(self):
+        self.total = 0
+        self.files: Counter[str] = Counter()
+        self.parts: Counter[str] = Counter()
+        self._file_of: dict[CodeType, str] = {}
+        self._part_of: dict[CodeType, str | None] = {}
+
+    def __call__(self, frame: FrameType, event: str, _) -> None:
+        if event not in ("call", "c_call"):
+            return
+        self.total += 1
+        self.files[self._file(frame.f_code)] += 1
+        self.parts[self._part(frame)] += 1
+
+    def _file(self, code: CodeType) -> str:
+        if code not in self._file_of:
+            path = Path(code.co_filename)
+            known = [name for name in ("torch", "transformers", "accelerate") if name in path.parts]
+            own = f"hf_lsam/{path.name}" if path.parent.name == "hf_lsam" else "other"
+            self._file_of[code] = known[0] if known else own
+        return self._file_of[code]
+
+    def _part(self, frame: FrameType | None) -> str:
+        while frame is not None:
+            code = frame.f_code
+            if code not in self._part_of:
+                path = Path(code.co_filename).as_posix()
+                found = (part for end, name, part in PARTS if _fits(path, end) and code.co_qualname.startswith(name))
+                self._part_of[code] = next(found, None)
+            part = self._part_of[code]
+            if part is not None:
+                return part
+            frame = frame.f_back
+        return "loop"
+
+
+def _fits(path: str, end: str) -> bool:
+    return f"/{end}" in path if end.endswith("/") else path.endswith(f"/{end}")
+
+
+class Contender(TrainerCallback):
+    """
+    A method's training, in a thread of its own, which goes a few steps whenever it is its turn and waits otherwise.
+
+    Args:
+        name: The method.
+        args: The model, and how many steps there are.
+        folder: For the Trainer's files.
+    """
+
+    def __init__(self, name: str, args: HostArguments, folder: str):
+        self.name = name
+        self.seconds: list[float] = []
+        self.calls = CallCounter()
+        self.counted = 0
+        self._counts, self._left, self._start = False, 0, 0.0
+        self._turn, self._done = threading.Semaphore(0), threading.Semaphore(0)
+        self._error: BaseException | None = None
+        self._trainer = _make_trainer(name, args, folder)
+        self._trainer.remove_callback(PrinterCallback)
+        self._trainer.add_callback(self)
+        self._thread = threading.Thread(target=self._train, name=name, daemon=True)
+
+    def go(self, steps: int, counts: bool = False) -> None:
+        """Go on by `steps` steps, and time them or count their calls (each without those that are powers of two)."""
+        self.seconds, self._left, self._counts = [], steps, counts
+        if self._thread.ident is None:
+            # Not earlier: to make a Trainer changes what another one that begins to train reads.
+            self._thread.start()
+        self._turn.release()
+        self._done.acquire()
+        if self._error is not None:
+            raise self._error
+
+    def end(self) -> None:
+        """Let the training end, if it has begun."""
+        self._left = 0
+        self._turn.release()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _train(self) -> None:
+        # Each thread has a number of its own.
+        torch.set_num_threads(1)
+        try:
+            self._trainer.train()
+        except BaseException as error:
+            self._error = error
+        self._done.release()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._turn.acquire()
+        self._begin_step(1)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        seconds = time.thread_time() - self._start
+        sys.setprofile(None)
+        if not _is_power_of_two(state.global_step):
+            self.seconds.append(seconds)
+            self.counted += self._counts
+        self._left -= 1
+        if self._left == 0:
+            self._done.release()
+            self._turn.acquire()
+        control.should_training_stop = self._left == 0
+        self._begin_step(state.global_step + 1)
+
+    def _begin_step(self, number: int) -> None:
+        if self._counts and not _is_power_of_two(number):
+            sys.setprofile(self.calls)
+        self._start = time.thread_time()
+
+
+def _is_power_of_two(number: int) -> bool:
+    return number & (number - 1) == 0
+
+
+def _make_trainer(name: str, args: HostArguments, folder: str) -> Trainer:
+    set_seed(0)
+    config = BertConfig(
+        vocab_size=_VOCABULARY,
+        hidden_size=args.hidden_size,
+        num_hidden_layers=args.num_hidden_layers,
+        num_attention_heads=2,
+        intermediate_size=4 * args.hidden_size,
+        max_position_embeddings=args.sequence_length,
+    )
+    # Up to the counted turn, and one step more: it ends where it is told to, and within one epoch.
+    steps = args.warm_up + (args.rounds + 1) * args.steps + 1
+    tokens = torch.randint(1, _VOCABULARY, (steps * args.batch_size, args.sequence_length))
+    rows = [
+        {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": place % 2}
+        for place, row in enumerate(tokens)
+    ]
+    kind, extra = LSAMTrainer, {"lsam_config": LSAMConfig(**METHODS.get(name, {}))}
+    if name in ("plain", IN_TRAINER):
+        kind, extra = Trainer if name == "plain" else SAMTrainer, {}
+    return kind(
+        model=BertForSequenceClassification(config),
+        args=TrainingArguments(
+            output_dir=f"{folder}/{name}",
+            per_device_train_batch_size=args.batch_size,
+            max_steps=steps,
+            logging_steps=args.steps,
+            save_strategy="no",
+            report_to="none",
+            log_level="error",
+            disable_tqdm=True,
+            use_cpu=True,
+            dataloader_pin_memory=False,
+        ),
+        train_dataset=rows,
+        **extra,
+    )
+
+
+def measure(args: HostArguments) -> dict[str, dict[str, Any]]:
+    """
+    The figures of each method.
+
+    Returns:
+        By name: `ratio` (median over the rounds of its CPU time over the plain one's), `lowest` and `highest` ratio,
+        `milliseconds` of a step (median), `calls` of a step, `calls_ratio`, and of these `calls_by_part` and
+        `calls_by_file`.
+    """
+    names = args.methods.split(",")
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    with tempfile.TemporaryDirectory() as folder:
+        contenders = [Contender(name, args, folder) for name in names]
+        try:
+            for contender in contenders:
+                contender.go(args.warm_up)
+            # What was imported, and lasts, is not looked through each time that the garbage of steps is collected.
+            gc.collect()
+            gc.freeze()
+            for _ in tqdm(range(args.rounds), unit="round"):
+                for contender in contenders:
+                    contender.go(args.steps)
+                    seconds[contender.name].append(statistics.mean(contender.seconds))
+            for contender in contenders:
+                contender.go(args.steps, counts=True)
+        finally:
+            for contender in contenders:
+                contender.end()
+            gc.unfreeze()
+    calls = {contender.name: contender.calls.total / contender.counted for contender in contenders}
+    figures = {}
+    for contender in contenders:
+        name, count = contender.name, contender.counted
+        ratios = [own / plain for own, plain in zip(seconds[name], seconds["plain"], strict=True)]
+        figures[name] = {
+            "ratio": statistics.median(ratios),
+            "lowest": min(ratios),
+            "highest": max(ratios),
+            "milliseconds": 1000 * statistics.median(seconds[name]),
+            "calls": calls[name],
+            "calls_ratio": calls[name] / calls["plain"],
+            "calls_by_part": {key: number / count for key, number in contender.calls.parts.most_common()},
+            "calls_by_file": {key: number / count for key, number in contender.calls.files.most_common()},
+        }
+    return figures
+
+
+def tables(figures: dict[str, dict[str, Any]]) -> str:
+    """The figures as Markdown: one table of methods, and two of what each adds to the plain calls."""
+    lines = ["| method | CPU time over plain | range | ms | calls over plain | calls |", "|---|---|---|---|---|---|"]
+    for name, row in figures.items():
+        spread = f"{row['lowest']:.2f} to {row['highest']:.2f}"
+        cells = [name, f"{row['ratio']:.3f}", spread, f"{row['milliseconds']:.2f}"]
+        lines.append(f"| {' | '.join([*cells, format(row['calls_ratio'], '.3f'), format(row['calls'], '.0f')])} |")
+    others = [name for name in figures if name != "plain"]
+    for title, key in (("calls for", "calls_by_part"), ("calls by", "calls_by_file")):
+        plain = figures["plain"][key]
+        rows = sorted({place for row in figures.values() for place in row[key]})
+        lines += ["", f"| {title} | plain | {' | '.join(others)} |"]
+        lines.append("|---" * (len(others) + 2) + "|")
+        added = {place: [figures[name][key].get(place, 0) - plain.get(place, 0) for name in others] for place in rows}
+        for place in sorted(rows, key=lambda place: -sum(added[place])):
+            cells = [place, f"{plain.get(place, 0):.0f}", *(f"{number:+.0f}" for number in added[place])]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Measure, print the tables, and write the file that is named."""
+    (args,) = parse_arguments((HostArguments,), sys.argv[1:] if argv is None else argv, __doc__ or "")
+    check_output_file("output_file", args.output_file)
+    logging.set_verbosity_error()
+    figures = measure(args)
+    print(tables(figures))
+    if args.output_file:
+        arguments = {key: value for key, value in asdict(args).items() if key != "output_file"}
+        write_json(Path(args.output_file), {"stamp": stamp([0]), "arguments": arguments, "figures": figures})
+    return figures
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,1 @@
+"""What the recipes are made of; nothing here is run by itself."""

@@ -1,0 +1,1 @@
+"""What `compare.py` plans, runs and reports."""

@@ -1,0 +1,193 @@
+"""The YAML of `compare.py`, read and checked."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_lsam_recipes.support.comparison.plan import (
+    CompareError,
+    Comparison,
+    Method,
+    Settings,
+    Task,
+    is_greater_better,
+    slug,
+    tuning_folder,
+)
+from hf_lsam_recipes.support.shipped import RECIPES
+from hf_lsam_recipes.support.yaml_text import read_yaml_text
+
+# What each run gets from `compare.py`.
+OWN_SETTINGS = ("output_dir", "seed", "resume_from_checkpoint")
+# A name without a value.
+NOTHING = (None, "", "null", "~")
+
+
+def read_comparison(path: Path, overrides: Mapping[str, Any], settings: Mapping[str, str]) -> Comparison:
+    """
+    Read and check a YAML.
+
+    Args:
+        path (`Path`): The YAML.
+        overrides (`dict`): What replaces it, name by name, such as `output_dir`. A `recipe` here is any script; that
+            of the YAML, which may come from elsewhere, is one of the recipes.
+        settings (`dict`): Settings of the recipe, for all runs, which replace those of the YAML and of its tasks.
+
+    Raises:
+        CompareError: naming what is wrong.
+    """
+    try:
+        content = read_yaml_text(path)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CompareError(f"{path} cannot be read: {error}.") from error
+    known = list(Comparison.__dataclass_fields__)
+    _check_names(content, str(path), known)
+    content |= overrides
+    for name in ("recipe", "output_dir", "tasks", "methods", "seeds"):
+        if not content.get(name) or content[name] in NOTHING:
+            raise CompareError(f"{path} sets no {name}.")
+    methods = [_read_method(name, own) for name, own in _mapping("methods", content["methods"]).items()]
+    tasks = [_read_task(name, own, settings) for name, own in _mapping("tasks", content["tasks"]).items()]
+    common = _mapping("settings", content.get("settings")) | dict(settings)
+    baseline = content.get("baseline") or methods[0].name
+    seeds, tuning_seeds = (_integers(content, name) for name in ("seeds", "tuning_seeds"))
+    _check(common, tasks, methods, baseline, tuning_seeds, settings)
+    threads = _integer("threads", content.get("threads") or 1)
+    processes = content.get("processes") or max(1, (os.cpu_count() or 1) // threads)
+    by_name = "recipe" not in overrides
+    name = _text("recipe", content["recipe"])
+    recipe = RECIPES / name if by_name else Path(name)
+    if not recipe.is_file() or (by_name and recipe.name != name):
+        raise CompareError(
+            f"recipe={name} is not the name of a script in {RECIPES}. One elsewhere is run where the "
+            "command line asks for it, by --recipe."
+        )
+    return Comparison(
+        recipe=recipe,
+        output_dir=Path(_text("output_dir", content["output_dir"])),
+        settings=common,
+        tasks=tasks,
+        methods=methods,
+        baseline=baseline,
+        seeds=seeds,
+        tuning_seeds=tuning_seeds,
+        processes=_integer("processes", processes),
+        threads=threads,
+        keep_models=_switch("keep_models", content.get("keep_models", "false")),
+    )
+
+
+def _read_task(name: str, own: Any, overrides: Mapping[str, str]) -> Task:
+    own = _mapping(f"Task {name}", own)
+    metric, tuning_metric = (
+        None if (value := own.pop(key, None)) in NOTHING else _text(f"The {key} of {name}", value)
+        for key in ("metric", "tuning_metric")
+    )
+    if metric is None:
+        raise CompareError(f"Task {name} sets no metric: a name in the recipe's all_results.json, as eval_accuracy.")
+    greater_is_better = _switch("greater_is_better", own.pop("greater_is_better", is_greater_better(metric)))
+    return Task(name, metric, tuning_metric, greater_is_better, own | {n: overrides[n] for n in own if n in overrides})
+
+
+def _read_method(name: str, own: Any) -> Method:
+    own = _mapping(f"Method {name}", own)
+    grid = own.pop("grid", {})
+    if not isinstance(grid, dict) or not all(isinstance(values, list) and values for values in grid.values()):
+        raise CompareError(f"The grid of {name} must hold `setting: [value, ...]`.")
+    return Method(name, own, grid)
+
+
+def _check(
+    common: Settings,
+    tasks: Sequence[Task],
+    methods: Sequence[Method],
+    baseline: str,
+    tuning_seeds: Sequence[int],
+    overrides: Mapping[str, str],
+) -> None:
+    names = [method.name for method in methods]
+    if baseline not in names:
+        raise CompareError(f"baseline={baseline} is none of the methods: {', '.join(names)}.")
+    for kind, all_names in (("tasks", [task.name for task in tasks]), ("methods", names)):
+        slugs = [slug(name) for name in all_names]
+        if not all(slugs) or len(set(slugs)) < len(slugs):
+            raise CompareError(f"The names of the {kind} must differ in letters or digits: {', '.join(all_names)}.")
+    for owner in (common, *(task.settings for task in tasks), *(method.settings | method.grid for method in methods)):
+        if taken := [name for name in OWN_SETTINGS if name in owner]:
+            raise CompareError(f"{taken[0]} is set for each run by compare.py: leave it out.")
+    for method in methods:
+        if clash := [name for name in overrides if name in method.settings | method.grid]:
+            raise CompareError(f"{clash[0]} is a setting of {method.name}, and cannot be set for all runs.")
+        if len(method.candidates) > 1:
+            _check_grid(method, tasks, tuning_seeds)
+
+
+def _check_grid(method: Method, tasks: Sequence[Task], tuning_seeds: Sequence[int]) -> None:
+    if not tuning_seeds:
+        raise CompareError(f"{method.name} has a grid: set tuning_seeds to choose from it.")
+    folders: dict[str, Settings] = {}
+    for chosen in method.candidates:
+        if other := folders.get(tuning_folder(chosen)):
+            raise CompareError(
+                f"The grid of {method.name} holds {other} and {chosen}, whose runs would share the folder "
+                f"{tuning_folder(chosen)}: what it holds must differ in letters, digits or points."
+            )
+        folders[tuning_folder(chosen)] = chosen
+    for task in tasks:
+        if task.tuning_metric in (None, task.metric):
+            raise CompareError(
+                f"{method.name} has a grid: set a tuning_metric for task {task.name} that is not the metric that is "
+                "compared. Values chosen by the compared data would look better than they are."
+            )
+        is_told = not task.greater_is_better and is_greater_better(task.metric)
+        if is_told and not task.tunes_by_the_same and task.tuning_greater_is_better:
+            raise CompareError(
+                f"Task {task.name} sets greater_is_better=false for {task.metric}, which leaves open whether more "
+                f"{task.tuning_metric} is better: set a tuning_metric that is the same figure of another split."
+            )
+
+
+def _check_names(content: Any, owner: str, known: Sequence[str]) -> None:
+    if not isinstance(content, dict):
+        raise CompareError(f"{owner} must hold one `name: value` a line.")
+    if unknown := [str(name) for name in content if name not in known]:
+        raise CompareError(f"{owner} has unknown names: {', '.join(unknown)}. There are {', '.join(known)}.")
+
+
+def _mapping(name: str, value: Any) -> dict[str, Any]:
+    if value in NOTHING:
+        return {}
+    if not isinstance(value, dict):
+        raise CompareError(f"{name} must hold one `name: value` a line, but holds {value!r}.")
+    return dict(value)
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise CompareError(f"{name} must be a single text, but is {value!r}.")
+    return value
+
+
+def _integers(content: Mapping[str, Any], name: str) -> list[int]:
+    values = content.get(name) or []
+    values = values if isinstance(values, list) else [values]
+    return list(dict.fromkeys(_integer(name, value, least=0) for value in values))
+
+
+def _integer(name: str, value: Any, least: int = 1) -> int:
+    try:
+        number = int(value)
+    except (ValueError, TypeError):
+        number = least - 1
+    if number < least:
+        raise CompareError(f"{name} must be an integer of at least {least}, but is {value!r}.")
+    return number
+
+
+def _switch(name: str, value: Any) -> bool:
+    if str(value).lower() not in ("true", "false"):
+        raise CompareError(f"{name} must be true or false, but is {value!r}.")
+    return str(value).lower() == "true"

@@ -1,0 +1,139 @@
+"""The report of `compare.py`: Markdown, a CSV of the runs, and one HTML page that needs nothing else."""
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_lsam_recipes.support.comparison.html import page, picture
+from hf_lsam_recipes.support.comparison.plan import CompareError, Comparison, Run, Task, metric_of
+from hf_lsam_recipes.support.comparison.statistics import COSTS, Row, mean_interval, missing_runs, table, warnings
+from hf_lsam_recipes.support.json_files import write_json
+
+FIGURES = (*COSTS, "wall_seconds")
+
+
+def write_report(comparison: Comparison) -> list[str]:
+    """
+    Write `report.md`, `report.html`, `runs.csv` and `results.json`, and print the Markdown.
+
+    Returns:
+        `list[str]`: Names of the runs that are missing.
+
+    Raises:
+        CompareError: if there is no finished run.
+    """
+    finished, results = _results(comparison.final_runs())
+    tuning = _results(comparison.tuning_runs())[1]
+    if not results and not tuning:
+        raise CompareError(f"{comparison.output_dir} holds no finished run to report.")
+    missing = missing_runs(comparison, finished)
+    tables = {task.name: table(comparison, task, results) for task in comparison.tasks}
+    notes = warnings(comparison, tuning + results, missing)
+    output = comparison.output_dir
+    text = markdown(comparison, tables, notes)
+    (output / "report.md").write_text(text, encoding="utf-8")
+    sections = [
+        (task.name, caption(comparison, task), [cells(row) for row in rows], picture(comparison, task, rows, results))
+        for task, rows in zip(comparison.tasks, tables.values(), strict=True)
+    ]
+    (output / "report.html").write_text(page(sections, notes), encoding="utf-8")
+    write_csv(output / "runs.csv", comparison, tuning + results)
+    directions = {task.name: task.greater_is_better for task in comparison.tasks}
+    report = {"baseline": comparison.baseline, "greater_is_better": directions}
+    write_json(output / "results.json", report | {"runs": results, "tuning_runs": tuning})
+    print(text)
+    print(f"The same as a page: {output / 'report.html'}. All runs: {output / 'runs.csv'}.")
+    return missing
+
+
+def markdown(comparison: Comparison, tables: dict[str, list[Row]], notes: Sequence[str]) -> str:
+    """A table a task, and what a reader has to know."""
+    parts = ["# Comparison", *(f"**{_escape(note)}**" for note in notes)]
+    for task in comparison.tasks:
+        lines = [cells(row) for row in tables[task.name]]
+        titles = list(lines[0])
+        body = [f"| {' | '.join(_escape(value) for value in line.values())} |" for line in lines]
+        head = f"| {' | '.join(titles)} |\n|{' --- |' * len(titles)}"
+        parts += [f"## {_escape(task.name)}", _escape(caption(comparison, task)), "\n".join([head, *body])]
+    return "\n\n".join(parts) + "\n"
+
+
+def caption(comparison: Comparison, task: Task) -> str:
+    """What the table of a task shows."""
+    tuned = any(len(method.candidates) > 1 for method in comparison.methods)
+    return (
+        f"{task.metric}, {_better(task.greater_is_better)}: mean (range). Differences are "
+        f"to {comparison.baseline} with the same seed, with their 95 % interval (Student's t, not corrected for the "
+        f"number of methods); costs are means of the ratios to it. Seeds {', '.join(map(str, comparison.seeds))}."
+        + f" Settings were chosen by {task.tuning_metric}, {_better(task.tuning_greater_is_better)}, seeds "
+        f"{', '.join(map(str, comparison.tuning_seeds))}." * tuned
+    )
+
+
+def cells(row: Row) -> dict[str, str]:
+    """A row of the table, as text, by the titles of the columns."""
+    values, difference = list(row.values.values()), row.difference
+    mean = f"{mean_interval(values).mean:.4f}" if values else "missing"
+    if values and all(map(math.isfinite, values)):
+        mean += f" ({min(values):.4f} to {max(values):.4f})"
+    return {
+        "method": row.method,
+        "chosen": ", ".join(f"{name}={value}" for name, value in row.chosen.items()),
+        "tried": str(row.tried),
+        "mean (range)": mean,
+        "difference [95 %]": f"{difference:+.4f}" if difference is not None else "",
+        "wins / losses": f"{row.wins} / {row.losses}" if difference is not None else "",
+        **{title: _times(row.costs[name]) for name, title in COSTS.items()},
+        "n": str(len(values)),
+    }
+
+
+def write_csv(path: Path, comparison: Comparison, results: Sequence[dict[str, Any]]) -> None:
+    """One row a run, those that settings were chosen by included."""
+    tasks = {task.name: task for task in comparison.tasks}
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        stamped = ("commit", "machine", "resumed", "processes", "threads")
+        last = ("versions", "baseline", "greater_is_better")
+        writer.writerow(["task", "method", "chosen", "stage", "seed", "metric", "value", *FIGURES, *stamped, *last])
+        for result in results:
+            task, tuning = tasks[result["task"]], result["tuning"]
+            metric = task.tuning_metric if tuning else task.metric
+            writer.writerow(
+                [
+                    result["task"],
+                    result["method"],
+                    " ".join(f"{name}={value}" for name, value in result["chosen"].items()),
+                    "tuning" if tuning else "compared",
+                    result["seed"],
+                    metric,
+                    metric_of(result, metric),
+                    *(result[name] for name in FIGURES + stamped),
+                    " ".join(f"{name}={number}" for name, number in result["versions"].items()),
+                    comparison.baseline,
+                    task.tuning_greater_is_better if tuning else task.greater_is_better,
+                ]
+            )
+
+
+def _results(runs: Sequence[Run]) -> tuple[list[Run], list[dict[str, Any]]]:
+    """The finished ones of `runs`, and their results."""
+    pairs = [(run, result) for run in runs if (result := run.result()) is not None]
+    return [run for run, _ in pairs], [result for _, result in pairs]
+
+
+def _better(greater_is_better: bool) -> str:
+    return f"{'higher' if greater_is_better else 'lower'} is better"
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}x"
+
+
+def _escape(text: str) -> str:
+    """Text that Markdown takes for nothing else, on one line."""
+    for mark in ("\\", "|", "*", "_", "`", "<", "[", "]"):
+        text = text.replace(mark, f"\\{mark}")
+    return " ".join(text.split())

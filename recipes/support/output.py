@@ -1,0 +1,101 @@
+"""What a recipe writes: a guarded output directory, and its metrics."""
+
+import json
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+# What a finished or interrupted training run leaves in its output directory.
+RUN_OUTPUT = (
+    "checkpoint-*",
+    "*_results.json",
+    "trainer_state.json",
+    "lsam_blocks.jsonl",
+    "config.json",
+    "adapter_config.json",
+    "*.safetensors",
+    "README.md",
+)
+
+# What training goes on from, in a checkpoint.
+CHECKPOINT = (
+    "trainer_state.json",
+    "config.json",
+    "*.index.json",
+    "*.safetensors",
+    "pytorch_model*.bin",
+    "optimizer.bin",
+    "*.pt",
+    "*.pth",
+)
+
+
+def check_output_dir(args: TrainingArguments, predictions: Sequence[str] = ()) -> str | None:
+    """
+    Find the checkpoint to resume from, and see to it that nothing is written over.
+
+    Args:
+        args (`TrainingArguments`): Its `output_dir`, and its `resume_from_checkpoint`: a folder, or `true` for the
+            latest checkpoint in `output_dir`.
+        predictions (`Sequence[str]`): Names of the files that `do_predict` writes.
+
+    Returns:
+        `str` or `None`: The checkpoint's folder, or `None` for a fresh start.
+
+    Raises:
+        ValueError: if there is no such checkpoint, or the run would write over what another one left.
+    """
+    folder = Path(args.output_dir)
+    wanted = args.resume_from_checkpoint
+    checkpoint = None
+    if wanted and wanted.lower() != "false" and args.do_train:
+        latest = wanted.lower() == "true"
+        checkpoint = (get_last_checkpoint(folder) if folder.is_dir() else None) if latest else wanted
+        if checkpoint is None or not (Path(checkpoint) / "trainer_state.json").is_file():
+            raise ValueError(
+                f"resume_from_checkpoint={wanted}: {checkpoint or folder} holds no checkpoint of the Trainer. Name a "
+                "folder checkpoint-<step>, or leave the setting out to start afresh."
+            )
+        check_checkpoint(Path(checkpoint), wanted)
+        if Path(checkpoint).resolve().parent == folder.resolve():
+            return checkpoint
+    patterns = [*RUN_OUTPUT] if args.do_train else ["eval_results.json"] if args.do_eval else []
+    patterns += predictions if args.do_predict else []
+    found = sorted({path.name for pattern in patterns for path in folder.glob(pattern)})
+    if found:
+        resume = " Resume with resume_from_checkpoint=true," if args.do_train and get_last_checkpoint(folder) else ""
+        raise ValueError(
+            f"output_dir={folder} already holds {', '.join(found)}, which this run would write over.{resume} "
+            f"{'set' if resume else 'Set'} output_dir to a new folder, or remove the old one."
+        )
+    return checkpoint
+
+
+def check_checkpoint(folder: Path, wanted: str) -> None:
+    """Raise `ValueError`, naming the file, if one of a checkpoint was not written to its end."""
+    for path in sorted(path for pattern in CHECKPOINT for path in folder.glob(pattern)):
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            elif path.suffix == ".safetensors":
+                with safe_open(path, framework="np"):
+                    pass
+            else:
+                # What torch.save writes; its table of contents stands at the end.
+                zipfile.ZipFile(path).close()
+        except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"resume_from_checkpoint={wanted}: {folder} is damaged ({path.name}: {error}). Remove it, or name "
+                "another checkpoint."
+            ) from error
+
+
+def report(trainer: Trainer, split: str, metrics: dict[str, float]) -> dict[str, float]:
+    """Print `metrics`, write them to `<split>_results.json` and add them to `all_results.json`; returns them."""
+    trainer.log_metrics(split, metrics)
+    trainer.save_metrics(split, metrics)
+    return metrics

@@ -1,0 +1,101 @@
+"""Settings of a recipe, from a YAML and the command line, and the recipe as a script that takes them."""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
+
+from hf_lsam_recipes.support.shipped import find_yaml
+from hf_lsam_recipes.support.yaml_text import read_yaml_text
+
+
+def parse_arguments(
+    kinds: Sequence[type], argv: list[str], description: str, folder: str | None = None
+) -> tuple[Any, ...]:
+    """
+    Read an optional YAML of settings, which comes first, and the command line, which overrides it.
+
+    Args:
+        kinds (`Sequence[type]`): The dataclasses whose fields are the settings.
+        argv (`list[str]`): `[settings.yaml] [--setting value ...]`; `null` as a value is `None`.
+        description (`str`): What `--help` says first.
+        folder (`str`, *optional*): Where the YAMLs are that ship with the recipe, and may be given by their names.
+
+    Raises:
+        ValueError: for a YAML that cannot be read, or an unknown setting. (A value of the wrong type ends the program
+            with one line, as argparse does.)
+    """
+    _train_together_on_cpus()
+    parser = HfArgumentParser(
+        kinds, usage="%(prog)s [settings.yaml] [--setting value ...]", description=description, allow_abbrev=False
+    )
+    for kind in (int, float, str, string_to_bool):
+        parser.register("type", kind, lambda text, kind=kind: None if text == "null" else kind(text))
+    if argv and not argv[0].startswith("-"):
+        known = {item.name for kind in kinds for item in dataclasses.fields(kind) if item.init}
+        path = Path(argv[0]) if folder is None else find_yaml(argv[0], folder)
+        scalars, lists = read_yaml(path, known)
+        parser.set_defaults(**lists)
+        argv = scalars + argv[1:]
+    *parsed, unknown = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        raise ValueError(f"Unknown setting {unknown[0]!r}: --help lists those there are.")
+    return tuple(parsed)
+
+
+def _train_together_on_cpus() -> None:
+    """
+    Tell Accelerate to use the CPU if several processes were launched where there is nothing else.
+
+    Its launcher does not tell them, and without being told each of them would train alone.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+
+
+def read_yaml(path: Path, known: set[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """A YAML's settings as command-line arguments, read as the command line reads them, and those that are lists."""
+    if not path.is_file():
+        raise ValueError(f"{path} is no file: the first argument is a YAML of settings, or starts with --.")
+    try:
+        settings = read_yaml_text(path)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no valid YAML: {error}.") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold one `setting: value` a line.")
+    if unknown := [str(name) for name in settings if name not in known]:
+        raise ValueError(f"{path} has unknown settings: {', '.join(unknown)}. --help lists those there are.")
+    scalars, lists = [], {}
+    for name, value in settings.items():
+        if isinstance(value, list):
+            lists[name] = value
+        else:
+            text = json.dumps(value) if isinstance(value, dict) else "null" if value in ("", "~") else value
+            scalars.append(f"--{name}={text}")
+    return scalars, lists
+
+
+def run_script(prepare: Callable[[list[str]], Any], execute: Callable[[Any], Any]) -> None:
+    """
+    A recipe as a script: `prepare` with the command line's arguments, and `execute` with what it returns.
+
+    Before training, what is wrong are the settings, and the message says it all: the script ends with it.
+    """
+    prepared = None
+    try:
+        prepared = prepare(sys.argv[1:])
+        execute(prepared)
+    except (ValueError, NotImplementedError, OSError) as problem:
+        if prepared is not None and (prepared.timer.started or not prepared.args.do_train):
+            raise
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {problem}")

@@ -1,0 +1,37 @@
+"""The YAMLs that ship with the recipes, which go by their name: `rte` for `glue/rte.yaml`."""
+
+import difflib
+from pathlib import Path
+
+RECIPES = Path(__file__).resolve().parents[1]
+
+
+def shipped_yamls(folder: str) -> dict[str, Path]:
+    """The YAMLs of `folder`, such as `glue`, by their names without a suffix."""
+    return {path.stem: path for path in sorted((RECIPES / folder).glob("*.yaml"))}
+
+
+def find_yaml(name: str, folder: str) -> Path:
+    """
+    The file that is meant by `name`: a path or, where no such file exists, the name of a YAML that ships in `folder`.
+
+    Raises:
+        ValueError: if it is neither, with the names that look like it.
+    """
+    path, shipped = Path(name), shipped_yamls(folder)
+    if path.is_file():
+        return path
+    stem = path.stem if path.suffix in (".yaml", ".yml") else path.name
+    if path.name == name and stem in shipped:
+        return shipped[stem]
+    near = did_you_mean(stem, list(shipped))
+    raise ValueError(
+        f"{name} is no file, and no YAML of that name ships with this recipe.{near} Name a file of your own or one of "
+        f"{', '.join(shipped)}, which are in {RECIPES / folder}; settings start with --."
+    )
+
+
+def did_you_mean(name: str, names: list[str]) -> str:
+    """` Did you mean X or Y?`: what begins with `name`, or looks like it; or nothing."""
+    near = [other for other in names if other.startswith(name)] or difflib.get_close_matches(name, names)
+    return f" Did you mean {' or '.join(near)}?" if near else ""

@@ -1,0 +1,43 @@
+"""What figures were made with: every file of results carries it. As a script, it prints it."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import hf_lsam
+
+LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "numpy")
+
+
+def stamp(seeds: Sequence[int]) -> dict[str, Any]:
+    """The seeds, the commit, the versions and the machine."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPUs"
+    return {
+        "seeds": list(seeds),
+        "commit": find_commit(Path(__file__).resolve().parents[2]),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "machine": f"{platform.system()} {platform.machine()}, {device}",
+    }
+
+
+def find_commit(folder: Path) -> str:
+    """The commit of a clone; of the installed package, which may lie in somebody else's repository, its version."""
+    if not (folder / "pyproject.toml").exists():
+        return f"hf-lsam {hf_lsam.__version__}"
+    git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+if __name__ == "__main__":
+    print(json.dumps(stamp(())))

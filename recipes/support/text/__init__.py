@@ -1,0 +1,1 @@
+"""Data and metrics of text: GLUE, language models, and the reviews of the demo."""
