@@ -34,13 +34,6 @@ def few_threads():
     torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
 
 
-@pytest.fixture(autouse=True)
-def compile_one_model():
-    """To compile one model, transformers 4.57 sets it for those of all later Trainers."""
-    yield
-    os.environ.pop("ACCELERATE_DYNAMO_BACKEND", None)
-
-
 @pytest.fixture
 def float64():
     """Models are built in float64."""

@@ -1,5 +1,7 @@
 """What the tests use and older libraries lack: training arguments of theirs, said as each version says them."""
 
+import os
+
 import transformers
 from packaging import version
 from torch.utils.data import SequentialSampler
@@ -8,15 +10,18 @@ from transformers import Trainer, TrainingArguments
 FIELDS = TrainingArguments.__dataclass_fields__.keys()
 # Called gradient checkpointing before transformers 5.23.
 CHECKPOINTING = min({"activation_checkpointing", "gradient_checkpointing"} & FIELDS)
-SAVES_WHEN_TERMINATED = version.parse(transformers.__version__).major >= 5
+IS_5 = version.parse(transformers.__version__).major >= 5
 # For 12 steps of 4: before transformers 5.0 (its pull request 40691) a Trainer goes on in its first epoch only, and in
 # a later one with other examples than the uninterrupted run.
-RESUMABLE = 20 if version.parse(transformers.__version__).major >= 5 else 48
+RESUMABLE = 20 if IS_5 else 48
 STRATEGY = "train_sampling_strategy"
 
 
 def with_arguments(kind: type[TrainingArguments], options: dict) -> TrainingArguments:
     """Training arguments of the class `kind`. Before transformers 5.2 none of them sets the order of the examples."""
+    # What transformers 4.57 sets for one Trainer holds for all later ones of the process.
+    for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_MIXED_PRECISION"):
+        os.environ.pop(name, None)
     if STRATEGY in FIELDS:
         return kind(**options)
     strategy = options.pop(STRATEGY)

@@ -18,7 +18,7 @@ import traceback
 from pathlib import Path
 
 import torch
-from older import RESUMABLE, SAVES_WHEN_TERMINATED
+from older import IS_5, RESUMABLE
 from tiny import Examples, arguments, bert, weights
 from transformers import TrainerCallback
 
@@ -165,7 +165,7 @@ def killed(folder, name, config, choose):
 def terminated(folder, name, config, choose):
     """SIGTERM while the weights are moved, or after an update, with `enable_jit_checkpoint`; resumed to the end."""
     plan = []
-    if not SAVES_WHEN_TERMINATED:
+    if not IS_5:
         return plan
     train(folder / f"{name}-whole-0", config, None, False, 0.0, save_steps=STEPS)
     places = ["moved"] + (["update"] if name == "lsam" else [])

@@ -1,6 +1,5 @@
 """Under `torch.compile` a step is that of eager, bit for bit, and no selection of blocks compiles anything anew."""
 
-import os
 from functools import partial
 
 import pytest
@@ -74,15 +73,12 @@ def trainer_for(folder, how, config=None, model=None, steps=STEPS, **options):
     options = {"optim": "sgd", "learning_rate": 0.05, "logging_steps": 1, "per_device_train_batch_size": 2} | options
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", str(how == "regional"))
-        trainer = Graphs(
+        return Graphs(
             model=model or Net(),
             args=arguments(folder, max_steps=steps, **options),
             train_dataset=Examples(steps * options["per_device_train_batch_size"]),
             lsam_config=config or LSAMConfig(rho=0.3, alpha=0.7),
         )
-    # transformers 4.57 sets it for all trainers of the process.
-    os.environ.pop("ACCELERATE_DYNAMO_BACKEND", None)
-    return trainer
 
 
 def train(*args, **kwargs):

@@ -1,8 +1,8 @@
 """
 The step mixes gradients of the plain Trainer, whatever it divides its losses by, which differs between versions.
 
-A causal language model's loss was divided by all labels, the first of a row included, before transformers 5.10; a loss
-that takes no notice of the number of items was summed over micro-batches from 5.0 on, unless the Trainer is told.
+Before transformers 5.10 a causal language model's loss is divided by all labels, the first of each row included. From
+5.0 on BERT's, which takes no notice of the number of items, is summed over micro-batches, unless the Trainer is told.
 """
 
 import pytest

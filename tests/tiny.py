@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from older import CHECKPOINTING, with_arguments
+from older import CHECKPOINTING, IS_5, with_arguments
 from torch.utils.data import Dataset
 from transformers import (
     BartConfig,
@@ -187,9 +187,18 @@ def checkpointed(use_reentrant: bool) -> dict:
     return {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": use_reentrant}}
 
 
+def give_gradient(model: PreTrainedModel) -> PreTrainedModel:
+    """What transformers 5.0 does by itself: a reentrant checkpoint needs an input that takes a gradient."""
+    if not IS_5:
+        model.enable_input_require_grads()
+    return model
+
+
 def checkpoint(model: PreTrainedModel, use_reentrant: bool) -> None:
     """Switch activation checkpointing on in a model."""
     getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": use_reentrant})
+    if use_reentrant:
+        give_gradient(model)
 
 
 class Kept:
