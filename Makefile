@@ -1,7 +1,8 @@
 # make demo   fine-tune a real model on real text with AdamW, SAM and LSAM; a table and a picture in demo/
 #             more seeds: make demo SEEDS='0 1 2'; without downloads: make demo DEMO_MODEL=PATH DEMO_REVIEWS=PATH
 # make test   lint, types and tests, as the continuous integration runs them
-# make test-oldest  the tests with the oldest torch, transformers and accelerate that pyproject.toml allows
+# make test-oldest   the library's tests with the oldest torch, transformers and accelerate that pyproject.toml allows,
+#             on the oldest Python at hand: OLDEST_PYTHON=PATH
 # make test-kernels  what compares numbers, with the kernels of other CPUs, on one thread and on two
 # make test-newest   the tests with the newest of everything, on the newest Python at hand: NEWEST_PYTHON=PATH
 # make audit  look up what constraints.txt names in the database of known vulnerabilities
@@ -11,8 +12,10 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
 PYTHON ?= python3.11
-NEWEST_PYTHON ?= $(firstword $(foreach python,python3.13 python3.12 python3.11,\
-	$(shell $(python) -c 'import sys; print(sys.executable)' 2>/dev/null)))
+# The first that there is.
+at_hand = $(firstword $(foreach python,$(1),$(shell $(python) -c 'import sys; print(sys.executable)' 2>/dev/null)))
+OLDEST_PYTHON ?= $(call at_hand,python3.10 python3.11 python3.12)
+NEWEST_PYTHON ?= $(call at_hand,python3.13 python3.12 python3.11 python3.10)
 SEEDS ?= 0 1
 DEMO_DIR ?= demo
 
@@ -39,9 +42,9 @@ test: .venv/.installed-test
 	.venv/bin/pytest -n 2 --dist loadfile
 
 test-oldest:
-	'$(PYTHON)' -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints-oldest.txt \
-		--editable '.[test]'
+	'$(OLDEST_PYTHON)' -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -qq --disable-pip-version-check --requirement constraints-oldest.txt \
+		--editable .
 	.venv-oldest/bin/pytest -n 2 --dist loadfile
 
 test-newest:

@@ -110,7 +110,9 @@ class LSAMMixin(_AnyTrainer):
         if self.lsam_config.enabled:
             check_repeatable(type(self), LSAMMixin)
             check_supported(self, self.lsam_config)
-            self._new_step(self.model, max_steps=1, has_begun=False)
+            # Before transformers 5.3, a trial's model is made after this: it is checked in its first step.
+            if self.model is not None:
+                self._new_step(self.model, max_steps=1, has_begun=False)
 
     def _set_up_trial(self, trial: Any) -> None:
         """Set the fields of [`LSAMConfig`] here, and let the Trainer set the others on its arguments."""

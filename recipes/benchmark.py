@@ -214,19 +214,21 @@ def peak_memory(args: BenchmarkArguments, name: str) -> float:
         return peak_memory_mib(on_gpu)
 
 
+def in_a_process(args: BenchmarkArguments, name: str) -> float:
+    """The same, of a fresh process."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(peak_memory, args, name).result()
+
+
 def measure_memory(args: BenchmarkArguments, names: list[str]) -> dict[str, dict[str, float]]:
     """By name the peak `memory_mib`, on a CPU of a fresh process, and its ratio to the plain one's."""
     if torch.cuda.is_available():
         peaks = {name: peak_memory(args, name) for name in tqdm(names, unit="method")}
     else:
-        with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
-            repeats = {
-                name: [pool.submit(peak_memory, args, name) for _ in range(args.memory_repeats)] for name in names
-            }
-            peaks = {
-                name: statistics.median(future.result() for future in tqdm(f, desc=name))
-                for name, f in repeats.items()
-            }
+        peaks = {
+            name: statistics.median(in_a_process(args, name) for _ in tqdm(range(args.memory_repeats), desc=name))
+            for name in names
+        }
     return {name: {"memory_mib": peak, "memory_ratio": peak / peaks["plain"]} for name, peak in peaks.items()}
 
 

@@ -18,6 +18,7 @@ import traceback
 from pathlib import Path
 
 import torch
+from older import IS_5, RESUMABLE
 from tiny import Examples, arguments, bert, weights
 from transformers import TrainerCallback
 
@@ -120,7 +121,7 @@ def train(folder, config, moment, resume, dropout, **options):
                     lr_scheduler_type="linear",
                     **options,
                 ),
-                train_dataset=Examples(20),
+                train_dataset=Examples(RESUMABLE),
                 lsam_config=config,
                 moment=moment,
                 report=report,
@@ -163,8 +164,10 @@ def killed(folder, name, config, choose):
 
 def terminated(folder, name, config, choose):
     """SIGTERM while the weights are moved, or after an update, with `enable_jit_checkpoint`; resumed to the end."""
-    train(folder / f"{name}-whole-0", config, None, False, 0.0, save_steps=STEPS)
     plan = []
+    if not IS_5:
+        return plan
+    train(folder / f"{name}-whole-0", config, None, False, 0.0, save_steps=STEPS)
     places = ["moved"] + (["update"] if name == "lsam" else [])
     for place in places:
         part = folder / f"{name}-terminated-{'update' if place == 'update' else 'step'}"

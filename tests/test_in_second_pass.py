@@ -158,7 +158,8 @@ def test_what_is_guarded_by_it_counts_once(config, accumulation, tmp_path):
     assert (
         meter.total
         == pytest.approx(sum(losses))
-        == pytest.approx(accumulation * sum(line["loss"] for line in run.lines))
+        # Before transformers 5.0 a line's loss is rounded to four digits.
+        == pytest.approx(accumulation * sum(line["loss"] for line in run.lines), abs=accumulation * 4 * 5e-5)
     )
     assert not told(run.messages, "log_file|meter|trainer\\.")
     run.situation = Situation

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from older import IS_5
 from tiny import (
     Examples,
     Unreplayed,
@@ -83,6 +84,8 @@ def test_adalora_with_its_reallocation_equals_the_reference(tmp_path):
 )
 def test_replay_is_exact_and_used(name, checkpointing, tmp_path):
     """With dropout in the adapter, and under activation checkpointing; the base's embeddings are frozen."""
+    if checkpointing == {"use_reentrant": True} and not IS_5:
+        pytest.skip("before transformers 5.0 there is no gradient under reentrant checkpointing, with any Trainer")
     config = peft.LoraConfig(r=2, target_modules=ATTENTION[name], lora_dropout=0.3)
     results, ran = [], []
     options = {"logging_steps": 1} | ({} if checkpointing is None else checkpointed(**checkpointing))

@@ -68,7 +68,9 @@ def test_a_replay_that_fails_in_the_middle_is_run_in_full(caplog):
 
     def changed_records():
         for micro_batch in step.window or window:
-            next(call for call in micro_batch.recording.calls if call.kept).output.add_(0.0)
+            output = next(call for call in micro_batch.recording.calls if call.kept).output
+            # A tuple before transformers 5.0.
+            (output[0] if isinstance(output, tuple) else output).add_(0.0)
         return run()
 
     window = []

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from older import IS_5
 from resume_worker import METHODS, STEPS
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -73,6 +74,7 @@ def test_a_checkpoint_that_was_being_saved_is_refused_by_name(method, runs):
     assert message.endswith("checkpoint-10/trainer_state.json'") and "No such file" in message, plan
 
 
+@pytest.mark.skipif(not IS_5, reason="before transformers 5.0 SIGTERM ends a run and saves nothing")
 @pytest.mark.parametrize("method", list(METHODS))
 def test_sigterm_at_moved_weights_saves_those_that_the_step_began_with(method, runs):
     folder, plan = runs
@@ -82,6 +84,7 @@ def test_sigterm_at_moved_weights_saves_those_that_the_step_began_with(method, r
     assert_same_end(folder / f"{method}-whole-0", part, plan, within=True)
 
 
+@pytest.mark.skipif(not IS_5, reason="before transformers 5.0 SIGTERM ends a run and saves nothing")
 def test_sigterm_in_an_update_loses_a_log_line_but_no_row_of_it(runs):
     folder, plan = runs
     assert [entry[1] for entry in plan["lsam"]["terminated"]] == [0] * 4, plan

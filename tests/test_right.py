@@ -107,7 +107,7 @@ def train(model, optimizer, config, examples, folder, **options):
         optimizers=(optimizer, None),
     )
     # BERT's classifier takes the mean over a micro-batch, whatever number of items the Trainer tells it.
-    trainer.loss_is_scaled_for_ga = None if examples.language_model else False
+    trainer.model_accepts_loss_kwargs = examples.language_model
     trainer.train()
     return trainer
 

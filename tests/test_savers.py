@@ -16,6 +16,7 @@ from tiny import (
     bert,
     blocks_of,
     checkpointed,
+    give_gradient,
     largest_difference,
     training_lines,
     weights,
@@ -76,9 +77,10 @@ def train(folder, trainer_class=LSAMTrainer, config=TOP_2, model=None, **options
 @pytest.mark.parametrize("name", list(MODELS))
 def test_activation_checkpointing_changes_nothing(name, reentrant, tmp_path):
     plain = train(tmp_path / "plain", model=MODELS[name](dropout=0.1))
+    model = MODELS[name](dropout=0.1)
     saving = train(
         tmp_path / "saving",
-        model=MODELS[name](dropout=0.1),
+        model=give_gradient(model) if reentrant else model,
         **checkpointed(use_reentrant=reentrant),
     )
     assert saving._lsam.second_pass.replays and saving._lsam.second_pass.checked is not None
@@ -91,7 +93,9 @@ def test_activation_checkpointing_changes_nothing(name, reentrant, tmp_path):
 def test_the_cache_is_emptied_in_both_passes_of_every_nth_step(tmp_path, monkeypatch):
     passes: list[int] = []
     emptied: list[int] = []
-    monkeypatch.setattr(transformers.trainer, "clear_device_cache", lambda: emptied.append(len(passes)))
+    # By the one function or the other (transformers 4.57).
+    monkeypatch.setattr(transformers.trainer, "clear_device_cache", lambda: emptied.append(len(passes)), raising=False)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(len(passes)))
 
     def note(trainer, count):
         passes.append(trainer.state.global_step)

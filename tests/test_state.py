@@ -1,6 +1,7 @@
 """What goes from step to step is in the checkpoint: a resumed run equals the uninterrupted one."""
 
 import pytest
+from older import RESUMABLE
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import Examples, arguments, assert_equal, bert, weights
@@ -38,7 +39,7 @@ def trainer_for(folder, config, stop=None, trainer_class=LSAMTrainer):
             per_device_train_batch_size=2,
             train_sampling_strategy="random",
         ),
-        train_dataset=Examples(20),
+        train_dataset=Examples(RESUMABLE),
         **({"lsam_config": config} if trainer_class is LSAMTrainer else {}),
         callbacks=[StopAt(stop)] if stop else [],
     )

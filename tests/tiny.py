@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from older import CHECKPOINTING, IS_5, with_arguments
 from torch.utils.data import Dataset
 from transformers import (
     BartConfig,
@@ -134,7 +135,11 @@ MODELS = {"bert": bert, "llama": llama}
 
 
 class Examples(Dataset):
-    """Random token sequences of one length; labels are classes, or the tokens themselves for a language model."""
+    """
+    Random token sequences of one length; labels are classes, or the tokens themselves for a language model.
+
+    A causal one predicts no first token, and transformers before 5.10 would divide by its label, too, were there one.
+    """
 
     def __init__(self, count: int, language_model: bool = False, length: int = 8, seed: int = 0):
         generator = torch.Generator().manual_seed(seed)
@@ -147,7 +152,10 @@ class Examples(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         tokens = self.tokens[index]
-        labels = tokens if self.language_model else self.labels[index]
+        labels = self.labels[index]
+        if self.language_model:
+            labels = tokens.clone()
+            labels[0] = -100
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
 
     def batch(self, start: int, size: int) -> dict:
@@ -171,23 +179,26 @@ def arguments(folder, kind: type[TrainingArguments] = TrainingArguments, **optio
         use_cpu=True,
         seed=1,
     )
-    return kind(**{**defaults, **options})
-
-
-# Called gradient checkpointing before transformers 5.23.
-_CHECKPOINTING = min(
-    {"activation_checkpointing", "gradient_checkpointing"} & TrainingArguments.__dataclass_fields__.keys()
-)
+    return with_arguments(kind, {**defaults, **options})
 
 
 def checkpointed(use_reentrant: bool) -> dict:
     """Training arguments that switch activation checkpointing on."""
-    return {_CHECKPOINTING: True, f"{_CHECKPOINTING}_kwargs": {"use_reentrant": use_reentrant}}
+    return {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": use_reentrant}}
+
+
+def give_gradient(model: PreTrainedModel) -> PreTrainedModel:
+    """What transformers 5.0 does by itself: a reentrant checkpoint needs an input that takes a gradient."""
+    if not IS_5:
+        model.enable_input_require_grads()
+    return model
 
 
 def checkpoint(model: PreTrainedModel, use_reentrant: bool) -> None:
     """Switch activation checkpointing on in a model."""
-    getattr(model, f"{_CHECKPOINTING}_enable")({"use_reentrant": use_reentrant})
+    getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": use_reentrant})
+    if use_reentrant:
+        give_gradient(model)
 
 
 class Kept:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedConfig, PreTrainedModel, set_seed
+from transformers import PretrainedConfig, PreTrainedModel, set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 
@@ -106,10 +106,10 @@ class Layer(GradientCheckpointingLayer):
 class TinyModel(PreTrainedModel):
     """A classifier of token sequences of one length, small enough that most of a step is the trainer's."""
 
-    config_class = PreTrainedConfig
+    config_class = PretrainedConfig
     supports_gradient_checkpointing = True
 
-    def __init__(self, config: PreTrainedConfig):
+    def __init__(self, config: PretrainedConfig):
         super().__init__(config)
         self.tokens, self.types = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(2, WIDTH)
         self.layers = nn.ModuleList([Layer() for _ in range(BLOCKS)])
@@ -128,4 +128,4 @@ class TinyModel(PreTrainedModel):
 def build(seed: int) -> nn.Module:
     """The tiny model, in float64."""
     set_seed(seed)
-    return TinyModel(PreTrainedConfig()).double()
+    return TinyModel(PretrainedConfig()).double()

