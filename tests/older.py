@@ -14,6 +14,8 @@ IS_5 = version.parse(transformers.__version__).major >= 5
 # For 12 steps of 4: before transformers 5.0 (its pull request 40691) a Trainer goes on in its first epoch only, and in
 # a later one with other examples than the uninterrupted run.
 RESUMABLE = 20 if IS_5 else 48
+# Trackio keeps what it is told on this machine.
+NO_SPACE = {"trackio_static_space_id": False} if "trackio_static_space_id" in FIELDS else {"trackio_space_id": None}
 STRATEGY = "train_sampling_strategy"
 
 

@@ -55,7 +55,7 @@ def test_products_of_fp16_gradients_neither_underflow_nor_overflow():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", ["top 2", "adaptive", "looksam", "one pass"])
 def test_models_of_16_bits_train(method, dtype, tmp_path):
-    """With SGD: AdamW of torch 2.6 divides by zero in 16 bits, in the plain Trainer, too."""
+    """With SGD: AdamW of torch 2.6 divides by zero in fp16, in the plain Trainer, too."""
     trainer = LSAMTrainer(
         model=bert().to(dtype),
         args=arguments(tmp_path, learning_rate=1e-3, optim="sgd"),

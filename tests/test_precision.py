@@ -210,7 +210,7 @@ def test_replay_is_exact_under_bf16_autocast(name, scope, tmp_path):
     assert_equal(*results)
 
 
-# AdamW of torch 2.6 divides by zero in 16 bits.
+# AdamW of torch 2.6 divides by zero in fp16.
 @pytest.mark.parametrize(
     "options", [dict(bf16=True), dict(dtype=torch.bfloat16), dict(dtype=torch.float16, optim="sgd")]
 )

@@ -29,7 +29,7 @@ def test_tensorboard_shows_every_figure(tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     lines = trained(tmp_path, "tensorboard")
     assert len(lines) == 2
-    (folder,) = {path.parent for path in (tmp_path / "events").rglob("events.out*")}
+    (folder,) = {path.parent for path in tmp_path.rglob("events.out*")}
     events = EventAccumulator(str(folder))
     events.Reload()
     for figure in FIGURES:
@@ -41,9 +41,10 @@ def test_tensorboard_shows_every_figure(tmp_path, monkeypatch):
 TRACKIO = """
 import json, sys
 import trackio.sqlite_storage
+from older import NO_SPACE
 from test_trackers import trained
 
-lines = trained(sys.argv[1], "trackio", project="tiny", run_name="one", trackio_static_space_id=False)
+lines = trained(sys.argv[1], "trackio", project="tiny", run_name="one", **NO_SPACE)
 logs = trackio.sqlite_storage.SQLiteStorage.get_logs("tiny", "one")
 print(json.dumps([lines, logs]))
 """
@@ -57,7 +58,7 @@ def test_trackio_shows_every_figure(tmp_path):
         [sys.executable, "-c", TRACKIO, tmp_path], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    lines, logs = json.loads(done.stdout.splitlines()[-1])
+    lines, logs = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[[")))
     shown = [log for log in logs if "train/loss" in log]
     assert len(shown) == len(lines) == 2
     for log, line in zip(shown, lines, strict=True):

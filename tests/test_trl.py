@@ -12,6 +12,7 @@ import trl.experimental
 import trl.trainer
 from datasets import Dataset
 from literal import LiteralLSAM
+from older import IS_5
 from peft import LoraConfig
 from tiny import arguments, assert_lines_hold, largest_difference, llama, training_lines, weights
 from tiny_glue import WORDS, save_tokenizer
@@ -120,6 +121,8 @@ def test_a_trainer_with_a_fixed_batch_composes_and_counts_once(name, tokenizer, 
     Against the method written out on the same trainer, two micro-batches a step. With a rho that moves nothing each
     log line is the plain trainer's: `num_tokens`, accuracy and entropy among it, though passes 2 and a self-check ran.
     """
+    if name == "sft, smoothed" and not IS_5:
+        pytest.skip("trl's SFTTrainer smooths no labels with transformers before 5.0")
     trainer_class, config_class, data, model, keywords, options = FIXED[name]
     literal_class = type("Literal", (LiteralLSAM, trainer_class), {})
     lsam_class = with_lsam(trainer_class)
