@@ -34,6 +34,7 @@ class Perturbation:
         # Buffers of the largest set that was ever moved. Those of `copies` take turns with them.
         self._memory, self._other_memory = _Memory(), _Memory()
         self._undo: Callable[[], None] | None = None
+        self._rounding_checked = False
 
     def put_back(self) -> None:
         """Put back moved weights; to be called after a step too: Ctrl-C may come just as a `with` block begins."""
@@ -81,6 +82,19 @@ class Perturbation:
         _copy(buffers, parts)
         self._memory, self._other_memory = self._other_memory, self._memory
         return from_parts(buffers, tensors)
+
+    def check_rounding(self, weights: Tensors, before: Tensors, direction: Tensors, rho: float) -> None:
+        """Warn, once they have 16 bits, if `weights` could not follow `direction` from `before`; looks at one move."""
+        if self._rounding_checked:
+            return
+        coarse = next((dtype for dtype in {weight.dtype for weight in weights} if is_coarse(dtype)), None)
+        self._rounding_checked = coarse is not None
+        if coarse is not None and (cosine := move_cosine(weights, before, direction)) < _ROUNDED:
+            logger.warning(
+                f"rho={rho} moves the {coarse} weights by less than they resolve: rounded stochastically, that is "
+                f"noisy (cosine with its direction {cosine:.2f}). Raise rho, or keep float32 weights and train with "
+                "bf16=True."
+            )
 
 
 class _Memory:
@@ -223,17 +237,3 @@ def move_cosine(weights: Tensors, before: Tensors, direction: Tensors) -> float:
     along = float(sum_over_parts(torch.stack(products), weights).sum())
     length = float(norms(from_parts(moves, weights)).square().sum().sqrt() * norms(direction).square().sum().sqrt())
     return along / length if length > 0 else 0.0
-
-
-def check_rounding(weights: Tensors, before: Tensors, direction: Tensors, rho: float) -> bool:
-    """Whether any of `weights` has 16 bits; warns if so and they could not follow `direction` from `before`."""
-    coarse = next((dtype for dtype in {weight.dtype for weight in weights} if is_coarse(dtype)), None)
-    if coarse is None:
-        return False
-    cosine = move_cosine(weights, before, direction)
-    if cosine < _ROUNDED:
-        logger.warning(
-            f"rho={rho} moves the {coarse} weights by less than they resolve: rounded stochastically, that is noisy "
-            f"(cosine with its direction {cosine:.2f}). Raise rho, or keep float32 weights and train with bf16=True."
-        )
-    return True

@@ -277,7 +277,7 @@ class LSAMMixin(_AnyTrainer):
             return former
         self._lsam, self._lsam_run = step, self.state
         if former is not None:
-            step.go_on_from(former)
+            step.log.load(former.log.state())
             return step
         self._lsam_flops = 0.0
         if self._lsam_checkpoint is not None:
