@@ -22,22 +22,16 @@ class CostModel:
         overhead = (2 * (weights from that call on, and of the head) + weights of S) / plain,  at most 1
 
     For k of N equal blocks from block s on that is (2 (N - s) + k) / (3 N). Attention's own products are left out.
-
-    Attributes:
-        passed: For each call of a block, and of the head, the weights from it to the loss, but for embeddings (free).
-        plain: Cost of a plain step.
-        one_graph: Whether the blocks are compiled into one graph, all of which pass 2 runs, whatever is perturbed.
-        gradients: As `passed`, of the calls that have a gradient (default: all).
-        starts: For each block the index of its first call (default: each is called once, in their order).
-        places: For each block the places that its weights meet in all calls (default: 1).
     """
 
-    passed: tuple[float, ...]
-    plain: float
-    one_graph: bool = False
-    gradients: tuple[float, ...] | None = None
-    starts: Mapping[int, int] | None = None
-    places: Mapping[int, float] | None = None
+    passed: tuple[float, ...]  # weights from each call of a block, and of the head, to the loss; embeddings are free
+    plain: float  # cost of a plain step
+    one_graph: bool = False  # whether the blocks are compiled into one graph, all of which pass 2 runs
+    gradients: tuple[float, ...] | None = None  # as `passed`, of the calls that have a gradient (default: all)
+    starts: Mapping[int, int] | None = (
+        None  # index of each block's first call (default: each is called once, in order)
+    )
+    places: Mapping[int, float] | None = None  # places that each block's weights meet in all calls (default: 1)
 
     @classmethod
     def of(cls, model: nn.Module, blocks: dict[str, nn.Module], one_graph: bool = False) -> "CostModel":
@@ -81,11 +75,10 @@ class CostModel:
 
 
 class Weights:
-    """The weights of a model that multiply, block by block, and those outside of the blocks, which are its head."""
+    """The weights of a model that multiply, block by block, and last those of no block, as block -1: its head."""
 
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module]):
         used = multiplied_parameters(model) - idle_parameters(model)
-        # The head comes last, as block -1.
         parts = [*(block.parameters() for block in blocks), outside_parameters(model, blocks, nn.Embedding)]
         self.parts = [[p for p in part if p in used] for part in parts]
         self.sizes = [sum(p.numel() for p in part) for part in self.parts]

@@ -1,6 +1,6 @@
 """Move the selected weights, and put them back exactly."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial, reduce
@@ -23,15 +23,15 @@ class Perturbation:
     """
     Moves weights along a direction for the length of a `with` block, and puts them back exactly.
 
-    The parameters refer to a buffer meanwhile, so there is nothing to copy back, and nothing that a NaN or an error
-    could spoil. (Subtraction would change 0.3 to 6 % of float32 weights: w + e - e is not w.) FSDP2 gathers a sharded
-    weight from where it is: each process moves its part in place and copies it back.
+    The parameters refer to a buffer meanwhile, so that neither a NaN nor an error can spoil them. (Subtraction would
+    change 0.3 to 6 % of float32 weights: w + e - e is not w.) FSDP2 gathers a sharded weight from where it is: each
+    process moves its part in place and copies it back.
     """
 
     def __init__(self) -> None:
         # Of stochastic rounding: the number of the step, so that processes and runs that resume round alike.
         self.seed = 0
-        # Buffers of the largest set that was ever moved. Those of `copies` take turns with them.
+        # Those of `moved` and of `copies` take turns.
         self._memory, self._other_memory = _Memory(), _Memory()
         self._undo: Callable[[], None] | None = None
         self._rounding_checked = False
@@ -91,9 +91,8 @@ class Perturbation:
         self._rounding_checked = coarse is not None
         if coarse is not None and (cosine := move_cosine(weights, before, direction)) < _ROUNDED:
             logger.warning(
-                f"rho={rho} moves the {coarse} weights by less than they resolve: rounded stochastically, that is "
-                f"noisy (cosine with its direction {cosine:.2f}). Raise rho, or keep float32 weights and train with "
-                "bf16=True."
+                f"rho={rho} moves the {coarse} weights by less than they resolve: rounded stochastically, that is noisy "
+                f"(cosine with its direction {cosine:.2f}). Raise rho, or keep float32 weights and train with bf16=True."
             )
 
 
@@ -108,20 +107,20 @@ class _Memory:
     def places_of(self, tensors: Tensors) -> list[Tensor]:
         """Room for as many tensors of the same kinds, shapes and (without gaps) strides."""
         kinds = [(tensor.device, tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors]
-        if kinds == self._kinds:
-            return self._places
-        starts: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        for device, dtype, shape, _ in kinds:
-            ends = starts.setdefault((device, dtype), [0])
-            ends.append(ends[-1] + shape.numel())
-        for (device, dtype), ends in starts.items():
-            if (device, dtype) not in self._flat or self._flat[device, dtype].numel() < ends[-1]:
-                self._flat[device, dtype] = torch.empty(ends[-1], device=device, dtype=dtype)
-        self._kinds, self._places = kinds, []
-        for tensor in tensors:
-            dense = tensor if tensor.is_contiguous() else torch.empty_like(tensor, device="meta")
-            kind = (tensor.device, tensor.dtype)
-            self._places.append(self._flat[kind].as_strided(tensor.shape, dense.stride(), starts[kind].pop(0)))
+        if kinds != self._kinds:
+            room: Counter[tuple[torch.device, torch.dtype]] = Counter()
+            for device, dtype, shape, _ in kinds:
+                room[device, dtype] += shape.numel()
+            for kind, size in room.items():
+                if kind not in self._flat or self._flat[kind].numel() < size:
+                    self._flat[kind] = torch.empty(size, device=kind[0], dtype=kind[1])
+            places = []
+            for tensor in tensors:
+                kind = (tensor.device, tensor.dtype)
+                room[kind] -= tensor.numel()
+                dense = tensor if tensor.is_contiguous() else torch.empty_like(tensor, device="meta")
+                places.append(self._flat[kind].as_strided(tensor.shape, dense.stride(), room[kind]))
+            self._kinds, self._places = kinds, places
         return self._places
 
 
@@ -163,6 +162,11 @@ def norms(tensors: Tensors) -> Tensor:
     if not is_sharded(tensors):
         return parts
     return sum_over_parts(parts.double().square(), tensors).sqrt().to(dtype)
+
+
+def joint_norm(tensors: Tensors) -> Tensor:
+    """The Euclidean norm of all of them together: one number, on the device."""
+    return norms(tensors).square().sum().sqrt()
 
 
 @torch.no_grad()
@@ -209,14 +213,14 @@ def adaptive_scores(weights: Tensors, gradients: Tensors) -> list[Tensor]:
 @torch.no_grad()
 def orthogonal_part(perturbed: Tensors, plain: Tensors) -> list[Tensor]:
     """The part of the `perturbed` gradient orthogonal to the `plain` one, of unit length (zero if there is none)."""
-    # LookSAM's memory is largest here, so what is as large as the gradients is made once, and products one at a time.
+    # LookSAM's memory is largest here: what is as large as the gradients is made once, and products one at a time.
     plain_parts, perturbed_parts = wide(local_parts(plain)), wide(local_parts(perturbed))
     products = [(left.conj() * right).sum().real for left, right in zip(perturbed_parts, plain_parts, strict=True)]
     along = sum_over_parts(torch.stack(products), plain).sum() / norms(plain).square().sum()
     parts = list(torch._foreach_mul(plain_parts, -along))
     torch._foreach_add_(parts, perturbed_parts)
     orthogonal = from_parts(parts, plain)
-    length = norms(orthogonal).square().sum().sqrt()
+    length = joint_norm(orthogonal)
     torch._foreach_div_(parts, length.clamp_min(torch.finfo(length.dtype).tiny))
     return orthogonal
 
@@ -225,7 +229,7 @@ def orthogonal_part(perturbed: Tensors, plain: Tensors) -> list[Tensor]:
 def add_along(gradients: Tensors, directions: Tensors, scale: float) -> None:
     """Add to `gradients`, in place, `scale` times their joint norm along each of `directions`."""
     # Where one of them is not finite, the others stay what they are.
-    length = norms(gradients).square().sum().sqrt().nan_to_num(0.0, posinf=0.0)
+    length = joint_norm(gradients).nan_to_num(0.0, posinf=0.0)
     torch._foreach_add_(local_parts(gradients), torch._foreach_mul(local_parts(directions), scale * length))
 
 
@@ -235,5 +239,5 @@ def move_cosine(weights: Tensors, before: Tensors, direction: Tensors) -> float:
     moves = [weight.double() - old.double() for weight, old in zip(local_parts(weights), before, strict=True)]
     products = [(move * d.double()).sum() for move, d in zip(moves, local_parts(direction), strict=True)]
     along = float(sum_over_parts(torch.stack(products), weights).sum())
-    length = float(norms(from_parts(moves, weights)).square().sum().sqrt() * norms(direction).square().sum().sqrt())
+    length = float(joint_norm(from_parts(moves, weights)) * joint_norm(direction))
     return along / length if length > 0 else 0.0

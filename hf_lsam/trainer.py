@@ -35,9 +35,8 @@ class LSAMMixin(_AnyTrainer):
     """
     Layer-wise SAM for any subclass of [`~transformers.Trainer`]: `class LSAMSFTTrainer(LSAMMixin, SFTTrainer)`.
 
-    Both passes run through the `training_step` of the class that follows, so autocast, loss normalisation and the
-    gradient scaler are its own. The loss that is logged is that of pass 1 (with `ascent_gradient="previous"` it is the
-    loss at the perturbed weights, the only one there is).
+    Both passes run through the `training_step` of the class that follows, with its autocast, loss normalisation and
+    gradient scaler. The logged loss is that of pass 1 (with `ascent_gradient="previous"`, at the perturbed weights).
 
     Each ordinary log line also holds, as means over the perturbed steps since the last line:
 
@@ -53,12 +52,11 @@ class LSAMMixin(_AnyTrainer):
     `lsam_blocks.jsonl` in the output directory gets one row a log line: `counts`, how often each block was selected,
     and `norms`, its mean gradient norm.
 
-    The `hp_space` of `hyperparameter_search` may return fields of [`LSAMConfig`] beside training arguments: each trial
-    sets them on a copy of `lsam_config`, which is itself again after the trial.
+    The `hp_space` of `hyperparameter_search` may return fields of [`LSAMConfig`] beside training arguments. They hold
+    for the trial.
 
     Args:
-        lsam_config ([`LSAMConfig`], *optional*):
-            The settings; the defaults of [`LSAMConfig`] where not given. Every other argument is the Trainer's.
+        lsam_config ([`LSAMConfig`], *optional*): The settings. Every other argument is the Trainer's.
 
     Raises:
         TypeError: if `lsam_config` is not a [`LSAMConfig`].
@@ -80,7 +78,7 @@ class LSAMMixin(_AnyTrainer):
                 "by LSAMConfig(**settings)."
             )
         super().__init__(*args, **kwargs)
-        self.lsam_config = lsam_config if lsam_config is not None else LSAMConfig()
+        self.lsam_config = LSAMConfig() if lsam_config is None else lsam_config
         self._lsam: LSAMStep | None = None
         # The TrainerState that `_lsam` was made for: each run has its own, so a new one means to find the blocks anew.
         self._lsam_run: Any = None
@@ -114,8 +112,7 @@ class LSAMMixin(_AnyTrainer):
 
     def _set_up_trial(self, trial: Any) -> None:
         """Set the fields of [`LSAMConfig`] here, and let the Trainer set the others on its arguments."""
-        hp_space = self.hp_space
-        is_optuna = self.hp_search_backend == HPSearchBackend.OPTUNA
+        hp_space, is_optuna = self.hp_space, self.hp_search_backend == HPSearchBackend.OPTUNA
         values = dict(hp_space(trial) if is_optuna else trial)
         own = {name: values.pop(name) for name in list(values) if name in vars(self.lsam_config)}
         shared = [name for name in own if hasattr(self.args, name)]
@@ -126,23 +123,19 @@ class LSAMMixin(_AnyTrainer):
             )
         self.lsam_config = replace(self.lsam_config, **own)
         # The Trainer reads Optuna's values from `hp_space`, those of the others from the trial itself.
-        if is_optuna:
-            self.hp_space = lambda trial: values
-            try:
-                super()._hp_search_setup(trial)
-            finally:
-                self.hp_space = hp_space
-        else:
-            super()._hp_search_setup(values)
-            self._trial = trial
+        self.hp_space = lambda trial: values
+        try:
+            super()._hp_search_setup(trial if is_optuna else values)
+        finally:
+            self.hp_space, self._trial = hp_space, trial
 
     @property
     def in_second_pass(self) -> bool:
         """
         Whether pass 2 runs: `training_step` and `compute_loss` are called a second time for the same batch.
 
-        What passes change on the trainer, in its objects and in modules is put back by itself. Files, iterators and
-        what other threads use are not: `if not self.in_second_pass: self.file.write(...)`.
+        What passes change on the trainer, in its objects and in modules is put back. Files, iterators and what other
+        threads use are not: `if not self.in_second_pass: self.file.write(...)`.
         """
         return self._lsam is not None and self._lsam.second_pass.running
 
@@ -155,10 +148,11 @@ class LSAMMixin(_AnyTrainer):
         self._lsam_reached = True
         if step is None:
             return training_step(model, inputs, num_items_in_batch)
+        number = self.state.global_step
         # Micro-batches that are perturbed by their own gradients are averaged over processes by the step.
-        own = step.config.sharpness_scope == "micro_batch" and step.perturbs(self.state.global_step)
+        own = step.config.sharpness_scope == "micro_batch" and step.perturbs(number)
         # A batch for each pass: a `compute_loss` may pop labels from it, or mask its tokens in place.
-        has_two = step.config.ascent_gradient == "current" and step.perturbs(self.state.global_step)
+        has_two = step.config.ascent_gradient == "current" and step.perturbs(number)
         kept = copy_of((inputs, num_items_in_batch)) if has_two else None
 
         def pass_1() -> Tensor:
@@ -175,13 +169,13 @@ class LSAMMixin(_AnyTrainer):
 
         held_back: AbstractContextManager[None] = nullcontext()
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            held_back = update_held_back(model, step.read_after(self.state.global_step))
+            held_back = update_held_back(model, step.read_after(number))
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             # As the Trainer does in each pass: a schedule-free optimizer moves weights here, and never perturbed ones.
             self.optimizer.train()
         self._lsam_flops += float(self.floating_point_ops(inputs))
         with held_back:
-            loss = step(pass_1, pass_2, self.state.global_step, self.accelerator.sync_gradients)
+            loss = step(pass_1, pass_2, number, self.accelerator.sync_gradients)
         # The Trainer counts pass 1; of pass 2 counts what ran, but not what it was compared with.
         if own or self.accelerator.sync_gradients:
             self.current_flos += step.overhead * self._lsam_flops
@@ -189,7 +183,7 @@ class LSAMMixin(_AnyTrainer):
         return loss
 
     def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
-        """Those of a plain pass. To count them takes a look at each module, so both passes' are counted at once."""
+        """Those of a plain pass, counted once a batch: it takes a look at each module."""
         if self._lsam_counted[0] is not inputs:
             self._lsam_counted = (inputs, super().floating_point_ops(inputs))
         return self._lsam_counted[1]
@@ -244,19 +238,17 @@ class LSAMMixin(_AnyTrainer):
         """What the optimizer trains, if that can be seen: DeepSpeed has parameters of its own in its groups."""
         if self.optimizer is None or self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             return None
-        groups = self.optimizer.param_groups
-        sizes = [len(group["params"]) for group in groups]
-        if self._lsam_optimized[0] != (id(self.optimizer), sizes):
-            every = {parameter: None for group in groups for parameter in group["params"]}
-            self._lsam_optimized = ((id(self.optimizer), sizes), every.keys())
+        groups = [group["params"] for group in self.optimizer.param_groups]
+        key = (id(self.optimizer), [len(group) for group in groups])
+        if self._lsam_optimized[0] != key:
+            self._lsam_optimized = (key, {parameter for group in groups for parameter in group})
         return self._lsam_optimized[1]
 
     def _lsam_of_run(self, model: nn.Module) -> LSAMStep | None:
         """
-        The steps of this run; at first the blocks are found, and the checkpoint that it resumes is gone on from.
+        The steps of this run; `None` where it had none when `lsam_config` was set to what cannot go on.
 
-        Where `lsam_config` is set anew in the middle of a run, it holds from the next step on, if it fits the model.
-        `None` if there were no steps before it that could go on.
+        Settings that are new in the middle of a run hold from the next step on, if they fit the model.
         """
         former = self._lsam if self._lsam_run is self.state else None
         if former is not None and (
@@ -276,17 +268,19 @@ class LSAMMixin(_AnyTrainer):
             self.lsam_config = LSAMConfig(block_selection="none") if former is None else former.config
             return former
         self._lsam, self._lsam_run = step, self.state
-        if former is not None:
+        if former is None:
+            self._begin_run(step)
+        else:
             step.log.load(former.log.state())
-            return step
+        return step
+
+    def _begin_run(self, step: LSAMStep) -> None:
+        """Go on from the checkpoint that the run resumes, and begin what is logged."""
         self._lsam_flops = 0.0
         if self._lsam_checkpoint is not None:
             load_state(step, self._lsam_checkpoint)
-        if self.is_in_train:
-            self._begin_log(step)
-        return step
-
-    def _begin_log(self, step: LSAMStep) -> None:
+        if not self.is_in_train:
+            return
         config = self.lsam_config
         # One pass has nothing to climb in the first step.
         if not any(map(step.perturbs, range(config.ascent_gradient == "previous", step.max_steps))):
@@ -303,10 +297,8 @@ class LSAMMixin(_AnyTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.lsam_config.enabled:
-            step = self._lsam_of_run(self.model_wrapped)
-            if step is not None:
-                save_state(step, output_dir, self.state.global_step, self.args.should_save)
+        if self.lsam_config.enabled and (step := self._lsam_of_run(self.model_wrapped)) is not None:
+            save_state(step, output_dir, self.state.global_step, self.args.should_save)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
