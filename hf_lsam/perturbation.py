@@ -91,8 +91,9 @@ class Perturbation:
         self._rounding_checked = coarse is not None
         if coarse is not None and (cosine := move_cosine(weights, before, direction)) < _ROUNDED:
             logger.warning(
-                f"rho={rho} moves the {coarse} weights by less than they resolve: rounded stochastically, that is noisy "
-                f"(cosine with its direction {cosine:.2f}). Raise rho, or keep float32 weights and train with bf16=True."
+                f"rho={rho} moves the {coarse} weights by less than they resolve: rounded stochastically, that is "
+                f"noisy (cosine with its direction {cosine:.2f}). Raise rho, or keep float32 weights and train with "
+                "bf16=True."
             )
 
 

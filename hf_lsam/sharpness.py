@@ -71,8 +71,8 @@ class LossSurface:
         """
         SAM's sharpness, `L(w + eps) - L(w)` with `eps = rho * g / ||g||` (Foret et al., ICLR 2021; `rho` as there).
 
-        ASAM's, if `adaptive`, stays as it is where the weights of a layer are rescaled: `eps = rho * w^2 g / || |w| g ||`
-        (Kwon et al., ICML 2021).
+        ASAM's, if `adaptive`, is the same for rescaled weights of a layer: `eps = rho * w^2 g / || |w| g ||` (Kwon et
+        al., ICML 2021).
         """
         direction = scores = self.gradient()
         if adaptive:
@@ -245,8 +245,8 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 def _mean(values: Iterable[tuple[float, int]]) -> float:
     """The mean of values, each of which stands for so many rows."""
-    sums, rows = zip(*((value * rows, rows) for value, rows in values), strict=True)
-    return sum(sums) / sum(rows)
+    pairs = list(values)
+    return sum(value * rows for value, rows in pairs) / sum(rows for _, rows in pairs)
 
 
 @torch.no_grad()

@@ -8,9 +8,8 @@ The algorithm (Lee, KDD 2024, with `alpha` = lambda / rho): pass 1, select, pert
     restore    w                                                         the end of `_moved`
     mix        (1 - alpha) * g_i + alpha * p_i for i in S, else g_i      `_perturb_and_rerun`
 
-The optimizer of the Trainer steps along the result, which is left in `.grad`. Nothing here knows a Trainer. A step is
-given two callables for each micro-batch, "run pass 1" and "run pass 2", both of which run forward and backward and
-return the loss.
+The optimizer steps along the result, which is left in `.grad`. Nothing here knows a Trainer: a step is given two
+callables for each micro-batch, which run forward and backward and return the loss.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from .ascent import Ascent, Kept, find_ascent
 from .blocks import everything, find_blocks, find_candidates
 from .compiled import CompiledRegions
 from .config import LSAMConfig
-from .costs import CostModel
+from .costs import CostModel, Trained
 from .distributed import average_gradients
 from .pass_state import PassState
 from .perturbation import Perturbation, add_along, mix, norms, orthogonal_part, unchanged, where, zero_unless
@@ -34,7 +33,6 @@ from .second_pass import MicroBatch, Pass, SecondPass
 from .selection import beginnings, check_selection
 from .shards import reshard, sharded_modules
 from .step_log import Perturbed, StepLog
-from .trained import Trained
 
 
 class LSAMStep:
@@ -68,7 +66,7 @@ class LSAMStep:
         has_begun: bool = False,
     ):
         self.model, self.config, self.max_steps, self.scaler = model, config, max_steps, scaler
-        self._names = _names(config)
+        self._chosen_among = _chosen_among(config)
         self.sharded_modules = sharded_modules(model)
         reshard(self.sharded_modules)
         blocks = find_blocks(model)
@@ -101,12 +99,11 @@ class LSAMStep:
 
     def reset_log(self) -> None:
         """Begin the sums of the next log line."""
-        trained = [candidate.name for candidate in self.candidates if candidate.is_trained]
-        self.log = StepLog([candidate.name for candidate in self.candidates], trained)
+        self.log = StepLog([c.name for c in self.candidates], [c.name for c in self.candidates if c.is_trained])
 
     def fits(self, config: LSAMConfig) -> bool:
         """Whether `config` chooses among the same modules; everything else may change from step to step."""
-        return _names(config) == self._names
+        return _chosen_among(config) == self._chosen_among
 
     def perturbs(self, step: int) -> bool:
         """Whether optimizer step `step` is to be perturbed."""
@@ -132,8 +129,7 @@ class LSAMStep:
             pass_1: Forward and backward at the current weights; returns the detached loss. With
                 `sharpness_scope="micro_batch"`, gradients stay those of this process.
             pass_2: The same again, of this process alone.
-            step: Index of the optimizer step, 0-based.
-            is_last: Whether this is the step's last micro-batch.
+            step: Index of the optimizer step, 0-based, of which the micro-batch may be the last one.
 
         Returns the loss of pass 1. Raises what pass 1 raises, and of pass 2 what is no `Exception` (Ctrl-C) or is for
         the caller; the weights are then where they were.
@@ -191,7 +187,7 @@ class LSAMStep:
     def _perturb_and_rerun(self, window: Sequence[MicroBatch]) -> None:
         """From the gradient of pass 1 in `.grad` to the mixed one: select, perturb, pass 2, restore, mix."""
         recordings = [micro_batch.recording for micro_batch in window]
-        if recordings[-1].calls:
+        if is_recorded := bool(recordings[-1].calls):
             self.costs = self.trained.costs(recordings[-1])
         # S, and for each i in S: grad_i L(w).
         ascent = self._find_ascent()
@@ -206,8 +202,7 @@ class LSAMStep:
             return
         finite = norms(perturbed).isfinite().all() & ascent.norm.isfinite().to(ascent.weights[0].device)
         if self.config.reuse_correction > 0:
-            parts = orthogonal_part(perturbed, ascent.gradients)
-            self.correction = (ascent.weights, zero_unless(finite, parts))
+            self.correction = ascent.weights, zero_unless(finite, orthogonal_part(perturbed, ascent.gradients))
         # Where it is not finite, the plain gradient takes its place. A scaler has to see it, and skips the step.
         if self.scaler is None:
             perturbed = where(finite, perturbed, ascent.gradients)
@@ -216,8 +211,8 @@ class LSAMStep:
             weight.grad = mixed
         if not self.second_pass.narrow:
             self.overhead = 1.0
-        elif recordings[-1].calls:
-            self.overhead = self.trained.overhead(recordings, ascent)
+        elif is_recorded:
+            self.overhead = self.trained.overhead(recordings, ascent.chosen, ascent.weights)
         else:
             self.overhead = self.costs.overhead([self.candidates[i] for i in ascent.chosen], replayed=False)
         self._count(ascent, finite)
@@ -240,8 +235,7 @@ class LSAMStep:
         passes.together = self.config.sharpness_scope == "batch"
         blocks = set().union(*(self.candidates[index].blocks for index in ascent.chosen))
         unseen = next((micro_batch.unseen for micro_batch in window if micro_batch.unseen is not None), None)
-        is_due = passes.is_due(window, blocks, self.trained.now().number)
-        is_due, changed = passes.any(is_due, unseen is not None)
+        is_due, changed = passes.any(passes.is_due(window, blocks, self.trained.now().number), unseen is not None)
         if changed:
             return f"pass 1 changed {unseen or 'something in another process'}, of which there is no copy yet"
         problem = passes.compare_with_pass_1(window, ascent.weights, ascent.gradients) if is_due else None
@@ -273,9 +267,9 @@ class LSAMStep:
                 ascent.spend(self.config.rho)
             with self._moved(ascent), unchanged(ascent.weights):
                 loss = pass_1()
-        if is_last:
-            if ascent is not None:
+            if is_last:
                 self._count(ascent, ascent.norm.isfinite())
+        if is_last:
             self.previous = self._following() if self.perturbs(step + 1) else None
         return loss
 
@@ -291,7 +285,6 @@ class LSAMStep:
         ascent.gradients = []
         return ascent
 
-    @torch.no_grad()
     def _reuse_correction(self) -> None:
         """LookSAM between two perturbed steps: g + scale * ||g|| * v, v the last orthogonal part, of unit length."""
         if self.correction is None:
@@ -305,6 +298,6 @@ class LSAMStep:
         self.log.add(Perturbed(applied, ascent.chosen, ascent.squares, ascent.counts, length, first, self.overhead))
 
 
-def _names(config: LSAMConfig) -> tuple[bool, str | None]:
+def _chosen_among(config: LSAMConfig) -> tuple[bool, str | None]:
     """What of the settings says which modules are chosen among."""
     return config.block_selection == "all", config.block_pattern

@@ -1,15 +1,13 @@
 """`LSAMTrainer`: the Trainer whose training step perturbs a few blocks."""
 
 from collections.abc import Collection
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import DistributedType
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer_utils import HPSearchBackend
 from transformers.utils import logging
 
 from .composition import check_order, check_repeatable
@@ -18,6 +16,7 @@ from .deepspeed import update_held_back
 from .distributed import check_hooks, check_supported
 from .held import Attributes
 from .passes import backward_if_any, buffers_not_sent, copy_of, modes_kept
+from .search import set_up_trial
 from .state import load_state, save_state
 from .step import LSAMStep
 from .step_log import StuckWatch, append_row, drop_rows_after
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from transformers import Trainer as _AnyTrainer
 else:
     _AnyTrainer = object
-
 
 logger = logging.get_logger(__name__)
 
@@ -63,9 +61,6 @@ class LSAMMixin(_AnyTrainer):
         ValueError: before training, if the settings do not fit the model.
         NotImplementedError: before training, for what is not supported; the message names the way out.
     """
-
-    # The Trainer sets it when a search begins.
-    hp_space: Any
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -104,30 +99,11 @@ class LSAMMixin(_AnyTrainer):
         if self.hp_search_backend is None or trial is None:
             super()._hp_search_setup(trial)
         else:
-            self._set_up_trial(trial)
+            set_up_trial(self, trial, super()._hp_search_setup)
         if self.lsam_config.enabled:
             check_repeatable(type(self), LSAMMixin)
             check_supported(self, self.lsam_config)
             self._new_step(self.model, max_steps=1, has_begun=False)
-
-    def _set_up_trial(self, trial: Any) -> None:
-        """Set the fields of [`LSAMConfig`] here, and let the Trainer set the others on its arguments."""
-        hp_space, is_optuna = self.hp_space, self.hp_search_backend == HPSearchBackend.OPTUNA
-        values = dict(hp_space(trial) if is_optuna else trial)
-        own = {name: values.pop(name) for name in list(values) if name in vars(self.lsam_config)}
-        shared = [name for name in own if hasattr(self.args, name)]
-        if shared:
-            raise ValueError(
-                f"The search sets {', '.join(shared)}, which is a field of both LSAMConfig and "
-                f"{type(self.args).__name__}. Leave it out of the search and set it on either one."
-            )
-        self.lsam_config = replace(self.lsam_config, **own)
-        # The Trainer reads Optuna's values from `hp_space`, those of the others from the trial itself.
-        self.hp_space = lambda trial: values
-        try:
-            super()._hp_search_setup(trial if is_optuna else values)
-        finally:
-            self.hp_space, self._trial = hp_space, trial
 
     @property
     def in_second_pass(self) -> bool:
@@ -167,9 +143,8 @@ class LSAMMixin(_AnyTrainer):
             with sync, passes, buffers_not_sent(model), backward_if_any(self.accelerator):
                 return training_step(model, batch, num_items)
 
-        held_back: AbstractContextManager[None] = nullcontext()
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            held_back = update_held_back(model, step.read_after(number))
+        is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        held_back = update_held_back(model, step.read_after(number)) if is_deepspeed else nullcontext()
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             # As the Trainer does in each pass: a schedule-free optimizer moves weights here, and never perturbed ones.
             self.optimizer.train()
@@ -191,7 +166,7 @@ class LSAMMixin(_AnyTrainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the `lsam/` figures to lines of the training loss, and a row to `lsam_blocks.jsonl`; not in pass 2."""
         step = self._lsam
-        if step is not None and step.second_pass.running:
+        if self.in_second_pass:
             return
         # The Trainer's own lines hold the learning rate; a `compute_loss` may log a loss of its own.
         is_line = "loss" in logs and "learning_rate" in logs
