@@ -16,9 +16,8 @@ class CostModel:
     """
     What pass 2 costs at most, in plain steps, counted in weights and the places (tokens, pixels) that they meet.
 
-    A weight costs 1 in the forward pass, 1 for the gradient of its input, where there is one, and 1 for its own
-    gradient, if it is trained. Pass 2 starts at the first call of a block that holds a perturbed weight, and takes
-    weight gradients for the selected S only:
+    A weight costs 1 forward, 1 for the gradient of its input, where there is one, and 1 for its own, if it is trained.
+    Pass 2 starts at the first call of a block that holds a perturbed weight, and takes weight gradients of S only:
 
         overhead = (2 * (weights from that call on, and of the head) + weights of S) / plain,  at most 1
 

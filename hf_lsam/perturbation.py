@@ -109,18 +109,18 @@ class _Memory:
         """Room for as many tensors of the same kinds, shapes and (without gaps) strides."""
         kinds = [(tensor.device, tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors]
         if kinds != self._kinds:
-            room: Counter[tuple[torch.device, torch.dtype]] = Counter()
+            starts, ends = [], Counter[tuple[torch.device, torch.dtype]]()
             for device, dtype, shape, _ in kinds:
-                room[device, dtype] += shape.numel()
-            for kind, size in room.items():
-                if kind not in self._flat or self._flat[kind].numel() < size:
-                    self._flat[kind] = torch.empty(size, device=kind[0], dtype=kind[1])
+                starts.append(ends[device, dtype])
+                ends[device, dtype] += shape.numel()
+            for (device, dtype), end in ends.items():
+                if (device, dtype) not in self._flat or self._flat[device, dtype].numel() < end:
+                    self._flat[device, dtype] = torch.empty(end, device=device, dtype=dtype)
             places = []
-            for tensor in tensors:
-                kind = (tensor.device, tensor.dtype)
-                room[kind] -= tensor.numel()
+            for tensor, start in zip(tensors, starts, strict=True):
                 dense = tensor if tensor.is_contiguous() else torch.empty_like(tensor, device="meta")
-                places.append(self._flat[kind].as_strided(tensor.shape, dense.stride(), room[kind]))
+                flat = self._flat[tensor.device, tensor.dtype]
+                places.append(flat.as_strided(tensor.shape, dense.stride(), start))
             self._kinds, self._places = kinds, places
         return self._places
 

@@ -40,10 +40,9 @@ class LSAMStep:
     One training run's steps on a model: called once for each micro-batch.
 
     Args:
-        model: The model itself, not a wrapper of it; its blocks and parameters are found here.
         max_steps: Optimizer steps of the training, of which `perturb_start` and `perturb_end` are shares.
         scaler: A gradient scaler has to see an overflow, so that it skips the step.
-        called: What the passes call, where that is not `model`: a wrapper of it, or its compiled copy.
+        called: What the passes call, where that is not the `model` itself: a wrapper of it, or its compiled copy.
         optimized: The parameters that the optimizer trains, if that is known. Nothing else is selected.
         roots: What else a pass may read and change, by the names that a user knows (see `PassState`).
         raises: Whether an error of pass 2 is for the caller. The others leave the plain gradient.
@@ -87,15 +86,13 @@ class LSAMStep:
         self.second_pass = SecondPass(model, called, blocks, regions, state, pays, self._beginnings, raises)
         self.second_pass.parameters = self.trained.parameters
         self.perturbation = Perturbation()
-        # Micro-batches of this step that wait for its last one.
-        self.window: list[MicroBatch] = []
+        self.window: list[MicroBatch] = []  # micro-batches of this step that wait for its last one
         # What goes from step to step (see `Kept`), and the step that runs with what it began with.
         self.previous: Ascent | None = None
         self.correction: tuple[list[Tensor], list[Tensor]] | None = None
         self.reset_log()
         self.current: tuple[int, Kept] | None = None
-        # Cost of the second passes of the last micro-batch, in plain passes over the same one.
-        self.overhead = 0.0
+        self.overhead = 0.0  # cost of pass 2 of the last micro-batch, in plain passes over the same one
 
     def reset_log(self) -> None:
         """Begin the sums of the next log line."""
@@ -129,7 +126,8 @@ class LSAMStep:
             pass_1: Forward and backward at the current weights; returns the detached loss. With
                 `sharpness_scope="micro_batch"`, gradients stay those of this process.
             pass_2: The same again, of this process alone.
-            step: Index of the optimizer step, 0-based, of which the micro-batch may be the last one.
+            step: Index of the optimizer step, 0-based.
+            is_last: Whether this is the step's last micro-batch.
 
         Returns the loss of pass 1. Raises what pass 1 raises, and of pass 2 what is no `Exception` (Ctrl-C) or is for
         the caller; the weights are then where they were.
@@ -238,8 +236,7 @@ class LSAMStep:
         is_due, changed = passes.any(passes.is_due(window, blocks, self.trained.now().number), unseen is not None)
         if changed:
             return f"pass 1 changed {unseen or 'something in another process'}, of which there is no copy yet"
-        problem = passes.compare_with_pass_1(window, ascent.weights, ascent.gradients) if is_due else None
-        if problem is not None:
+        if is_due and (problem := passes.compare_with_pass_1(window, ascent.weights, ascent.gradients)) is not None:
             return problem
         with self._moved(ascent):
             run = passes.compare_with_replay if is_due else passes.gradients

@@ -108,7 +108,8 @@ class StepLog:
 
     def copy(self) -> "StepLog":
         """These sums, to which nothing is added any more."""
-        return replace(self, **{name: vars(self)[name].copy() for name in ("sums", "counts", "norms", "pending")})
+        sums, counts, norms = dict(self.sums), dict(self.counts), dict(self.norms)
+        return replace(self, sums=sums, counts=counts, norms=norms, pending=list(self.pending))
 
     def state(self) -> dict[str, Any]:
         """The sums, for a checkpoint between two log lines."""

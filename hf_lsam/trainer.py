@@ -226,9 +226,8 @@ class LSAMMixin(_AnyTrainer):
         Settings that are new in the middle of a run hold from the next step on, if they fit the model.
         """
         former = self._lsam if self._lsam_run is self.state else None
-        if former is not None and (
-            former.window or (former.config is self.lsam_config and former.fits(former.config))
-        ):
+        is_same = former is not None and former.config is self.lsam_config and former.fits(former.config)
+        if former is not None and (former.window or is_same):
             return former
         try:
             check_supported(self, self.lsam_config)
