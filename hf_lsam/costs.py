@@ -1,12 +1,13 @@
-"""What a second pass costs, counted from the calls that a pass makes."""
+"""What a second pass costs, by the calls that a pass makes and by what is trained now."""
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
 from .blocks import Candidate, idle_parameters, multiplied_parameters, outside_parameters
+from .compiled import CompiledRegions
 from .replay import Call, Recording
 
 
@@ -15,29 +16,22 @@ class CostModel:
     """
     What pass 2 costs at most, in plain steps, counted in weights and the places (tokens, pixels) that they meet.
 
-    A weight costs 1 in the forward pass, 1 for the gradient of its input, where there is one, and 1 for its own
-    gradient, if it is trained. Pass 2 starts at the first call of a block that holds a perturbed weight, and takes
-    weight gradients for the selected S only:
+    A weight costs 1 forward, 1 for the gradient of its input, where there is one, and 1 for its own, if it is trained.
+    Pass 2 starts at the first call of a block that holds a perturbed weight, and takes weight gradients of S only:
 
         overhead = (2 * (weights from that call on, and of the head) + weights of S) / plain,  at most 1
 
     For k of N equal blocks from block s on that is (2 (N - s) + k) / (3 N). Attention's own products are left out.
-
-    Attributes:
-        passed: For each call of a block, and of the head, the weights from it to the loss, but for embeddings (free).
-        plain: Cost of a plain step.
-        one_graph: Whether the blocks are compiled into one graph, all of which pass 2 runs, whatever is perturbed.
-        gradients: As `passed`, of the calls that have a gradient (default: all).
-        starts: For each block the index of its first call (default: each is called once, in their order).
-        places: For each block the places that its weights meet in all calls (default: 1).
     """
 
-    passed: tuple[float, ...]
-    plain: float
-    one_graph: bool = False
-    gradients: tuple[float, ...] | None = None
-    starts: Mapping[int, int] | None = None
-    places: Mapping[int, float] | None = None
+    passed: tuple[float, ...]  # weights from each call of a block, and of the head, to the loss; embeddings are free
+    plain: float  # cost of a plain step
+    one_graph: bool = False  # whether the blocks are compiled into one graph, all of which pass 2 runs
+    gradients: tuple[float, ...] | None = None  # as `passed`, of the calls that have a gradient (default: all)
+    starts: Mapping[int, int] | None = (
+        None  # index of each block's first call (default: each is called once, in order)
+    )
+    places: Mapping[int, float] | None = None  # places that each block's weights meet in all calls (default: 1)
 
     @classmethod
     def of(cls, model: nn.Module, blocks: dict[str, nn.Module], one_graph: bool = False) -> "CostModel":
@@ -81,11 +75,10 @@ class CostModel:
 
 
 class Weights:
-    """The weights of a model that multiply, block by block, and those outside of the blocks, which are its head."""
+    """The weights of a model that multiply, block by block, and last those of no block, as block -1: its head."""
 
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module]):
         used = multiplied_parameters(model) - idle_parameters(model)
-        # The head comes last, as block -1.
         parts = [*(block.parameters() for block in blocks), outside_parameters(model, blocks, nn.Embedding)]
         self.parts = [[p for p in part if p in used] for part in parts]
         self.sizes = [sum(p.numel() for p in part) for part in self.parts]
@@ -122,3 +115,72 @@ class Weights:
         """The calls and, as a last one, the head, which meets as many places as the last block that was called."""
         places = calls[-1].places if calls else 1
         return [*calls, Call(-1, places * heads, True)]
+
+
+class Trained:
+    """
+    What is trained now: what has a gradient of pass 1 and, where that is known, lies in the optimizer.
+
+    Attributes:
+        parameters: All that are trained or may be.
+        candidates: Those of the model, each with what of it is trained.
+        number: Another one for other weights with a gradient.
+        is_current: Whether this is so in the present micro-batch: `now` looks once in each.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        candidates: list[Candidate],
+        regions: CompiledRegions,
+        optimized: Callable[[], Collection[Tensor] | None],
+    ):
+        self._model, self._all, self._regions, self._look_up_optimized = model, candidates, regions, optimized
+        self._multiplied, self._weights = multiplied_parameters(model), Weights(model, blocks)
+        self.parameters: list[Tensor] = list(model.parameters())
+        self.candidates, self.number, self.is_current = candidates, 0, False
+        self._optimized: Collection[Tensor] | None = None
+        self._key: tuple | None = None
+        # For each choice of candidates, how much of each block takes a gradient in pass 2; for `None` in pass 1.
+        self._taken: dict[tuple[int, ...] | None, list[int]] = {}
+
+    def now(self) -> "Trained":
+        """This, after a look at what has a gradient."""
+        if self.is_current:
+            return self
+        optimized = self._look_up_optimized()
+        if optimized is not self._optimized:
+            self._optimized = optimized
+            self.parameters[:] = dict.fromkeys([*self._model.parameters(), *(optimized or ())])
+        key = (tuple([p.grad is not None for p in self.parameters]), id(optimized))
+        if key != self._key:
+            graded = {p for p, has in zip(self.parameters, key[0], strict=True) if has}
+            trained = graded if optimized is None else {p for p in graded if p in optimized}
+            self.candidates = [self._part(candidate, trained) for candidate in self._all]
+            self._taken = {None: self._weights.taken(graded)}
+            self._key, self.number = key, hash(key)
+        self.is_current = True
+        return self
+
+    def includes(self, parameter: Tensor) -> bool:
+        """Whether `parameter` may be trained, with a gradient now or without."""
+        optimized = self._look_up_optimized()
+        return parameter.requires_grad if optimized is None else parameter in optimized
+
+    def costs(self, recording: Recording) -> CostModel:
+        """What a pass 2 costs after such a pass 1."""
+        return self._weights.costs(recording.first, recording.heads, self.now()._taken[None])
+
+    def overhead(self, recordings: Sequence[Recording], chosen: Sequence[int], weights: Sequence[Tensor]) -> float:
+        """What the last pass 2 for the `weights` of the `chosen` candidates cost, in plain passes."""
+        key = tuple(chosen)
+        if key not in self._taken:
+            self._taken[key] = self._weights.taken(self._regions.taken_with(weights))
+        return self._weights.overhead(recordings, self._taken[None], self._taken[key])
+
+    def _part(self, candidate: Candidate, trained: Collection[Tensor]) -> Candidate:
+        parameters = tuple(p for p in candidate.parameters if p in trained)
+        # What is compiled together takes its gradients together.
+        taken = self._regions.taken_with(parameters) & self._multiplied
+        return replace(candidate, parameters=parameters, size=sum(p.numel() for p in taken))

@@ -1,6 +1,6 @@
 """Move the selected weights, and put them back exactly."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial, reduce
@@ -23,17 +23,18 @@ class Perturbation:
     """
     Moves weights along a direction for the length of a `with` block, and puts them back exactly.
 
-    The parameters refer to a buffer meanwhile, so there is nothing to copy back, and nothing that a NaN or an error
-    could spoil. (Subtraction would change 0.3 to 6 % of float32 weights: w + e - e is not w.) FSDP2 gathers a sharded
-    weight from where it is: each process moves its part in place and copies it back.
+    The parameters refer to a buffer meanwhile, so that neither a NaN nor an error can spoil them. (Subtraction would
+    change 0.3 to 6 % of float32 weights: w + e - e is not w.) FSDP2 gathers a sharded weight from where it is: each
+    process moves its part in place and copies it back.
     """
 
     def __init__(self) -> None:
         # Of stochastic rounding: the number of the step, so that processes and runs that resume round alike.
         self.seed = 0
-        # Buffers of the largest set that was ever moved. Those of `copies` take turns with them.
+        # Those of `moved` and of `copies` take turns.
         self._memory, self._other_memory = _Memory(), _Memory()
         self._undo: Callable[[], None] | None = None
+        self._rounding_checked = False
 
     def put_back(self) -> None:
         """Put back moved weights; to be called after a step too: Ctrl-C may come just as a `with` block begins."""
@@ -82,6 +83,19 @@ class Perturbation:
         self._memory, self._other_memory = self._other_memory, self._memory
         return from_parts(buffers, tensors)
 
+    def check_rounding(self, weights: Tensors, before: Tensors, direction: Tensors, rho: float) -> None:
+        """Warn, once they have 16 bits, if `weights` could not follow `direction` from `before`; looks at one move."""
+        if self._rounding_checked:
+            return
+        coarse = next((dtype for dtype in {weight.dtype for weight in weights} if is_coarse(dtype)), None)
+        self._rounding_checked = coarse is not None
+        if coarse is not None and (cosine := move_cosine(weights, before, direction)) < _ROUNDED:
+            logger.warning(
+                f"rho={rho} moves the {coarse} weights by less than they resolve: rounded stochastically, that is "
+                f"noisy (cosine with its direction {cosine:.2f}). Raise rho, or keep float32 weights and train with "
+                "bf16=True."
+            )
+
 
 class _Memory:
     """Memory that is kept from step to step, as large as the largest set of tensors that was ever put there."""
@@ -94,20 +108,20 @@ class _Memory:
     def places_of(self, tensors: Tensors) -> list[Tensor]:
         """Room for as many tensors of the same kinds, shapes and (without gaps) strides."""
         kinds = [(tensor.device, tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors]
-        if kinds == self._kinds:
-            return self._places
-        starts: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        for device, dtype, shape, _ in kinds:
-            ends = starts.setdefault((device, dtype), [0])
-            ends.append(ends[-1] + shape.numel())
-        for (device, dtype), ends in starts.items():
-            if (device, dtype) not in self._flat or self._flat[device, dtype].numel() < ends[-1]:
-                self._flat[device, dtype] = torch.empty(ends[-1], device=device, dtype=dtype)
-        self._kinds, self._places = kinds, []
-        for tensor in tensors:
-            dense = tensor if tensor.is_contiguous() else torch.empty_like(tensor, device="meta")
-            kind = (tensor.device, tensor.dtype)
-            self._places.append(self._flat[kind].as_strided(tensor.shape, dense.stride(), starts[kind].pop(0)))
+        if kinds != self._kinds:
+            starts, ends = [], Counter[tuple[torch.device, torch.dtype]]()
+            for device, dtype, shape, _ in kinds:
+                starts.append(ends[device, dtype])
+                ends[device, dtype] += shape.numel()
+            for (device, dtype), end in ends.items():
+                if (device, dtype) not in self._flat or self._flat[device, dtype].numel() < end:
+                    self._flat[device, dtype] = torch.empty(end, device=device, dtype=dtype)
+            places = []
+            for tensor, start in zip(tensors, starts, strict=True):
+                dense = tensor if tensor.is_contiguous() else torch.empty_like(tensor, device="meta")
+                flat = self._flat[tensor.device, tensor.dtype]
+                places.append(flat.as_strided(tensor.shape, dense.stride(), start))
+            self._kinds, self._places = kinds, places
         return self._places
 
 
@@ -149,6 +163,11 @@ def norms(tensors: Tensors) -> Tensor:
     if not is_sharded(tensors):
         return parts
     return sum_over_parts(parts.double().square(), tensors).sqrt().to(dtype)
+
+
+def joint_norm(tensors: Tensors) -> Tensor:
+    """The Euclidean norm of all of them together: one number, on the device."""
+    return norms(tensors).square().sum().sqrt()
 
 
 @torch.no_grad()
@@ -195,14 +214,14 @@ def adaptive_scores(weights: Tensors, gradients: Tensors) -> list[Tensor]:
 @torch.no_grad()
 def orthogonal_part(perturbed: Tensors, plain: Tensors) -> list[Tensor]:
     """The part of the `perturbed` gradient orthogonal to the `plain` one, of unit length (zero if there is none)."""
-    # LookSAM's memory is largest here, so what is as large as the gradients is made once, and products one at a time.
+    # LookSAM's memory is largest here: what is as large as the gradients is made once, and products one at a time.
     plain_parts, perturbed_parts = wide(local_parts(plain)), wide(local_parts(perturbed))
     products = [(left.conj() * right).sum().real for left, right in zip(perturbed_parts, plain_parts, strict=True)]
     along = sum_over_parts(torch.stack(products), plain).sum() / norms(plain).square().sum()
     parts = list(torch._foreach_mul(plain_parts, -along))
     torch._foreach_add_(parts, perturbed_parts)
     orthogonal = from_parts(parts, plain)
-    length = norms(orthogonal).square().sum().sqrt()
+    length = joint_norm(orthogonal)
     torch._foreach_div_(parts, length.clamp_min(torch.finfo(length.dtype).tiny))
     return orthogonal
 
@@ -211,7 +230,7 @@ def orthogonal_part(perturbed: Tensors, plain: Tensors) -> list[Tensor]:
 def add_along(gradients: Tensors, directions: Tensors, scale: float) -> None:
     """Add to `gradients`, in place, `scale` times their joint norm along each of `directions`."""
     # Where one of them is not finite, the others stay what they are.
-    length = norms(gradients).square().sum().sqrt().nan_to_num(0.0, posinf=0.0)
+    length = joint_norm(gradients).nan_to_num(0.0, posinf=0.0)
     torch._foreach_add_(local_parts(gradients), torch._foreach_mul(local_parts(directions), scale * length))
 
 
@@ -221,19 +240,5 @@ def move_cosine(weights: Tensors, before: Tensors, direction: Tensors) -> float:
     moves = [weight.double() - old.double() for weight, old in zip(local_parts(weights), before, strict=True)]
     products = [(move * d.double()).sum() for move, d in zip(moves, local_parts(direction), strict=True)]
     along = float(sum_over_parts(torch.stack(products), weights).sum())
-    length = float(norms(from_parts(moves, weights)).square().sum().sqrt() * norms(direction).square().sum().sqrt())
+    length = float(joint_norm(from_parts(moves, weights)) * joint_norm(direction))
     return along / length if length > 0 else 0.0
-
-
-def check_rounding(weights: Tensors, before: Tensors, direction: Tensors, rho: float) -> bool:
-    """Whether any of `weights` has 16 bits; warns if so and they could not follow `direction` from `before`."""
-    coarse = next((dtype for dtype in {weight.dtype for weight in weights} if is_coarse(dtype)), None)
-    if coarse is None:
-        return False
-    cosine = move_cosine(weights, before, direction)
-    if cosine < _ROUNDED:
-        logger.warning(
-            f"rho={rho} moves the {coarse} weights by less than they resolve: rounded stochastically, that is noisy "
-            f"(cosine with its direction {cosine:.2f}). Raise rho, or keep float32 weights and train with bf16=True."
-        )
-    return True

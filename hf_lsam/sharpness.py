@@ -30,11 +30,10 @@ class LossSurface:
     The mean loss over `batches` as a function of `parameters`.
 
     Args:
-        model (`nn.Module`): Any model; it is in evaluation mode while it is measured.
-        batches (`Iterable`): Batches, with the rows along the first axis, or a `DataLoader`; gone through for each
-            figure, so it must yield the same ones each time.
-        loss_function (`Callable`, *optional*): Maps model and batch to its mean loss. Default: the model's `loss`.
-        parameters (`Sequence[Tensor]`, *optional*): Weights, such as those of one block. Default: all trained ones.
+        model: Any model; it is in evaluation mode while it is measured.
+        batches: The same ones at each figure, with the rows along the first axis: a list, or a `DataLoader`.
+        loss_function: Maps model and batch to its mean loss. Default: the model's `loss`.
+        parameters: Weights, such as those of one block. Default: all trained ones.
 
     Raises:
         ValueError: if there is no parameter. Each method: if `batches` is empty, or an argument out of its range.
@@ -48,7 +47,7 @@ class LossSurface:
         parameters: Sequence[Tensor] | None = None,
     ):
         self.model, self.batches, self.loss_function = model, batches, loss_function
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
         self.parameters: list[Tensor] = list(trained if parameters is None else parameters)
         if not self.parameters:
             raise ValueError("There is no weight to measure along: parameters is empty, or none is trained.")
@@ -70,12 +69,10 @@ class LossSurface:
 
     def sharpness(self, rho: float = 0.05, adaptive: bool = False) -> float:
         """
-        SAM's sharpness, `L(w + eps) - L(w)` with `eps = rho * g / ||g||` (Foret et al., ICLR 2021).
+        SAM's sharpness, `L(w + eps) - L(w)` with `eps = rho * g / ||g||` (Foret et al., ICLR 2021; `rho` as there).
 
-        Args:
-            rho (`float`, *optional*, defaults to `0.05`): Length of the perturbation. Default: SAM's.
-            adaptive (`bool`, *optional*, defaults to `False`): ASAM's (Kwon et al., ICML 2021), which rescaling the
-                weights of a layer leaves as it is: `eps = rho * w^2 g / || |w| g ||`.
+        ASAM's, if `adaptive`, is the same for rescaled weights of a layer: `eps = rho * w^2 g / || |w| g ||` (Kwon et
+        al., ICML 2021).
         """
         direction = scores = self.gradient()
         if adaptive:
@@ -88,10 +85,9 @@ class LossSurface:
 
     def m_sharpness(self, m: int, rho: float = 0.05, adaptive: bool = False) -> float:
         """
-        The mean sharpness over groups of `m` rows, each perturbed by its own gradient (Foret et al., ICLR 2021).
+        The mean [`~LossSurface.sharpness`] over groups of `m` rows, each perturbed by its own gradient.
 
-        What remains of a batch is a smaller group, counted by its rows. `rho` and `adaptive`: see
-        [`~LossSurface.sharpness`].
+        As Foret et al. have it (ICLR 2021). What remains of a batch is a smaller group, counted by its rows.
         """
         if m < 1:
             raise ValueError(f"m counts rows and must be at least 1, but is {m}.")
@@ -141,8 +137,7 @@ class LossSurface:
         """
         The trace of the Hessian, and the standard error of this estimate (NaN for one sample).
 
-        Hutchinson's, the mean of `v . H v` over random signs `v`, `samples` times (default: ours), each of which costs
-        a Hessian product.
+        Hutchinson's: the mean of `v . H v` over `samples` vectors `v` of random signs, at a Hessian product each.
         """
         if samples < 1:
             raise ValueError(f"samples counts random vectors and must be at least 1, but is {samples}.")
@@ -156,10 +151,9 @@ class LossSurface:
 
     def random_direction(self, seed: int = 0) -> list[Tensor]:
         """
-        A random direction, normalised filter by filter (Li et al., NeurIPS 2018).
+        A random direction whose filters, or rows, have the norms of those of the weights (Li et al., NeurIPS 2018).
 
-        Each row of a matrix, or filter of a convolution, has the norm of that of the weights; what has a single axis,
-        as biases and weights of norm layers, stays where it is.
+        What has a single axis, as biases and weights of norm layers, stays where it is.
         """
         generator = torch.Generator().manual_seed(seed)
         direction = []
@@ -174,9 +168,9 @@ class LossSurface:
 
     def landscape(self, span: float = 1.0, points: int = 21, axes: int = 1, seed: int = 0) -> "Landscape":
         """
-        The loss along one or two (`axes`) random directions, from `-span` to `span`.
+        The loss along one or two (`axes`) random directions, from `-span` to `span` times the length of the weights.
 
-        A `span` of 1 is as far as the weights are long. Costs `points ** axes` forward passes.
+        Costs `points ** axes` forward passes.
         """
         if axes not in (1, 2) or points < 2:
             raise ValueError(f"A landscape has 1 or 2 axes of at least 2 points, but axes={axes} and points={points}.")
@@ -218,7 +212,7 @@ class LossSurface:
 
     def _mean_over_batches(self, of: Callable[[Tensor], tuple[Tensor, ...]]) -> list[Tensor]:
         """The mean over all rows of what `of` makes of each batch's mean loss."""
-        sums, total = [torch.zeros_like(parameter) for parameter in self.parameters], 0
+        sums, total = list(map(torch.zeros_like, self.parameters)), 0
         for batch, rows in self._batches():
             torch._foreach_add_(sums, of(self.loss_function(self.model, batch)), alpha=rows)
             total += rows
@@ -228,16 +222,10 @@ class LossSurface:
 
 @dataclass(frozen=True)
 class Landscape:
-    """
-    The loss around the weights.
+    """The loss around the weights."""
 
-    Attributes:
-        places: Points of each axis; 0 is where the weights are.
-        losses: The loss at each, for two axes a list for each place on the first.
-    """
-
-    places: list[float]
-    losses: list
+    places: list[float]  # points of each axis; 0 is where the weights are
+    losses: list  # the loss at each, for two axes a list for each place on the first
 
 
 @contextmanager
@@ -257,11 +245,8 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 def _mean(values: Iterable[tuple[float, int]]) -> float:
     """The mean of values, each of which stands for so many rows."""
-    total, count = 0.0, 0
-    for value, rows in values:
-        total += value * rows
-        count += rows
-    return total / count
+    pairs = list(values)
+    return sum(value * rows for value, rows in pairs) / sum(rows for _, rows in pairs)
 
 
 @torch.no_grad()

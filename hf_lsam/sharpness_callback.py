@@ -44,24 +44,15 @@ class SharpnessCallback(TrainerCallback):
     The log gets `sharpness/gradient_norm/<block>` and `sharpness/sam/<block>`, for each block and for `all`, on demand
     `sharpness/top_eigenvalue`, and `sharpness/seconds`, the time that measuring took.
 
-    Args:
-        trainer ([`~transformers.Trainer`]): The trainer that it is added to.
-        batches (`Iterable`): See [`LossSurface`]; some hundred rows are enough.
-        interval (`int`): Measure after every so many optimizer steps.
-        rho (`float` or `None`, *optional*, defaults to `0.05`): Length of the perturbation. `None` leaves out
-            `sharpness/sam`: what is left costs a single backward pass. Default: SAM's.
-        top_eigenvalue (`bool`, *optional*, defaults to `False`): Whether to log it: up to 200 Hessian products.
-        loss_function (`Callable`, *optional*): See [`LossSurface`].
-
     Raises:
         ValueError: if `interval` is below 1.
     """
 
-    trainer: Trainer
-    batches: Iterable[Any]
-    interval: int
-    rho: float | None = 0.05
-    top_eigenvalue: bool = False
+    trainer: Trainer  # the one that it is added to
+    batches: Iterable[Any]  # as of `LossSurface`; some hundred rows are enough
+    interval: int  # measure after every so many optimizer steps
+    rho: float | None = 0.05  # SAM's; `None` leaves out `sharpness/sam`, and costs a single backward pass
+    top_eigenvalue: bool = False  # whether to log it: up to 200 Hessian products
     loss_function: LossFunction = model_loss
 
     def __post_init__(self):

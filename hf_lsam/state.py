@@ -19,25 +19,24 @@ from .step import LSAMStep
 logger = logging.get_logger(__name__)
 
 STATE_FILE = "lsam_state.safetensors"
-# What of an ascent is saved beside what has the shapes of weights; the numbers lie in tensors.
-_OF_ASCENT, _NUMBERS_OF_ASCENT = ("chosen", "counts", "spent"), ("squares", "norm")
+# Of an ascent, what has the shapes of weights: its other tensors are numbers, and lie with the settings.
+_LARGE = ("weights", "gradients", "direction")
 
 
 def save_state(step: LSAMStep, checkpoint: str, global_step: int, should_save: bool = True) -> None:
     """
     Write to `checkpoint` what optimizer step `global_step` begins with; raises `OSError` if that cannot be written.
 
-    Every process has to call it, since sharded tensors are gathered from all; those that `should_save` write. The
-    Trainer writes `trainer_state.json` afterwards and cannot resume without it, so a run that is killed in here leaves
-    no checkpoint that resumes without this state.
+    Every process has to call it, since sharded tensors are gathered from all; those that `should_save` write.
     """
+    # A run that is killed in here leaves no checkpoint that resumes: `trainer_state.json` is written afterwards.
     kept = step.kept(global_step)
     reshard(step.sharded_modules)
     contents: dict[str, Any] = {"config": asdict(step.config), "log": kept.log.state()}
     if kept.previous is not None:
         weights, direction = kept.previous.weights, kept.previous.direction
-        contents["previous"] = {name: getattr(kept.previous, name) for name in _OF_ASCENT}
-        contents["previous"] |= {name: getattr(kept.previous, name).tolist() for name in _NUMBERS_OF_ASCENT}
+        small = {name: value for name, value in vars(kept.previous).items() if name not in _LARGE}
+        contents["previous"] = small | {name: small[name].tolist() for name in ("squares", "norm")}
     else:
         weights, direction = kept.correction or ([], [])
     names: dict[Tensor, str] = {parameter: name for name, parameter in step.model.named_parameters()}
@@ -82,10 +81,8 @@ def load_state(step: LSAMStep, checkpoint: str) -> None:
     if contents["candidates"] != [candidate.name for candidate in step.candidates]:
         changed.append("the blocks to choose from")
     if changed:
-        what = ", ".join(changed)
-        logger.warning(
-            f"{checkpoint} was saved with other settings of layer-wise SAM ({what}): its state is not used."
-        )
+        what = f"{checkpoint} was saved with other settings of layer-wise SAM ({', '.join(changed)})"
+        logger.warning(f"{what}: its state is not used.")
         return
     parameters: dict[str, Tensor] = dict(step.model.named_parameters())
     for name, tensor in tensors.items():
@@ -103,7 +100,7 @@ def load_state(step: LSAMStep, checkpoint: str) -> None:
     weights, direction = [parameters[name] for name in tensors], list(tensors.values())
     if "previous" in contents:
         saved = contents["previous"]
-        saved |= {name: torch.tensor(saved[name], dtype=torch.float64) for name in _NUMBERS_OF_ASCENT}
+        saved |= {name: torch.tensor(saved[name], dtype=torch.float64) for name in ("squares", "norm")}
         step.previous = Ascent(**saved, weights=weights, gradients=[], direction=direction)
     elif weights:
         step.correction = (weights, direction)

@@ -8,61 +8,31 @@ The algorithm (Lee, KDD 2024, with `alpha` = lambda / rho): pass 1, select, pert
     restore    w                                                         the end of `_moved`
     mix        (1 - alpha) * g_i + alpha * p_i for i in S, else g_i      `_perturb_and_rerun`
 
-The optimizer of the Trainer steps along the result, which is left in `.grad`. Nothing here knows a Trainer. A step is
-given two callables for each micro-batch, "run pass 1" and "run pass 2", both of which run forward and backward and
-return the loss.
+The optimizer steps along the result, which is left in `.grad`. Nothing here knows a Trainer: a step is given two
+callables for each micro-batch, which run forward and backward and return the loss.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from transformers.utils import logging
 
 from .ascent import Ascent, Kept, find_ascent
-from .blocks import Candidate, everything, find_blocks, find_candidates, multiplied_parameters
+from .blocks import everything, find_blocks, find_candidates
 from .compiled import CompiledRegions
 from .config import LSAMConfig
-from .costs import CostModel, Weights
+from .costs import CostModel, Trained
 from .distributed import average_gradients
 from .pass_state import PassState
-from .perturbation import (
-    Perturbation,
-    add_along,
-    check_rounding,
-    mix,
-    norms,
-    orthogonal_part,
-    unchanged,
-    where,
-    zero_unless,
-)
+from .perturbation import Perturbation, add_along, mix, norms, orthogonal_part, unchanged, where, zero_unless
 from .replay import Recording
 from .second_pass import MicroBatch, Pass, SecondPass
 from .selection import beginnings, check_selection
 from .shards import reshard, sharded_modules
 from .step_log import Perturbed, StepLog
-
-logger = logging.get_logger(__name__)
-
-
-class Trained(NamedTuple):
-    """
-    What is trained now.
-
-    Attributes:
-        candidates: The candidates with what of them has a gradient and is trained.
-        number: Another one for other weights with a gradient.
-        taken: For each choice of candidates, how much of each block takes a gradient in pass 2; for `None` in pass 1.
-    """
-
-    candidates: list[Candidate]
-    number: int
-    taken: dict[tuple[int, ...] | None, list[int]]
 
 
 class LSAMStep:
@@ -70,11 +40,9 @@ class LSAMStep:
     One training run's steps on a model: called once for each micro-batch.
 
     Args:
-        model: The model itself, not a wrapper of it; its blocks and parameters are found here.
-        config: The settings.
         max_steps: Optimizer steps of the training, of which `perturb_start` and `perturb_end` are shares.
-        scaler: The gradient scaler, if there is one: an overflow is left for it to see, so that it skips the step.
-        called: What the passes call, where that is not `model`: a wrapper of it, or its compiled copy.
+        scaler: A gradient scaler has to see an overflow, so that it skips the step.
+        called: What the passes call, where that is not the `model` itself: a wrapper of it, or its compiled copy.
         optimized: The parameters that the optimizer trains, if that is known. Nothing else is selected.
         roots: What else a pass may read and change, by the names that a user knows (see `PassState`).
         raises: Whether an error of pass 2 is for the caller. The others leave the plain gradient.
@@ -97,55 +65,42 @@ class LSAMStep:
         has_begun: bool = False,
     ):
         self.model, self.config, self.max_steps, self.scaler = model, config, max_steps, scaler
-        self.optimized, self._made_for = optimized, _names(config)
+        self._chosen_among = _chosen_among(config)
         self.sharded_modules = sharded_modules(model)
         reshard(self.sharded_modules)
         blocks = find_blocks(model)
         called = model if called is None else called
-        self.regions = CompiledRegions(called)
+        regions = CompiledRegions(called)
         if config.block_selection == "all":
             self.candidates = everything(model, blocks)
         else:
             self.candidates = find_candidates(model, blocks, config.block_pattern, has_begun)
         # The one-pass rule runs no second pass: there the costs only say which blocks are late ones.
-        one_graph = self.regions.hide(blocks.values()) and config.ascent_gradient == "current"
+        one_graph = regions.hide(blocks.values()) and config.ascent_gradient == "current"
         self.costs = CostModel.of(model, blocks, one_graph)
         if not has_begun:
             check_selection(config, [candidate for candidate in self.candidates if candidate.is_trained], self.costs)
-        self.weights = Weights(model, list(blocks.values()))
+        self.trained = Trained(model, list(blocks.values()), self.candidates, regions, optimized)
         pays = config.block_selection != "all" and any(c.first_block > 0 for c in self.candidates)
-        state = PassState(model, roots, self._is_trained)
-        self.second_pass = SecondPass(model, called, blocks, self.regions, state, pays, self._beginnings, raises)
+        state = PassState(model, roots, self.trained.includes)
+        self.second_pass = SecondPass(model, called, blocks, regions, state, pays, self._beginnings, raises)
+        self.second_pass.parameters = self.trained.parameters
         self.perturbation = Perturbation()
-        self.rounding_checked = False
-        self._optimized: Collection[Tensor] | None = None
-        # What is trained, for the last set of weights that had a gradient; and whether this micro-batch has looked.
-        self._trained: tuple[tuple, Trained] | None = None
-        self._has_looked = False
-        self._multiplied = multiplied_parameters(model)
-        # Micro-batches of this step that wait for its last one.
-        self.window: list[MicroBatch] = []
+        self.window: list[MicroBatch] = []  # micro-batches of this step that wait for its last one
         # What goes from step to step (see `Kept`), and the step that runs with what it began with.
         self.previous: Ascent | None = None
         self.correction: tuple[list[Tensor], list[Tensor]] | None = None
         self.reset_log()
         self.current: tuple[int, Kept] | None = None
-        # Cost of the second passes of the last micro-batch, in plain passes over the same one.
-        self.overhead = 0.0
+        self.overhead = 0.0  # cost of pass 2 of the last micro-batch, in plain passes over the same one
 
     def reset_log(self) -> None:
         """Begin the sums of the next log line."""
-        trained = [candidate.name for candidate in self.candidates if candidate.is_trained]
-        self.log = StepLog([candidate.name for candidate in self.candidates], trained)
+        self.log = StepLog([c.name for c in self.candidates], [c.name for c in self.candidates if c.is_trained])
 
     def fits(self, config: LSAMConfig) -> bool:
         """Whether `config` chooses among the same modules; everything else may change from step to step."""
-        return _names(config) == self._made_for
-
-    def go_on_from(self, other: "LSAMStep") -> None:
-        """Take over the sums of the log from `other`, made with other settings."""
-        other.log.settle()
-        self.log = replace(other.log, names=self.log.names, trained=self.log.trained)
+        return _chosen_among(config) == self._chosen_among
 
     def perturbs(self, step: int) -> bool:
         """Whether optimizer step `step` is to be perturbed."""
@@ -177,7 +132,7 @@ class LSAMStep:
         Returns the loss of pass 1. Raises what pass 1 raises, and of pass 2 what is no `Exception` (Ctrl-C) or is for
         the caller; the weights are then where they were.
         """
-        self.overhead, self._has_looked = 0.0, False
+        self.overhead, self.trained.is_current = 0.0, False
         self.current = (step, self.kept(step))
         self.perturbation.seed = step
         self.log.steps += is_last
@@ -230,25 +185,22 @@ class LSAMStep:
     def _perturb_and_rerun(self, window: Sequence[MicroBatch]) -> None:
         """From the gradient of pass 1 in `.grad` to the mixed one: select, perturb, pass 2, restore, mix."""
         recordings = [micro_batch.recording for micro_batch in window]
-        trained = self._trained_now()
-        if recordings[-1].calls:
-            self.costs = self._costs(recordings[-1])
+        if is_recorded := bool(recordings[-1].calls):
+            self.costs = self.trained.costs(recordings[-1])
         # S, and for each i in S: grad_i L(w).
         ascent = self._find_ascent()
         if isinstance(ascent, str):
             self.log.skip(ascent)
             return
-        selected = [self.candidates[index] for index in ascent.chosen]
         with self.second_pass.aside(window):
             # For each i in S: grad_i L(w + eps).
-            perturbed = self._gradients(window, ascent, set().union(*(candidate.blocks for candidate in selected)))
-            if isinstance(perturbed, str):
-                self.log.skip(perturbed)
-                return
+            perturbed = self._gradients(window, ascent)
+        if isinstance(perturbed, str):
+            self.log.skip(perturbed)
+            return
         finite = norms(perturbed).isfinite().all() & ascent.norm.isfinite().to(ascent.weights[0].device)
         if self.config.reuse_correction > 0:
-            parts = orthogonal_part(perturbed, ascent.gradients)
-            self.correction = (ascent.weights, zero_unless(finite, parts))
+            self.correction = ascent.weights, zero_unless(finite, orthogonal_part(perturbed, ascent.gradients))
         # Where it is not finite, the plain gradient takes its place. A scaler has to see it, and skips the step.
         if self.scaler is None:
             perturbed = where(finite, perturbed, ascent.gradients)
@@ -257,73 +209,38 @@ class LSAMStep:
             weight.grad = mixed
         if not self.second_pass.narrow:
             self.overhead = 1.0
-        elif recordings[-1].calls:
-            key = tuple(ascent.chosen)
-            if key not in trained.taken:
-                trained.taken[key] = self.weights.taken(self.regions.taken_with(ascent.weights))
-            self.overhead = self.weights.overhead(recordings, trained.taken[None], trained.taken[key])
+        elif is_recorded:
+            self.overhead = self.trained.overhead(recordings, ascent.chosen, ascent.weights)
         else:
-            self.overhead = self.costs.overhead(selected, replayed=False)
-        self._count(ascent, self.overhead, finite, min(selected, key=self.costs.start).first_block)
+            self.overhead = self.costs.overhead([self.candidates[i] for i in ascent.chosen], replayed=False)
+        self._count(ascent, finite)
 
-    def _gradients(self, window: Sequence[MicroBatch], ascent: Ascent, blocks: set[int]) -> list[Tensor] | str:
+    def _beginnings(self, recording: Recording) -> set[int]:
+        """Where pass 2 may begin after such a pass 1."""
+        live = [candidate for candidate in self.trained.now().candidates if candidate.parameters]
+        return beginnings(self.config, live, self.trained.costs(recording))
+
+    def _find_ascent(self) -> Ascent | str:
+        """The ascent along `.grad`. A scaler's scale is in its direction and norm, not in `squares`."""
+        ascent = find_ascent(self.trained.now().candidates, self.costs, self.config, self.second_pass.state.device)
+        if isinstance(ascent, Ascent) and self.scaler is not None:
+            ascent.squares = ascent.squares / self.scaler.scale(torch.ones_like(ascent.squares)) ** 2
+        return ascent
+
+    def _gradients(self, window: Sequence[MicroBatch], ascent: Ascent) -> list[Tensor] | str:
         """Pass 2: the gradients of S at the moved weights; or why the step stays a plain one."""
         passes = self.second_pass
         passes.together = self.config.sharpness_scope == "batch"
+        blocks = set().union(*(self.candidates[index].blocks for index in ascent.chosen))
         unseen = next((micro_batch.unseen for micro_batch in window if micro_batch.unseen is not None), None)
-        is_due = passes.is_due(window, blocks, self._trained_now().number)
-        is_due, changed = passes.any(is_due, unseen is not None)
+        is_due, changed = passes.any(passes.is_due(window, blocks, self.trained.now().number), unseen is not None)
         if changed:
             return f"pass 1 changed {unseen or 'something in another process'}, of which there is no copy yet"
-        problem = passes.compare_with_pass_1(window, ascent.weights, ascent.gradients) if is_due else None
-        if problem is not None:
+        if is_due and (problem := passes.compare_with_pass_1(window, ascent.weights, ascent.gradients)) is not None:
             return problem
         with self._moved(ascent):
             run = passes.compare_with_replay if is_due else passes.gradients
             return run(window, ascent.weights, blocks)
-
-    def _trained_now(self) -> Trained:
-        """What is trained, from the gradients of pass 1 on."""
-        if self._trained is not None and self._has_looked:
-            return self._trained[1]
-        optimized = self.optimized()
-        if optimized is not self._optimized:
-            self._optimized = optimized
-            self.second_pass.parameters = list(dict.fromkeys([*self.model.parameters(), *(optimized or ())]))
-        parameters = self.second_pass.parameters
-        key = (tuple([p.grad is not None for p in parameters]), id(optimized))
-        if self._trained is None or self._trained[0] != key:
-            graded = {p for p, has in zip(parameters, key[0], strict=True) if has}
-            trained = graded if optimized is None else {p for p in graded if p in optimized}
-            candidates = [self._live(candidate, trained) for candidate in self.candidates]
-            self._trained = key, Trained(candidates, hash(key), {None: self.weights.taken(graded)})
-        self._has_looked = True
-        return self._trained[1]
-
-    def _live(self, candidate: Candidate, trained: Collection[Tensor]) -> Candidate:
-        parameters = tuple(p for p in candidate.parameters if p in trained)
-        # What is compiled together takes its gradients together.
-        taken = self.regions.taken_with(parameters) & self._multiplied
-        return replace(candidate, parameters=parameters, size=sum(p.numel() for p in taken))
-
-    def _is_trained(self, parameter: Tensor) -> bool:
-        optimized = self.optimized()
-        return parameter.requires_grad if optimized is None else parameter in optimized
-
-    def _beginnings(self, recording: Recording) -> set[int]:
-        """Where pass 2 may begin after such a pass 1."""
-        live = [candidate for candidate in self._trained_now().candidates if candidate.parameters]
-        return beginnings(self.config, live, self._costs(recording))
-
-    def _costs(self, recording: Recording) -> CostModel:
-        return self.weights.costs(recording.first, recording.heads, self._trained_now().taken[None])
-
-    def _find_ascent(self) -> Ascent | str:
-        """The ascent along `.grad`. A scaler's scale is in its direction and norm, not in `squares`."""
-        ascent = find_ascent(self._trained_now().candidates, self.costs, self.config, self.second_pass.state.device)
-        if isinstance(ascent, Ascent) and self.scaler is not None:
-            ascent.squares = ascent.squares / self.scaler.scale(torch.ones_like(ascent.squares)) ** 2
-        return ascent
 
     @contextmanager
     def _moved(self, ascent: Ascent) -> Iterator[None]:
@@ -334,8 +251,7 @@ class LSAMStep:
         else:
             move = self.perturbation.moved(ascent.weights, ascent.direction, ascent.scale(self.config.rho))
         with move as before:
-            if not self.rounding_checked:
-                self.rounding_checked = check_rounding(ascent.weights, before, ascent.direction, self.config.rho)
+            self.perturbation.check_rounding(ascent.weights, before, ascent.direction, self.config.rho)
             yield
 
     def _one_pass(self, pass_1: Pass, step: int, is_last: bool) -> Tensor:
@@ -348,10 +264,9 @@ class LSAMStep:
                 ascent.spend(self.config.rho)
             with self._moved(ascent), unchanged(ascent.weights):
                 loss = pass_1()
+            if is_last:
+                self._count(ascent, ascent.norm.isfinite())
         if is_last:
-            if ascent is not None:
-                first = min(self.candidates[index].first_block for index in ascent.chosen)
-                self._count(ascent, 0.0, ascent.norm.isfinite(), first)
             self.previous = self._following() if self.perturbs(step + 1) else None
         return loss
 
@@ -367,7 +282,6 @@ class LSAMStep:
         ascent.gradients = []
         return ascent
 
-    @torch.no_grad()
     def _reuse_correction(self) -> None:
         """LookSAM between two perturbed steps: g + scale * ||g|| * v, v the last orthogonal part, of unit length."""
         if self.correction is None:
@@ -375,11 +289,12 @@ class LSAMStep:
         kept = [(w.grad, part) for w, part in zip(*self.correction, strict=True) if w.grad is not None]
         add_along([g for g, _ in kept], [part for _, part in kept], self.config.reuse_correction)
 
-    def _count(self, ascent: Ascent, overhead: float, applied: Tensor, first_block: int) -> None:
+    def _count(self, ascent: Ascent, applied: Tensor) -> None:
+        first = min((self.candidates[index] for index in ascent.chosen), key=self.costs.start).first_block
         length = ascent.length(self.config.rho) if self.config.adaptive else self.config.rho
-        self.log.add(Perturbed(applied, ascent.chosen, ascent.squares, ascent.counts, length, first_block, overhead))
+        self.log.add(Perturbed(applied, ascent.chosen, ascent.squares, ascent.counts, length, first, self.overhead))
 
 
-def _names(config: LSAMConfig) -> tuple[bool, str | None]:
+def _chosen_among(config: LSAMConfig) -> tuple[bool, str | None]:
     """What of the settings says which modules are chosen among."""
     return config.block_selection == "all", config.block_pattern

@@ -59,15 +59,12 @@ class StepLog:
     def skip(self, reason: str) -> None:
         """Note a step, or micro-batch, that was not perturbed, and tell why, each reason once."""
         self.skipped += 1
-        logger.warning_once(
-            f"A step is plain where it was to be perturbed: {reason}. Steps of this kind are counted in lsam/skipped."
-        )
+        what = f"A step is plain where it was to be perturbed: {reason}"
+        logger.warning_once(f"{what}. Steps of this kind are counted in lsam/skipped.")
 
     def settle(self) -> None:
         """Sum up what was noted: one wait for the device a log line, or where lines are far between, a few."""
-        if not self.pending:
-            return
-        applied = torch.stack([perturbation.applied for perturbation in self.pending]).tolist()
+        applied = torch.stack([one.applied for one in self.pending]).tolist() if self.pending else []
         for perturbation, was_applied in zip(self.pending, applied, strict=True):
             if was_applied:
                 self._sum_up(perturbation)
@@ -75,21 +72,20 @@ class StepLog:
                 self.skip("the gradient at the perturbed weights was not finite (try a smaller rho), or pass 2 failed")
         self.pending.clear()
 
-    def _sum_up(self, perturbation: Perturbed) -> None:
-        chosen, ends = perturbation.chosen, np.cumsum(perturbation.counts)[:-1]
-        squared_norms = [float(part.sum()) for part in np.split(perturbation.squares.cpu().numpy(), ends)]
-        total = sum(squared_norms)
+    def _sum_up(self, one: Perturbed) -> None:
+        parts = np.split(one.squares.cpu().numpy(), np.cumsum(one.counts)[:-1])
+        squares = {name: float(part.sum()) for name, part in zip(self.names, parts, strict=True)}
+        chosen, total = [self.names[index] for index in one.chosen], sum(squares.values())
         self.perturbed += 1
         figures = {
             "grad_norm": total**0.5,
-            "captured": sum(squared_norms[index] for index in chosen) / total,
-            "perturbation_norm": float(perturbation.length),
-            "first_block": float(perturbation.first_block),
-            "overhead": perturbation.overhead,
+            "captured": sum(squares[name] for name in chosen) / total,
+            "perturbation_norm": float(one.length),
+            "first_block": float(one.first_block),
+            "overhead": one.overhead,
         }
-        counts: dict[str, float] = {self.names[index]: 1 for index in chosen}
-        norms = {name: square**0.5 for name, square in zip(self.names, squared_norms, strict=True)}
-        for sums, values in ((self.sums, figures), (self.counts, counts), (self.norms, norms)):
+        norms = {name: square**0.5 for name, square in squares.items()}
+        for sums, values in ((self.sums, figures), (self.counts, dict.fromkeys(chosen, 1)), (self.norms, norms)):
             for name, value in values.items():
                 sums[name] = sums.get(name, 0) + value
 
@@ -98,10 +94,8 @@ class StepLog:
         self.settle()
         chances = max(self.chances, 1)
         line = {f"lsam/{name}": value / self.perturbed for name, value in self.sums.items()}
-        line["lsam/overhead"] = self.sums.get("overhead", 0.0) / chances
-        line["lsam/active"] = self.perturbed / chances
-        line["lsam/skipped"] = self.skipped
-        return line
+        overhead, active = self.sums.get("overhead", 0.0) / chances, self.perturbed / chances
+        return line | {"lsam/overhead": overhead, "lsam/active": active, "lsam/skipped": self.skipped}
 
     def row(self, step: int, epoch: float) -> dict[str, Any]:
         """The row of `lsam_blocks.jsonl`: how often each block was selected, and its mean gradient norm."""

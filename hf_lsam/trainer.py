@@ -1,15 +1,13 @@
 """`LSAMTrainer`: the Trainer whose training step perturbs a few blocks."""
 
 from collections.abc import Collection
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import DistributedType
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer_utils import HPSearchBackend
 from transformers.utils import logging
 
 from .composition import check_order, check_repeatable
@@ -18,6 +16,7 @@ from .deepspeed import update_held_back
 from .distributed import check_hooks, check_supported
 from .held import Attributes
 from .passes import backward_if_any, buffers_not_sent, copy_of, modes_kept
+from .search import set_up_trial
 from .state import load_state, save_state
 from .step import LSAMStep
 from .step_log import StuckWatch, append_row, drop_rows_after
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 else:
     _AnyTrainer = object
 
-
 logger = logging.get_logger(__name__)
 
 
@@ -35,9 +33,8 @@ class LSAMMixin(_AnyTrainer):
     """
     Layer-wise SAM for any subclass of [`~transformers.Trainer`]: `class LSAMSFTTrainer(LSAMMixin, SFTTrainer)`.
 
-    Both passes run through the `training_step` of the class that follows, so autocast, loss normalisation and the
-    gradient scaler are its own. The loss that is logged is that of pass 1 (with `ascent_gradient="previous"` it is the
-    loss at the perturbed weights, the only one there is).
+    Both passes run through the `training_step` of the class that follows, with its autocast, loss normalisation and
+    gradient scaler. The logged loss is that of pass 1 (with `ascent_gradient="previous"`, at the perturbed weights).
 
     Each ordinary log line also holds, as means over the perturbed steps since the last line:
 
@@ -53,21 +50,17 @@ class LSAMMixin(_AnyTrainer):
     `lsam_blocks.jsonl` in the output directory gets one row a log line: `counts`, how often each block was selected,
     and `norms`, its mean gradient norm.
 
-    The `hp_space` of `hyperparameter_search` may return fields of [`LSAMConfig`] beside training arguments: each trial
-    sets them on a copy of `lsam_config`, which is itself again after the trial.
+    The `hp_space` of `hyperparameter_search` may return fields of [`LSAMConfig`] beside training arguments. They hold
+    for the trial.
 
     Args:
-        lsam_config ([`LSAMConfig`], *optional*):
-            The settings; the defaults of [`LSAMConfig`] where not given. Every other argument is the Trainer's.
+        lsam_config ([`LSAMConfig`], *optional*): The settings. Every other argument is the Trainer's.
 
     Raises:
         TypeError: if `lsam_config` is not a [`LSAMConfig`].
         ValueError: before training, if the settings do not fit the model.
         NotImplementedError: before training, for what is not supported; the message names the way out.
     """
-
-    # The Trainer sets it when a search begins.
-    hp_space: Any
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -80,7 +73,7 @@ class LSAMMixin(_AnyTrainer):
                 "by LSAMConfig(**settings)."
             )
         super().__init__(*args, **kwargs)
-        self.lsam_config = lsam_config if lsam_config is not None else LSAMConfig()
+        self.lsam_config = LSAMConfig() if lsam_config is None else lsam_config
         self._lsam: LSAMStep | None = None
         # The TrainerState that `_lsam` was made for: each run has its own, so a new one means to find the blocks anew.
         self._lsam_run: Any = None
@@ -106,7 +99,7 @@ class LSAMMixin(_AnyTrainer):
         if self.hp_search_backend is None or trial is None:
             super()._hp_search_setup(trial)
         else:
-            self._set_up_trial(trial)
+            set_up_trial(self, trial, super()._hp_search_setup)
         if self.lsam_config.enabled:
             check_repeatable(type(self), LSAMMixin)
             check_supported(self, self.lsam_config)
@@ -114,37 +107,13 @@ class LSAMMixin(_AnyTrainer):
             if self.model is not None:
                 self._new_step(self.model, max_steps=1, has_begun=False)
 
-    def _set_up_trial(self, trial: Any) -> None:
-        """Set the fields of [`LSAMConfig`] here, and let the Trainer set the others on its arguments."""
-        hp_space = self.hp_space
-        is_optuna = self.hp_search_backend == HPSearchBackend.OPTUNA
-        values = dict(hp_space(trial) if is_optuna else trial)
-        own = {name: values.pop(name) for name in list(values) if name in vars(self.lsam_config)}
-        shared = [name for name in own if hasattr(self.args, name)]
-        if shared:
-            raise ValueError(
-                f"The search sets {', '.join(shared)}, which is a field of both LSAMConfig and "
-                f"{type(self.args).__name__}. Leave it out of the search and set it on either one."
-            )
-        self.lsam_config = replace(self.lsam_config, **own)
-        # The Trainer reads Optuna's values from `hp_space`, those of the others from the trial itself.
-        if is_optuna:
-            self.hp_space = lambda trial: values
-            try:
-                super()._hp_search_setup(trial)
-            finally:
-                self.hp_space = hp_space
-        else:
-            super()._hp_search_setup(values)
-            self._trial = trial
-
     @property
     def in_second_pass(self) -> bool:
         """
         Whether pass 2 runs: `training_step` and `compute_loss` are called a second time for the same batch.
 
-        What passes change on the trainer, in its objects and in modules is put back by itself. Files, iterators and
-        what other threads use are not: `if not self.in_second_pass: self.file.write(...)`.
+        What passes change on the trainer, in its objects and in modules is put back. Files, iterators and what other
+        threads use are not: `if not self.in_second_pass: self.file.write(...)`.
         """
         return self._lsam is not None and self._lsam.second_pass.running
 
@@ -157,10 +126,11 @@ class LSAMMixin(_AnyTrainer):
         self._lsam_reached = True
         if step is None:
             return training_step(model, inputs, num_items_in_batch)
+        number = self.state.global_step
         # Micro-batches that are perturbed by their own gradients are averaged over processes by the step.
-        own = step.config.sharpness_scope == "micro_batch" and step.perturbs(self.state.global_step)
+        own = step.config.sharpness_scope == "micro_batch" and step.perturbs(number)
         # A batch for each pass: a `compute_loss` may pop labels from it, or mask its tokens in place.
-        has_two = step.config.ascent_gradient == "current" and step.perturbs(self.state.global_step)
+        has_two = step.config.ascent_gradient == "current" and step.perturbs(number)
         kept = copy_of((inputs, num_items_in_batch)) if has_two else None
 
         def pass_1() -> Tensor:
@@ -175,15 +145,14 @@ class LSAMMixin(_AnyTrainer):
             with sync, passes, buffers_not_sent(model), backward_if_any(self.accelerator):
                 return training_step(model, batch, num_items)
 
-        held_back: AbstractContextManager[None] = nullcontext()
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            held_back = update_held_back(model, step.read_after(self.state.global_step))
+        is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        held_back = update_held_back(model, step.read_after(number)) if is_deepspeed else nullcontext()
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             # As the Trainer does in each pass: a schedule-free optimizer moves weights here, and never perturbed ones.
             self.optimizer.train()
         self._lsam_flops += float(self.floating_point_ops(inputs))
         with held_back:
-            loss = step(pass_1, pass_2, self.state.global_step, self.accelerator.sync_gradients)
+            loss = step(pass_1, pass_2, number, self.accelerator.sync_gradients)
         # The Trainer counts pass 1; of pass 2 counts what ran, but not what it was compared with.
         if own or self.accelerator.sync_gradients:
             self.current_flos += step.overhead * self._lsam_flops
@@ -191,7 +160,7 @@ class LSAMMixin(_AnyTrainer):
         return loss
 
     def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
-        """Those of a plain pass. To count them takes a look at each module, so both passes' are counted at once."""
+        """Those of a plain pass, counted once a batch: it takes a look at each module."""
         if self._lsam_counted[0] is not inputs:
             self._lsam_counted = (inputs, super().floating_point_ops(inputs))
         return self._lsam_counted[1]
@@ -199,7 +168,7 @@ class LSAMMixin(_AnyTrainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the `lsam/` figures to lines of the training loss, and a row to `lsam_blocks.jsonl`; not in pass 2."""
         step = self._lsam
-        if step is not None and step.second_pass.running:
+        if self.in_second_pass:
             return
         # The Trainer's own lines hold the learning rate; a `compute_loss` may log a loss of its own.
         is_line = "loss" in logs and "learning_rate" in logs
@@ -246,24 +215,21 @@ class LSAMMixin(_AnyTrainer):
         """What the optimizer trains, if that can be seen: DeepSpeed has parameters of its own in its groups."""
         if self.optimizer is None or self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             return None
-        groups = self.optimizer.param_groups
-        sizes = [len(group["params"]) for group in groups]
-        if self._lsam_optimized[0] != (id(self.optimizer), sizes):
-            every = {parameter: None for group in groups for parameter in group["params"]}
-            self._lsam_optimized = ((id(self.optimizer), sizes), every.keys())
+        groups = [group["params"] for group in self.optimizer.param_groups]
+        key = (id(self.optimizer), [len(group) for group in groups])
+        if self._lsam_optimized[0] != key:
+            self._lsam_optimized = (key, {parameter for group in groups for parameter in group})
         return self._lsam_optimized[1]
 
     def _lsam_of_run(self, model: nn.Module) -> LSAMStep | None:
         """
-        The steps of this run; at first the blocks are found, and the checkpoint that it resumes is gone on from.
+        The steps of this run; `None` where it had none when `lsam_config` was set to what cannot go on.
 
-        Where `lsam_config` is set anew in the middle of a run, it holds from the next step on, if it fits the model.
-        `None` if there were no steps before it that could go on.
+        Settings that are new in the middle of a run hold from the next step on, if they fit the model.
         """
         former = self._lsam if self._lsam_run is self.state else None
-        if former is not None and (
-            former.window or (former.config is self.lsam_config and former.fits(former.config))
-        ):
+        is_same = former is not None and former.config is self.lsam_config and former.fits(former.config)
+        if former is not None and (former.window or is_same):
             return former
         try:
             check_supported(self, self.lsam_config)
@@ -278,17 +244,19 @@ class LSAMMixin(_AnyTrainer):
             self.lsam_config = LSAMConfig(block_selection="none") if former is None else former.config
             return former
         self._lsam, self._lsam_run = step, self.state
-        if former is not None:
-            step.go_on_from(former)
-            return step
+        if former is None:
+            self._begin_run(step)
+        else:
+            step.log.load(former.log.state())
+        return step
+
+    def _begin_run(self, step: LSAMStep) -> None:
+        """Go on from the checkpoint that the run resumes, and begin what is logged."""
         self._lsam_flops = 0.0
         if self._lsam_checkpoint is not None:
             load_state(step, self._lsam_checkpoint)
-        if self.is_in_train:
-            self._begin_log(step)
-        return step
-
-    def _begin_log(self, step: LSAMStep) -> None:
+        if not self.is_in_train:
+            return
         config = self.lsam_config
         # One pass has nothing to climb in the first step.
         if not any(map(step.perturbs, range(config.ascent_gradient == "previous", step.max_steps))):
@@ -305,10 +273,8 @@ class LSAMMixin(_AnyTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.lsam_config.enabled:
-            step = self._lsam_of_run(self.model_wrapped)
-            if step is not None:
-                save_state(step, output_dir, self.state.global_step, self.args.should_save)
+        if self.lsam_config.enabled and (step := self._lsam_of_run(self.model_wrapped)) is not None:
+            save_state(step, output_dir, self.state.global_step, self.args.should_save)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -164,5 +164,5 @@ def test_a_process_without_a_gradient_does_not_leave_the_others_waiting(monkeypa
     monkeypatch.setattr("hf_lsam.ascent.average_over_ranks", lambda tensors: met.append(tensors) or tensors)
     model = bert()
     step = LSAMStep(model, LSAMConfig(sharpness_scope="micro_batch"), 1)
-    assert isinstance(find_ascent(step._trained_now()[0], step.costs, step.config, torch.device("cpu")), str)
+    assert isinstance(find_ascent(step.trained.now().candidates, step.costs, step.config, torch.device("cpu")), str)
     assert [tensor.tolist() for (tensor,) in met] == [[0.0] * 4]
