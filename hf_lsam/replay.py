@@ -68,7 +68,6 @@ class Recording:
     again: list[Call] = field(default_factory=list)  # in the backward pass
     last: list[Call] = field(default_factory=list)  # in the last pass over this micro-batch, replayed calls aside
     graded: set[int] = field(default_factory=set)  # blocks that a gradient goes through
-    replayable: bool = True
     has_dropped: bool = False
 
     @property
@@ -102,10 +101,9 @@ class Replay:
     """
     Records passes over `blocks` and replays them.
 
-    The model's own forward runs in either pass and only the blocks' `forward` is replaced, so masks, position
-    embeddings, cross-attention and output capture need no special case, and module hooks still run (those of FSDP2
-    gather the weights of a replayed block in vain). A replayed call sets the random state that the recorded one left,
-    so draws between blocks (T5, DeBERTa-v2) are those of pass 1. Calls of `model` are compared, if it is given.
+    Only the blocks' `forward` is replaced, so masks, position embeddings, cross-attention and output capture need no
+    special case, and module hooks still run (those of FSDP2 gather the weights of a replayed block in vain). Draws
+    between blocks (T5, DeBERTa-v2) are those of pass 1: a replayed call leaves the random state of the recorded one.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device, model: nn.Module | None = None):
@@ -122,7 +120,7 @@ class Replay:
         Outputs of the calls at `places` (default: all) are kept; the others are not worth their memory, and no replay
         begins right after them. `first_call` runs before the first call of the model.
         """
-        recording, placeholder = Recording(replayable=keeps), partial(_placeholder, {})
+        recording, placeholder = Recording(), partial(_placeholder, {})
 
         def run_block(block: int, forward: Callable, args: tuple, kwargs: dict) -> Any:
             output = forward(*args, **kwargs)
@@ -158,10 +156,10 @@ class Replay:
         Inside, blocks called before the first one of `perturbed` (`None`: no block) return what they returned in
         `recording`, or [`Dropped`] where that was not kept: only the last of these outputs is meant to be read.
 
-        Raises `ReplayError`, inside, if blocks are called in another order than before, a record was changed in place,
-        an output is read that was not kept, or the model returns another number of tensors.
+        Raises `ReplayError` if blocks are called in another order, a record was changed in place, an output is read
+        that was not kept, or the model returns another number of tensors.
         """
-        first = recording.start(perturbed) if perturbed is not None and recording.replayable else 0
+        first = recording.start(perturbed) if perturbed is not None else 0
         while first > 0 and not recording.calls[first - 1].kept:
             first -= 1
         ran, records, models = Recording(), iter(recording.calls[:first]), iter(recording.models if first > 0 else ())

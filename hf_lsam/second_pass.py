@@ -15,13 +15,13 @@ from .distributed import any_of_ranks, average_over_ranks
 from .held import RandomState
 from .pass_state import PassState, Snapshot
 from .passes import only_gradients_of
-from .perturbation import distance, norms
+from .perturbation import Tensors, distance, norms
 from .replay import DroppedError, Recording, Replay
 
 logger = logging.get_logger(__name__)
 
 Pass = Callable[[], Tensor]
-Tensors = Sequence[Tensor]
+Window = Sequence["MicroBatch"]
 
 # How far two passes over the same may be apart, as a share of the gradient, by the bits of the coarsest numbers in
 # them: where a weight takes no gradient, `torch.matmul` may choose another kernel, whose last bits differ.
@@ -41,9 +41,6 @@ class MicroBatch:
     after: RandomState
     unseen: str | None  # the name of something that pass 1 changed and that `before` does not hold
     signature: tuple  # what pass 1 called, as far as it is free to compare
-
-
-Window = Sequence[MicroBatch]
 
 
 @dataclass
@@ -66,11 +63,8 @@ class SecondPass:
     """
     Runs micro-batches a second time.
 
-    Args:
-        called: What the passes call: the `model` itself, its compiled copy, or a wrapper of either.
-        replays: Whether it is worth it to replay the blocks before the first perturbed one.
-        begins: Places of the calls that a replay of such a pass may begin with.
-        raises: Whether an error of pass 2 is for the caller.
+    They call `called`: the model, its compiled copy, or a wrapper of either. `begins` gives the places of the calls
+    that a replay of such a pass may begin with; `raises` tells whether an error of pass 2 is for the caller.
     """
 
     def __init__(
@@ -125,14 +119,16 @@ class SecondPass:
         with self.replay.recording(self.replays, kept, first_call) as recording:
             loss = pass_1()
         unseen, after = self.state.learn(before), RandomState.capture(self.state.device)
-        if not self.replay.draws_on_host and not after.same_host_state(before.random):
-            self.replay.draws_on_host, recording.replayable = True, False
         if self.replays:
             self._kept = sorted(place - 1 for place in self.begins(recording))
             if known is None:
                 # All outputs are there, but a run that resumes is to begin where an uninterrupted one does.
                 for place, call in enumerate(recording.calls):
                     call.kept = place in self._kept[::stride]
+        if not self.replay.draws_on_host and not after.same_host_state(before.random):
+            self.replay.draws_on_host = True
+            for call in recording.calls:
+                call.kept = False  # without these states it cannot be replayed
         settings = getattr(getattr(self.model, "config", None), "__dict__", {}).items()
         plain = tuple(item for item in settings if isinstance(item[1], (int, float, str, type(None))))
         calls = tuple((call.block, call.has_gradient) for call in recording.calls)
@@ -221,7 +217,6 @@ class SecondPass:
             self.drops = False
         else:
             self.replays = False
-            problem = problem or "in another process"
             self._tell_slower("from records of its blocks, so that it runs all of them", problem)
         return gradients
 
@@ -295,7 +290,8 @@ class SecondPass:
         apart = distance(attempt.gradients, wanted.gradients)
         return f"gradients are apart by {apart:.2g} of their norm" if apart > _TOLERANCE[bits] else None
 
-    def _tell_slower(self, way: str, reason: str) -> None:
+    def _tell_slower(self, way: str, problem: str | None) -> None:
+        reason = problem or "in another process"
         logger.warning(
             f"Pass 2 of {self.name} cannot be run {way} from now on ({reason}). It is correct, and slower: "
             "lsam/overhead tells how much. This is so where a loss reads what blocks leave behind (as the auxiliary "
