@@ -51,21 +51,22 @@ class Standin:
 
 @contextmanager
 def only_gradients_of(
-    parameters: Iterable[Tensor], weights: Iterable[Tensor], foreign: Iterable[Tensor] = ()
+    parameters: Sequence[Tensor], weights: Iterable[Tensor], foreign: Iterable[Tensor] = ()
 ) -> Iterator[None]:
     """
     Inside, backward gives gradients to `weights` only, starting from none; afterwards every `.grad` is what it was.
 
     All other `parameters` are switched off: `backward(inputs=...)` would give none, and no error, under reentrant
-    activation checkpointing, and wrong ones under FSDP2. The `foreign` ones are not.
+    activation checkpointing, and wrong ones under FSDP2. Those that are only `foreign` stay on.
     """
     # Thousands of weights: so by place in memory, since Tensor.__hash__ is slow, and by attribute.
-    stay = set(map(id, (*weights, *foreign)))
+    wanted = set(map(id, weights))
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in (*parameters, *foreign)]
     try:
-        for parameter, takes, gradient in before:
-            if takes and id(parameter) not in stay:
+        for parameter in parameters:
+            if parameter.requires_grad and id(parameter) not in wanted:
                 parameter.requires_grad = False
+        for parameter, _, gradient in before:
             if gradient is not None:
                 parameter.grad = None
         yield
