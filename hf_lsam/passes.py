@@ -1,4 +1,4 @@
-"""What surrounds a second pass: only some weights take a gradient."""
+"""What is in place for the length of a pass: methods that others stand in for, and which weights take a gradient."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -8,84 +8,108 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from .replay import Standin
+from .held import Attributes
+
+
+class Standin:
+    """
+    What an object has in the place of a method of its class, inside of a `with` block: calls go to `run`.
+
+    `run` gets the method and its arguments. A copy of the object that is made meanwhile is one of it and nothing else.
+    """
+
+    def __init__(self, owner: Any, name: str, run: Callable[[Callable, tuple, dict], Any]):
+        self.owner, self.name, self.copies = owner, name, []  # type: ignore[var-annotated]
+        # It may have one of its own already (accelerate's device hooks): that comes back as it was.
+        self.own = vars(owner).get(name)
+        self.method = getattr(owner, name)
+        self.run: Callable | None = run
+
+    def __call__(self, *args, **kwargs):
+        return self.method(*args, **kwargs) if self.run is None else self.run(self.method, args, kwargs)
+
+    def __deepcopy__(self, memo: dict):
+        self.copies.append(memo.get(id(self.owner)))
+        return deepcopy(self.method, memo)
+
+    def __reduce__(self):
+        # In a pickle, whose objects are without attributes when this is called: that of the class.
+        return getattr, (self.owner, self.name)
+
+    def __enter__(self) -> None:
+        vars(self.owner)[self.name] = self
+
+    def __exit__(self, *error: object) -> None:
+        self.run = None
+        if self.own is not None:
+            vars(self.owner)[self.name] = self.own
+            return
+        for owner in (self.owner, *self.copies):
+            if owner is not None:
+                vars(owner).pop(self.name, None)
 
 
 @contextmanager
 def only_gradients_of(
-    parameters: Iterable[Tensor], weights: Iterable[Tensor], foreign: Iterable[Tensor] = ()
+    parameters: Sequence[Tensor], weights: Iterable[Tensor], foreign: Iterable[Tensor] = ()
 ) -> Iterator[None]:
     """
     Inside, backward gives gradients to `weights` only, starting from none; afterwards every `.grad` is what it was.
 
     All other `parameters` are switched off: `backward(inputs=...)` would give none, and no error, under reentrant
-    activation checkpointing, and wrong ones under FSDP2. Of the `foreign` ones only `.grad` is touched.
+    activation checkpointing, and wrong ones under FSDP2. Those that are only `foreign` stay on.
     """
     # Thousands of weights: so by place in memory, since Tensor.__hash__ is slow, and by attribute.
     wanted = set(map(id, weights))
-    flags = [(parameter, parameter.requires_grad) for parameter in parameters]
-    # A forward pass may switch others on again, as PEFT does where it changes adapters: what they get is dropped.
-    gradients = [
-        (p, p.grad) for p in (*parameters, *foreign) if p.requires_grad or p.grad is not None or id(p) in wanted
-    ]
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in (*parameters, *foreign)]
     try:
-        for parameter, takes in flags:
-            if takes and id(parameter) not in wanted:
+        for parameter in parameters:
+            if parameter.requires_grad and id(parameter) not in wanted:
                 parameter.requires_grad = False
-        for parameter, _ in gradients:
-            parameter.grad = None
+        for parameter, _, gradient in before:
+            if gradient is not None:
+                parameter.grad = None
         yield
     finally:
-        for parameter, takes in flags:
+        # A forward pass may switch others on, as PEFT does where it changes adapters: what they get is dropped.
+        for parameter, takes, gradient in before:
             if parameter.requires_grad != takes:
                 parameter.requires_grad = takes
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
+            if parameter.grad is not gradient:
+                parameter.grad = gradient
 
 
-@contextmanager
-def modes_kept(model: nn.Module, modules: Sequence[nn.Module]) -> Iterator[None]:
+def modes_kept(model: nn.Module, modules: Sequence[nn.Module]) -> Standin:
     """Inside, `model.train()` goes through no `modules` where all of them train: it takes as long as some blocks."""
 
     def run(train: Callable, args: tuple, kwargs: dict) -> nn.Module:
         all_train = {module.training for module in modules} == {True}
         return model if all_train and not (args or kwargs) else train(*args, **kwargs)
 
-    with Standin(model, "train", run):
-        yield
+    return Standin(model, "train", run)
 
 
-@contextmanager
-def backward_if_any(accelerator: Accelerator) -> Iterator[None]:
+def backward_if_any(accelerator: Accelerator) -> Standin:
     """Inside, a loss that depends on no selected block (LayerDrop, a text without images) gets no backward pass."""
-    own = vars(accelerator).get("backward")
-    backward = accelerator.backward
 
-    def run(loss: Tensor, **kwargs: Any) -> None:
+    def run(backward: Callable, args: tuple, kwargs: dict) -> None:
+        loss = args[0] if args else kwargs["loss"]
         if loss.requires_grad:
-            backward(loss, **kwargs)
+            backward(*args, **kwargs)
 
-    accelerator.backward = run
-    try:
-        yield
-    finally:
-        if own is None:
-            del accelerator.backward
-        else:
-            accelerator.backward = own
+    return Standin(accelerator, "backward", run)
 
 
 @contextmanager
 def buffers_not_sent(model: nn.Module) -> Iterator[None]:
     """Inside, DistributedDataParallel sends no buffers: one process may run a failed pass again, and others not."""
-    sends = getattr(model, "require_forward_param_sync", False)
+    flag = Attributes(model, ("require_forward_param_sync",))
+    own = flag.read()
     try:
-        if sends:
-            model.require_forward_param_sync = False  # type: ignore[assignment]
+        flag.put(dict.fromkeys(own, False))
         yield
     finally:
-        if sends:
-            model.require_forward_param_sync = sends  # type: ignore[assignment]
+        flag.put(own)
 
 
 def copy_of(batch: Any) -> Any:

@@ -1,8 +1,7 @@
 """Suffix replay: pass 2 returns what blocks returned in pass 1, up to the first perturbed one."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from copy import deepcopy
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,6 +11,7 @@ from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
 from .held import RandomState, version_of
+from .passes import Standin
 
 
 class ReplayError(RuntimeError):
@@ -44,46 +44,30 @@ _READ_NO_VALUES = {
 
 @dataclass
 class Call:
-    """
-    A call of a block.
+    """A call of a block."""
 
-    Attributes:
-        block: Index of the block; -1 is all that lies outside of the blocks.
-        places: How many places of the batch it went through (tokens, pixels).
-        has_gradient: Whether a gradient goes through it. A block that runs again in the backward pass, as it does with
-            activation checkpointing, has one of the two times only.
-        dtype: Of its output.
-        output: For a replay, what it returned, or a placeholder without memory of its own; then there are a `state`
-            of the random generators and the `versions` of the tensors in it.
-        kept: Whether a replay may begin right after it, since its `output` is no placeholder.
-    """
-
-    block: int
-    places: int
+    block: int  # its index; -1 is all that lies outside of the blocks
+    places: int  # how many of the batch it went through (tokens, pixels)
+    # A block that runs again in the backward pass (activation checkpointing) has a gradient in one of the two calls.
     has_gradient: bool
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = torch.float32  # of its output
+    # For a replay: what it returned, if that is `kept`; else a placeholder, right after which no replay may begin.
     output: Any = None
     kept: bool = False
-    state: RandomState | None = None
-    versions: Sequence[int] = ()
+    state: RandomState | None = None  # of the random generators, when it had returned
+    versions: Sequence[int] = ()  # of the tensors in its output
 
 
 @dataclass
 class Recording:
-    """
-    What one pass called, in its order.
-
-    Attributes:
-        models: Calls of the model: names and plain values of their arguments, and the number of tensors returned.
-        again: Calls of blocks in the backward pass.
-        last: What the last pass over this micro-batch called, replayed calls aside.
-    """
+    """What one pass called, in its order."""
 
     calls: list[Call] = field(default_factory=list)
+    # Of the model: names and plain values of the arguments, and the number of tensors returned.
     models: list[tuple] = field(default_factory=list)
-    again: list[Call] = field(default_factory=list)
-    last: list[Call] = field(default_factory=list)
-    replayable: bool = True
+    again: list[Call] = field(default_factory=list)  # in the backward pass
+    last: list[Call] = field(default_factory=list)  # in the last pass over this micro-batch, replayed calls aside
+    graded: set[int] = field(default_factory=set)  # blocks that a gradient goes through
     has_dropped: bool = False
 
     @property
@@ -100,68 +84,66 @@ class Recording:
         """The place of the first call of one of `blocks`; the number of calls if there is none."""
         return next((place for place, call in enumerate(self.calls) if call.block in blocks), len(self.calls))
 
+    def note(self, block: int, output: Any, again: bool) -> Call:
+        """Note a call that returned `output`: images have their channels first, all else last."""
+        tensors = [t for t in _tensors(output) if t.dim() > 0 and t.is_floating_point()] or [torch.zeros(1)]
+        shape = tensors[0].shape
+        places = shape.numel() // max(shape[1 if len(shape) == 4 else -1], 1)
+        has_gradient = any(tensor.requires_grad for tensor in tensors) and not (again and block in self.graded)
+        if has_gradient:
+            self.graded.add(block)
+        call = Call(block, places, has_gradient, tensors[0].dtype)
+        (self.again if again else self.calls).append(call)
+        return call
+
 
 class Replay:
     """
     Records passes over `blocks` and replays them.
 
-    The model's own forward runs in either pass and only the blocks' `forward` is replaced, so masks, position
-    embeddings, cross-attention and output capture need no special case, and module hooks still run (those of FSDP2
-    gather the weights of a replayed block in vain). A replayed call sets the random state that the recorded one left,
-    so draws between blocks (T5, DeBERTa-v2) are those of pass 1.
-
-    Args:
-        blocks: The model's blocks.
-        device: Where the model lives, for its random state.
-        model: What the passes call, where its calls are to be compared.
-
-    Attributes:
-        draws_on_host: Whether passes draw from Python's or NumPy's generator, so that each call keeps their states.
+    Only the blocks' `forward` is replaced, so masks, position embeddings, cross-attention and output capture need no
+    special case, and module hooks still run (those of FSDP2 gather the weights of a replayed block in vain). Draws
+    between blocks (T5, DeBERTa-v2) are those of pass 1: a replayed call leaves the random state of the recorded one.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device, model: nn.Module | None = None):
         self.blocks, self.device, self.model = list(blocks), device, model
-        self.draws_on_host = False
+        self.draws_on_host = False  # where passes draw from Python's or NumPy's generator, calls keep their states
 
     @contextmanager
     def recording(
-        self,
-        keeps: bool = True,
-        places: Collection[int] | None = None,
-        first_call: Callable[[], None] = lambda: None,
+        self, keeps: bool = True, places: Collection[int] | None = None, first_call: Callable | None = None
     ) -> Iterator[Recording]:
         """
-        Record the pass that runs inside.
+        Record the pass that runs inside, with what is needed to replay it if it `keeps` that.
 
-        Args:
-            keeps: Whether to keep what is needed to replay it.
-            places: The calls whose outputs are kept, counted from 0 (default: all). The others are not worth their
-                memory: a replay that would begin right after one of them begins earlier.
-            first_call: Called before the first call of the model.
+        Outputs of the calls at `places` (default: all) are kept; the others are not worth their memory, and no replay
+        begins right after them. `first_call` runs before the first call of the model.
         """
-        recording = Recording(replayable=keeps)
-        graded: set[int] = set()
+        recording, placeholder = Recording(), partial(_placeholder, {})
 
         def run_block(block: int, forward: Callable, args: tuple, kwargs: dict) -> Any:
-            again = _is_backward()
             output = forward(*args, **kwargs)
-            call = _call(block, output, graded, again)
+            again, place = _is_backward(), len(recording.calls)
+            call = recording.note(block, output, again)
             if keeps and not again:
-                call.kept = places is None or len(recording.calls) in places
+                call.kept = places is None or place in places
                 recording.has_dropped |= not call.kept
-                call.output = _map(Tensor.detach if call.kept else _placeholder, output)
-                call.versions = _versions(call.output) if call.kept else []
+                call.output = _map(Tensor.detach if call.kept else placeholder, output)
+                call.versions = _versions(call.output) if call.kept else ()
                 call.state = RandomState.capture(self.device, self.draws_on_host)
-            (recording.again if again else recording.calls).append(call)
             return output
 
         def run_model(forward: Callable, args: tuple, kwargs: dict) -> Any:
-            if not recording.models:
-                first_call()
             place = len(recording.models)
+            if place == 0 and first_call is not None:
+                first_call()
             recording.models.append(())
             output = forward(*args, **kwargs)
-            recording.models[place] = (_arguments(args, kwargs), len(_tensors(output)))
+            # Names and kinds of the arguments, and the values of those that are switches.
+            named = [*enumerate(args), *kwargs.items()]
+            kinds = tuple((name, v if isinstance(v, (bool, str, type(None))) else type(v)) for name, v in named)
+            recording.models[place] = (kinds, len(_tensors(output)))
             return output
 
         with self._standing_in(run_block, run_model):
@@ -171,36 +153,24 @@ class Replay:
     @contextmanager
     def replaying(self, recording: Recording, perturbed: Collection[int] | None) -> Iterator[None]:
         """
-        Inside, blocks called before the first one of `perturbed` return what they returned in `recording`, or
-        [`Dropped`] where that was not kept: only the last of these outputs is meant to be read.
+        Inside, blocks called before the first one of `perturbed` (`None`: no block) return what they returned in
+        `recording`, or [`Dropped`] where that was not kept: only the last of these outputs is meant to be read.
 
-        Args:
-            recording: The same batch at the unperturbed weights.
-            perturbed: Indices of the blocks that hold a perturbed weight; `None` replays nothing.
-
-        Raises:
-            ReplayError: inside, if blocks are called in another order than before, a record was changed in place, or
-                the model returns fewer tensors than in pass 1.
-            DroppedError: inside, if an output is read that was not kept.
+        Raises `ReplayError` if blocks are called in another order, a record was changed in place, an output is read
+        that was not kept, or the model returns another number of tensors.
         """
-        replays = perturbed is not None and recording.replayable
-        first = recording.start(perturbed or ()) if replays else 0
+        first = recording.start(perturbed) if perturbed is not None else 0
         while first > 0 and not recording.calls[first - 1].kept:
             first -= 1
-        position, models = 0, 0
-        last: list[Call] = []
-        graded: set[int] = set()
+        ran, records, models = Recording(), iter(recording.calls[:first]), iter(recording.models if first > 0 else ())
 
         def run_block(block: int, forward: Callable, args: tuple, kwargs: dict) -> Any:
-            nonlocal position
             again = _is_backward()
-            if again or position >= first:
-                position += not again
+            call = None if again else next(records, None)
+            if call is None:
                 output = forward(*_requiring_grad(self.blocks[block], args), **kwargs)
-                last.append(_call(block, output, graded, again))
+                ran.note(block, output, again)
                 return output
-            call = recording.calls[position]
-            position += 1
             if call.block != block:
                 raise ReplayError(f"block {block} was called where block {call.block} was called in pass 1")
             if call.kept and call.versions != _versions(call.output):
@@ -211,68 +181,31 @@ class Replay:
             return _map(lambda tensor: tensor, call.output)
 
         def run_model(forward: Callable, args: tuple, kwargs: dict) -> Any:
-            nonlocal models
-            place, models = models, models + 1
+            recorded = next(models, None)
             output = forward(*args, **kwargs)
-            if first > 0 and place < len(recording.models):
-                count, wanted = len(_tensors(output)), recording.models[place][1]
-                if count != wanted:
-                    raise ReplayError(f"the model returned {count} tensors where it returned {wanted} in pass 1")
+            if recorded and (count := len(_tensors(output))) != recorded[1]:
+                raise ReplayError(f"the model returned {count} tensors where it returned {recorded[1]} in pass 1")
             return output
 
         with self._standing_in(run_block, run_model):
             yield
-        if position < first:
-            raise ReplayError(f"{position} blocks were called, but {len(recording.calls)} in pass 1")
-        recording.last = last
+        if missing := len(list(records)):
+            raise ReplayError(f"{first - missing} blocks were called, but {len(recording.calls)} in pass 1")
+        recording.last = ran.first
 
     @contextmanager
     def _standing_in(self, run_block: Callable, run_model: Callable) -> Iterator[None]:
         """Inside, `run_block(index, forward, args, kwargs)` runs for each block, and the like for the model."""
-        with ExitStack() as stack:
-            for index, block in enumerate(self.blocks):
-                stack.enter_context(Standin(block, _forward_of(block), partial(run_block, index)))
-            if self.model is not None:
-                stack.enter_context(Standin(self.model, _forward_of(self.model), run_model))
+        standins = [Standin(b, _forward_of(b), partial(run_block, index)) for index, b in enumerate(self.blocks)]
+        if self.model is not None:
+            standins.append(Standin(self.model, _forward_of(self.model), run_model))
+        try:
+            for standin in standins:
+                standin.__enter__()
             yield
-
-
-class Standin:
-    """
-    What an instance has in the place of a method of its class, inside of a `with` block: calls go to `run`.
-
-    A copy of the module that is made meanwhile is one of the module and of nothing else.
-    """
-
-    def __init__(self, module: nn.Module, name: str, run: Callable[[Callable, tuple, dict], Any]):
-        self.module, self.name, self.copies = module, name, []  # type: ignore[var-annotated]
-        # An instance may have one of its own already (accelerate's device hooks): it comes back as it was.
-        self.own = vars(module).get(name)
-        self.method = getattr(module, name)
-        self.run: Callable | None = run
-
-    def __call__(self, *args, **kwargs):
-        return self.method(*args, **kwargs) if self.run is None else self.run(self.method, args, kwargs)
-
-    def __deepcopy__(self, memo: dict):
-        self.copies.append(memo.get(id(self.module)))
-        return deepcopy(self.method, memo)
-
-    def __reduce__(self):
-        # In a pickle, whose modules are without attributes when this is called: that of the class.
-        return getattr, (self.module, self.name)
-
-    def __enter__(self) -> None:
-        vars(self.module)[self.name] = self
-
-    def __exit__(self, *error: object) -> None:
-        self.run = None
-        if self.own is not None:
-            vars(self.module)[self.name] = self.own
-            return
-        for module in (self.module, *self.copies):
-            if module is not None:
-                vars(module).pop(self.name, None)
+        finally:
+            for standin in standins:
+                standin.__exit__()
 
 
 def _forward_of(module: nn.Module) -> str:
@@ -289,12 +222,8 @@ def _requiring_grad(block: nn.Module, args: tuple) -> tuple:
     """`args` such that a reentrant checkpoint, which only looks at its inputs, tracks gradients of the weights."""
     if not getattr(block, "gradient_checkpointing", False):
         return args
-    return tuple(
-        arg.detach().requires_grad_()
-        if isinstance(arg, Tensor) and arg.is_floating_point() and not arg.requires_grad
-        else arg
-        for arg in args
-    )
+    frozen = [isinstance(arg, Tensor) and arg.is_floating_point() and not arg.requires_grad for arg in args]
+    return tuple(a.detach().requires_grad_() if is_frozen else a for a, is_frozen in zip(args, frozen, strict=True))
 
 
 def _map(function: Callable[[Tensor], Any], output: Any) -> Any:
@@ -310,30 +239,16 @@ def _tensors(output: Any) -> list[Tensor]:
     return [tensor for part in parts for tensor in _tensors(part)]
 
 
-def _placeholder(tensor: Tensor) -> Tensor:
-    """[`Dropped`], in the shape of `tensor`; what is no floating-point tensor stays."""
+def _placeholder(made: dict[tuple, Tensor], tensor: Tensor) -> Tensor:
+    """[`Dropped`], one for each shape and kind `made`; what is no floating-point tensor stays."""
     if not tensor.is_floating_point():
         return tensor.detach()
-    nan = torch.full((), torch.nan, dtype=tensor.dtype, device=tensor.device)
-    return nan.expand(tensor.shape).as_subclass(Dropped)
+    key = (tensor.shape, tensor.dtype, tensor.device, tensor.is_inference())
+    if key not in made:
+        nan = torch.full((), torch.nan, dtype=tensor.dtype, device=tensor.device)
+        made[key] = nan.expand(tensor.shape).as_subclass(Dropped)
+    return made[key]
 
 
 def _versions(output: Any) -> list[int]:
     return [version_of(tensor) for tensor in _tensors(output)]
-
-
-def _call(block: int, output: Any, graded: set[int], again: bool) -> Call:
-    """A call that returned `output`: images have their channels first, all else last."""
-    tensors = [t for t in _tensors(output) if t.dim() > 0 and t.is_floating_point()] or [torch.zeros(1)]
-    shape = tensors[0].shape
-    places = shape.numel() // max(shape[1 if len(shape) == 4 else -1], 1)
-    has_gradient = any(tensor.requires_grad for tensor in tensors) and not (again and block in graded)
-    if has_gradient:
-        graded.add(block)
-    return Call(block, places, has_gradient, tensors[0].dtype)
-
-
-def _arguments(args: tuple, kwargs: dict[str, Any]) -> tuple:
-    """Names and kinds of the arguments of a call, and the values of those that are switches."""
-    named = [*enumerate(args), *kwargs.items()]
-    return tuple((name, v if isinstance(v, (bool, str, type(None))) else type(v)) for name, v in named)
