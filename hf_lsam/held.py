@@ -7,18 +7,21 @@ import io
 import operator
 import random
 import types
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from transformers.utils import logging
 
-# What every module has, and what is set on one for the length of a pass; of that, what passes may change.
-_OWN_OF_MODULES = {*vars(nn.Module()), "forward", "_compiled_call_impl"}
-_TABLES = {name for name, value in vars(nn.Module()).items() if isinstance(value, dict)} - {"_modules"}
+logger = logging.get_logger(__name__)
+
+# What every module has; of that, tables of tensors and hooks, each held by itself; and what is set for a pass.
+_OF_MODULES = vars(nn.Module())
+TABLES = {name for name, value in _OF_MODULES.items() if isinstance(value, dict)} - {"_modules"}
+_OWN_OF_MODULES = {*_OF_MODULES, "forward", "_compiled_call_impl"}
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ class Attributes(NamedTuple):
             setattr(self.owner, name, value)
 
 
-class Kind(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Kind:
     """A kind of things: `copy` what one holds now, tell whether it still holds the `same`, and `put` that back."""
 
     copy: Callable[[Any], Any]
@@ -132,32 +136,13 @@ def _put_items(items: Any, kept: list) -> None:
     (items.update if isinstance(items, set) else items.extend)(kept)
 
 
-def attributes_of(module: nn.Module) -> dict[str, Any]:
-    """The attributes that the class of `module` has set, without its parameters, buffers and parts."""
-    return {name: value for name, value in vars(module).items() if name not in _OWN_OF_MODULES}
+def attributes_of(of_module: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a module's dictionary, the attributes that its class has set."""
+    return {name: value for name, value in of_module.items() if name not in _OWN_OF_MODULES}
 
 
-def _tables_of(module: nn.Module) -> dict[str, dict]:
-    """Its attributes, buffers, weights and hooks; those of a class of torch's own are not for others to put back."""
-    is_users = not type(module).__module__.startswith("torch.")
-    tables = {name: table for name, table in vars(module).items() if name in _TABLES}
-    if any(isinstance(parameter, DTensor) for parameter in module._parameters.values()):
-        # FSDP2 changes them as it gathers weights and lets go of them.
-        del tables["_parameters"]
-    return {"": attributes_of(module) if is_users else {}, **tables}
-
-
-def _same_module(module: nn.Module, kept: dict[str, dict]) -> bool:
-    return all(_same_mapping(table, kept[name]) for name, table in _tables_of(module).items() if name in kept)
-
-
-def _put_module(module: nn.Module, kept: dict[str, dict]) -> None:
-    tables = _tables_of(module)
-    for name in tables.keys() & kept.keys() - {""}:
-        _put_mapping(tables[name], kept[name])
-    for name in tables[""].keys() - kept[""].keys():
-        del vars(module)[name]
-    vars(module).update(kept[""])
+def _put_attributes(of_module: dict, kept: dict) -> None:
+    _put_mapping(of_module, {**{k: v for k, v in of_module.items() if k in _OWN_OF_MODULES}, **kept})
 
 
 def _same_tensor(tensor: Tensor, kept: tuple[Tensor, Tensor, tuple]) -> bool:
@@ -182,6 +167,7 @@ def _never(thing: Any, kept: Any) -> bool:
 
 
 MAPPING = Kind(dict, _same_mapping, _put_mapping)
+HOOKS = replace(MAPPING)
 LIST = Kind(list, _same, _put_items)
 SET = Kind(list, lambda items, kept: items == set(kept), _put_items)
 SLOTS = Kind(Attributes.read, lambda slots, kept: _same_mapping(slots.read(), kept), Attributes.put)
@@ -190,7 +176,7 @@ CELL = Kind(
     lambda c, kept: c.cell_contents is kept,
     lambda c, kept: setattr(c, "cell_contents", kept),
 )
-MODULE = Kind(lambda m: {name: dict(table) for name, table in _tables_of(m).items()}, _same_module, _put_module)
+ATTRIBUTES = Kind(attributes_of, lambda own, kept: _same_mapping(attributes_of(own), kept), _put_attributes)
 # The copy of a tensor comes with the memory that it was copied from, to go back to where `.data` was set anew.
 TENSOR = Kind(
     lambda t: (t.data, t.detach().clone(), stamp_of(t)), _same_tensor, lambda t, kept: put_tensors([t], [kept])
@@ -216,3 +202,73 @@ KINDS: dict[type, Kind] = {
 def kind_of(thing: Any) -> Kind | None:
     """The kind of `thing` or of what it derives from; `None` for what has none."""
     return next((KINDS[base] for base in type(thing).__mro__ if base in KINDS), None)
+
+
+class Entry(NamedTuple):
+    """Something that may change, and what it held; `always` tells whether it is noted at every step."""
+
+    name: str
+    thing: Any
+    kind: Kind
+    kept: Any
+    always: bool
+
+    def is_same(self) -> bool:
+        """Whether it holds that still; not where it cannot be told, as of arrays of arrays."""
+        try:
+            return self.kind.same(self.thing, self.kept)
+        except (RuntimeError, TypeError, ValueError):
+            return False
+
+
+class Snapshot:
+    """What can be put back, and tensors that were not copied, each with a stamp that tells whether it changed."""
+
+    def __init__(self, random: RandomState):
+        self.random = random
+        self.entries: list[Entry] = []
+        self.watched: list[tuple[str, Tensor, tuple]] = []
+
+    def hold(self, name: str, thing: Any, kind: Kind, always: bool) -> None:
+        """Copy `thing`, unless it has nothing to copy, as a closure's variable that is not set."""
+        try:
+            self.entries.append(Entry(name, thing, kind, kind.copy(thing), always))
+        except (RuntimeError, TypeError, ValueError):
+            return
+
+    def later(self, random: RandomState) -> "Snapshot":
+        """What the same things hold now."""
+        now = Snapshot(random)
+        for entry in self.entries:
+            now.hold(entry.name, entry.thing, entry.kind, entry.always)
+        return now
+
+    def take_again(self, tensors: Iterable[Tensor]) -> None:
+        """Note some tensors as they are now: buffers that DistributedDataParallel has sent, for instance."""
+        wanted = set(map(id, tensors))
+        self.entries = [e._replace(kept=e.kind.copy(e.thing)) if id(e.thing) in wanted else e for e in self.entries]
+        self.watched = [(n, t, stamp_of(t) if id(t) in wanted else stamp) for n, t, stamp in self.watched]
+
+    def touched(self) -> set[tuple]:
+        """What has been set since: names of containers and objects, and keys within; not what was mutated."""
+        touched: set[tuple] = set()
+        for name, thing, kind, kept, _ in self.entries:
+            # Not of hooks, which have a new key each time.
+            if kind in (MAPPING, ATTRIBUTES, SLOTS, LIST):
+                now = kind.copy(thing)
+                if kind is LIST:
+                    now, kept = dict(enumerate(now)), dict(enumerate(kept))
+                touched.update((name, key) for key in now if key not in kept or now[key] is not kept[key])
+        return touched
+
+    def put(self, host: bool = True) -> None:
+        """Put everything back, the states of Python's and NumPy's generators if `host`."""
+        tensors = [entry for entry in self.entries if entry.kind is TENSOR]
+        put_tensors([entry.thing for entry in tensors], [entry.kept for entry in tensors])
+        for entry in self.entries:
+            if entry.kind is not TENSOR and not entry.is_same():
+                try:
+                    entry.kind.put(entry.thing, entry.kept)
+                except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+                    logger.warning_once(f"{entry.name} changes in both passes, since it cannot be put back: {error}.")
+        self.random.restore(host)
