@@ -7,8 +7,8 @@ import io
 import operator
 import random
 import types
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,10 +18,9 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# What every module has; of that, tables of tensors and hooks, each held by itself; and what is set for a pass.
-_OF_MODULES = vars(nn.Module())
-TABLES = {name for name, value in _OF_MODULES.items() if isinstance(value, dict)} - {"_modules"}
-_OWN_OF_MODULES = {*_OF_MODULES, "forward", "_compiled_call_impl"}
+# What every module has, and what is set on one for the length of a pass; of that, tables of hooks.
+_OWN_OF_MODULES = {*vars(nn.Module()), "forward", "_compiled_call_impl"}
+_HOOKS = [name for name, value in vars(nn.Module()).items() if "hooks" in name and isinstance(value, dict)]
 
 
 @dataclass(frozen=True)
@@ -136,13 +135,26 @@ def _put_items(items: Any, kept: list) -> None:
     (items.update if isinstance(items, set) else items.extend)(kept)
 
 
-def attributes_of(of_module: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a module's dictionary, the attributes that its class has set."""
-    return {name: value for name, value in of_module.items() if name not in _OWN_OF_MODULES}
+def attributes_of(module: nn.Module) -> dict[str, Any]:
+    """What its class has set, but for parameters, buffers and parts; nothing where that is a class of torch's own."""
+    is_torchs = type(module).__module__.startswith("torch.")
+    return {} if is_torchs else {name: value for name, value in vars(module).items() if name not in _OWN_OF_MODULES}
 
 
-def _put_attributes(of_module: dict, kept: dict) -> None:
-    _put_mapping(of_module, {**{k: v for k, v in of_module.items() if k in _OWN_OF_MODULES}, **kept})
+def _copy_module(module: nn.Module) -> dict[Any, Any]:
+    """Its attributes by name, and its hooks by table and key."""
+    hooks = {(table, key): hook for table in _HOOKS for key, hook in vars(module)[table].items()}
+    return attributes_of(module) | hooks
+
+
+def _put_module(module: nn.Module, kept: dict[Any, Any]) -> None:
+    own, attributes = vars(module), {name: value for name, value in kept.items() if isinstance(name, str)}
+    for name in attributes_of(module).keys() - attributes.keys():
+        del own[name]
+    own.update(attributes)
+    for table in _HOOKS:
+        hooks = [(name[1], hook) for name, hook in kept.items() if name not in attributes and name[0] == table]
+        _put_mapping(own[table], dict(hooks))
 
 
 def _same_tensor(tensor: Tensor, kept: tuple[Tensor, Tensor, tuple]) -> bool:
@@ -162,34 +174,34 @@ def put_tensors(tensors: Sequence[Tensor], kept: Sequence[tuple[Tensor, Tensor, 
         torch._foreach_copy_(list(tensors), [copy for _, copy, _ in kept])
 
 
-def _never(thing: Any, kept: Any) -> bool:
+def _never(*_: Any) -> bool:
     return False
 
 
 MAPPING = Kind(dict, _same_mapping, _put_mapping)
-HOOKS = replace(MAPPING)
 LIST = Kind(list, _same, _put_items)
-SET = Kind(list, lambda items, kept: items == set(kept), _put_items)
 SLOTS = Kind(Attributes.read, lambda slots, kept: _same_mapping(slots.read(), kept), Attributes.put)
-CELL = Kind(
-    lambda c: c.cell_contents,
-    lambda c, kept: c.cell_contents is kept,
-    lambda c, kept: setattr(c, "cell_contents", kept),
-)
-ATTRIBUTES = Kind(attributes_of, lambda own, kept: _same_mapping(attributes_of(own), kept), _put_attributes)
+MODULE = Kind(_copy_module, lambda module, kept: _same_mapping(_copy_module(module), kept), _put_module)
 # The copy of a tensor comes with the memory that it was copied from, to go back to where `.data` was set anew.
 TENSOR = Kind(
     lambda t: (t.data, t.detach().clone(), stamp_of(t)), _same_tensor, lambda t, kept: put_tensors([t], [kept])
 )
-ARRAY = Kind(np.copy, lambda array, kept: array.shape == kept.shape and bool(np.all(array == kept)), np.copyto)
 KINDS: dict[type, Kind] = {
     dict: MAPPING,
     list: LIST,
     collections.deque: LIST,
-    set: SET,
+    set: Kind(list, lambda items, kept: items == set(kept), _put_items),
     Attributes: SLOTS,
-    types.CellType: CELL,
-    np.ndarray: ARRAY,
+    nn.Module: MODULE,
+    Tensor: TENSOR,
+    np.ndarray: Kind(
+        np.copy, lambda array, kept: array.shape == kept.shape and bool(np.all(array == kept)), np.copyto
+    ),
+    types.CellType: Kind(
+        lambda cell: cell.cell_contents,
+        lambda cell, kept: cell.cell_contents is kept,
+        lambda cell, kept: setattr(cell, "cell_contents", kept),
+    ),
     random.Random: Kind(random.Random.getstate, _never, random.Random.setstate),
     torch.Generator: Kind(torch.Generator.get_state, _never, torch.Generator.set_state),
     np.random.RandomState: Kind(np.random.RandomState.get_state, _never, np.random.RandomState.set_state),
@@ -201,11 +213,11 @@ KINDS: dict[type, Kind] = {
 
 def kind_of(thing: Any) -> Kind | None:
     """The kind of `thing` or of what it derives from; `None` for what has none."""
-    return next((KINDS[base] for base in type(thing).__mro__ if base in KINDS), None)
+    return KINDS.get(type(thing)) or next((KINDS[base] for base in type(thing).__mro__ if base in KINDS), None)
 
 
 class Entry(NamedTuple):
-    """Something that may change, and what it held; `always` tells whether it is noted at every step."""
+    """Something that may change, and what it held; `always`: it is put back without asking whether it changed."""
 
     name: str
     thing: Any
@@ -229,18 +241,17 @@ class Snapshot:
         self.entries: list[Entry] = []
         self.watched: list[tuple[str, Tensor, tuple]] = []
 
-    def hold(self, name: str, thing: Any, kind: Kind, always: bool) -> None:
-        """Copy `thing`, unless it has nothing to copy, as a closure's variable that is not set."""
-        try:
-            self.entries.append(Entry(name, thing, kind, kind.copy(thing), always))
-        except (RuntimeError, TypeError, ValueError):
-            return
+    def hold(self, name: str, thing: Any, always: bool) -> None:
+        """Copy `thing`, if it is of a kind and has something to copy: not a closure's variable that is not set."""
+        if (kind := kind_of(thing)) is not None:
+            with contextlib.suppress(RuntimeError, TypeError, ValueError):
+                self.entries.append(Entry(name, thing, kind, kind.copy(thing), always))
 
     def later(self, random: RandomState) -> "Snapshot":
         """What the same things hold now."""
         now = Snapshot(random)
         for entry in self.entries:
-            now.hold(entry.name, entry.thing, entry.kind, entry.always)
+            now.hold(entry.name, entry.thing, entry.always)
         return now
 
     def take_again(self, tensors: Iterable[Tensor]) -> None:
@@ -253,11 +264,10 @@ class Snapshot:
         """What has been set since: names of containers and objects, and keys within; not what was mutated."""
         touched: set[tuple] = set()
         for name, thing, kind, kept, _ in self.entries:
-            # Not of hooks, which have a new key each time.
-            if kind in (MAPPING, ATTRIBUTES, SLOTS, LIST):
-                now = kind.copy(thing)
-                if kind is LIST:
-                    now, kept = dict(enumerate(now)), dict(enumerate(kept))
+            if kind in (MAPPING, SLOTS, MODULE, LIST):
+                # Hooks of modules have a new key each time.
+                now = attributes_of(thing) if kind is MODULE else kind.copy(thing)
+                now, kept = (dict(enumerate(now)), dict(enumerate(kept))) if kind is LIST else (now, kept)
                 touched.update((name, key) for key in now if key not in kept or now[key] is not kept[key])
         return touched
 

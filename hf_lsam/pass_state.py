@@ -21,24 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
-from .held import (
-    ARRAY,
-    ATTRIBUTES,
-    HOOKS,
-    MAPPING,
-    SLOTS,
-    TABLES,
-    TENSOR,
-    Attributes,
-    Entry,
-    Kind,
-    RandomState,
-    Snapshot,
-    attributes_of,
-    kind_of,
-    mark_of,
-    stamp_of,
-)
+from .held import Attributes, Entry, RandomState, Snapshot, attributes_of, kind_of, mark_of, stamp_of
 from .shards import compute_device, is_sharded
 
 logger = logging.get_logger(__name__)
@@ -68,17 +51,13 @@ class PassState:
     Holds what passes read and leave, but for the weights that are trained and their gradients.
 
     That is the random states; of the model, and of other modules, the buffers, the weights that are not trained, and
-    the attributes that users' classes set; whatever else lies in `roots`, to any depth: attributes of users' objects,
-    containers, arrays, tensors, generators, optimizers. Not what libraries keep, and not what other threads use too.
+    the attributes that users' classes set; whatever else lies in `roots`, by the names that a user knows, to any
+    depth. Not what libraries keep, and not what other threads use too.
 
     To copy all of it takes time and memory, so what changes is learnt. At the 1st, 2nd, 4th, 8th, ... step everything
     is copied, and compared after pass 1. At the others that is done with what was seen to change and what is new.
     Containers of `roots`, small tensors, and which tensors a module has are always noted; version counters tell of
     changes of the other tensors.
-
-    Args:
-        roots: What to look through, by the names that a user knows.
-        is_trained: Whether the optimizer trains a parameter, be it frozen for now or not.
 
     Attributes:
         steps: How many steps were begun, this one included.
@@ -92,15 +71,14 @@ class PassState:
         self.foreign: list[Tensor] = []
         # What the micro-batches of this step began with, and what the last one left.
         self._window: list[Snapshot] = []
-        # By their ids: what is copied at every step, since it was seen to change, or is where a module's tensors lie,
-        # or is small; modules that were visited and tensors that did not change; what lies in large containers.
-        self._changing: dict[int, tuple[str, Any, Kind]] = {}
+        # By their ids: what is copied at every step; modules that were visited, and tensors that did not change.
+        self._changing: dict[int, tuple[str, Any]] = {}
         self._known: dict[int, weakref.ref] = {}
+        # What lay in large containers, tensors of modules, things that cannot be held: by name.
         self._contents: dict[str, list[int]] = {}
-        # Tensors of modules, and things that cannot be held.
-        self._watched: list[tuple[str, Tensor]] = []
+        self._of_modules: list[tuple[str, Tensor]] = []
         self._unheld: dict[str, Any] = {}
-        # What was copied last and has not been seen to change.
+        # What the last snapshot has copied and has not been seen to change.
         self._looked: list[Entry] = []
 
     def begin_step(self) -> None:
@@ -115,7 +93,30 @@ class PassState:
 
     def before_pass_1(self) -> Snapshot:
         """What there is before pass 1."""
-        return self._snapshot(self.looks)
+        self._now, self._seen, self._bytes = Snapshot(RandomState.capture(self.device)), set[int](), 0
+        if self.looks:
+            self._known, self._contents, self._of_modules, self._unheld, self.foreign = {}, {}, [], {}, []
+        self._in_model, self._in_module = True, False
+        self._visit("model", self.model)
+        self._in_model = False
+        for name, root in self.roots().items():
+            if isinstance(root, Attributes):
+                self._hold(name, root)
+                continue
+            # The object itself may be of a library. What is left out is so wherever else it lies, too.
+            own = vars(root)
+            out = [own[key] for key in _LEFT_OUT & own.keys()]
+            self._seen.update(map(id, [root, *out, *(getattr(value, "optimizer", None) for value in out)]))
+            self._hold(name, own)
+            self._visit_all(name, [(key, value) for key, value in own.items() if not key.startswith("_lsam")])
+        if self.looks:
+            held = {id(entry.thing) for entry in self._now.entries}
+            self._changing = {place: named for place, named in self._changing.items() if place in held}
+        else:
+            for name, thing in [named for place, named in self._changing.items() if place not in self._seen]:
+                self._hold(name, thing)
+            self._now.watched += [(n, t, stamp_of(t)) for n, t in self._of_modules if id(t) not in self._seen]
+        return self._now
 
     def after_pass_1(self, random: RandomState) -> Snapshot:
         """What pass 1 has left, of all that its last micro-batch began with. (What is new, pass 2 makes anew.)"""
@@ -130,40 +131,34 @@ class PassState:
         Returns:
             The name of something that changed and was not copied, if there is any. From now on it is.
         """
-        unseen = None
-        for name, tensor, stamp in before.watched:
-            if stamp_of(tensor) != stamp:
-                unseen = unseen or name
-                self._changing[id(tensor)] = (name, tensor, TENSOR)
-        kept, self._looked = [], []
-        for entry in before.entries:
-            if not entry.always and entry.is_same():
-                if isinstance(entry.thing, (Tensor, np.ndarray)):
-                    self._known[id(entry.thing)] = weakref.ref(entry.thing)
-                self._looked.append(entry)
-                continue
-            if not entry.always:
-                self._note_change(entry)
-            kept.append(entry)
-        before.entries, before.watched = kept, []
+        unseen = [(name, tensor) for name, tensor, stamp in before.watched if stamp_of(tensor) != stamp]
+        self._changing.update((id(tensor), (name, tensor)) for name, tensor in unseen)
+        always = [entry for entry in before.entries if entry.always]
+        before.entries = always + self._changed([entry for entry in before.entries if not entry.always])
+        before.watched = []
         self._window.append(before)
-        return unseen
+        return unseen[0][0] if unseen else None
 
     def settle(self) -> None:
         """After pass 2, put back what only pass 2 changed: a teacher that was its student at first."""
-        looked, self._looked = self._looked, []
-        for entry in looked:
+        for entry in self._changed(self._looked):
+            entry.kind.put(entry.thing, entry.kept)
+
+    def _changed(self, entries: list[Entry]) -> list[Entry]:
+        """Those that have changed, which are held from now on; the others are known not to."""
+        changed, self._looked = [], []
+        for entry in entries:
             if entry.is_same():
                 self._looked.append(entry)
-            else:
-                entry.kind.put(entry.thing, entry.kept)
-                self._note_change(entry)
-
-    def _note_change(self, entry: Entry) -> None:
-        """It is held from now on. Before the former micro-batches of this step it was what it was before this one."""
-        self._changing[id(entry.thing)] = entry[:3]
-        for former in self._window:
-            former.entries.append(entry)
+                if isinstance(entry.thing, (Tensor, np.ndarray)):
+                    self._known[id(entry.thing)] = weakref.ref(entry.thing)
+                continue
+            changed.append(entry)
+            self._changing[id(entry.thing)] = entry[:2]
+            # Before the former micro-batches of this step it was what it was before this one.
+            for former in self._window:
+                former.entries.append(entry)
+        return changed
 
     def marks(self) -> dict[str, Any]:
         """What can be seen of things that are not held."""
@@ -178,40 +173,11 @@ class PassState:
                     "Change it in pass 1 only: if not trainer.in_second_pass."
                 )
 
-    def _snapshot(self, look: bool) -> Snapshot:
-        """With `look` of everything."""
-        self._now, self._seen, self._bytes = Snapshot(RandomState.capture(self.device)), set[int](), 0
-        if look:
-            self._known, self._contents, self._watched, self._unheld, self.foreign = {}, {}, [], {}, []
-        self._in_model, self._in_module = True, False
-        self._visit("model", self.model)
-        self._in_model = False
-        for name, root in self.roots().items():
-            if isinstance(root, Attributes):
-                self._hold(name, root, SLOTS)
-            else:
-                # The object itself may be of a library. What is left out is so wherever else it lies, too.
-                out = [value for key, value in vars(root).items() if key in _LEFT_OUT]
-                self._seen.update(map(id, [root, *out, *(getattr(value, "optimizer", None) for value in out)]))
-                self._hold(name, vars(root), MAPPING)
-                self._visit_all(name, [(k, v) for k, v in vars(root).items() if not k.startswith("_lsam")])
-        if look:
-            held = {id(entry.thing) for entry in self._now.entries}
-            self._changing = {place: entry for place, entry in self._changing.items() if place in held}
-        else:
-            for place, entry in self._changing.items():
-                if place not in self._seen:
-                    self._hold(*entry)
-            watched = [(n, t) for n, t in self._watched if id(t) not in self._seen]
-            self._now.watched += [(name, tensor, stamp_of(tensor)) for name, tensor in watched]
-        return self._now
-
-    def _hold(self, name: str, thing: Any, kind: Kind, always: bool = False) -> None:
-        """Note `thing`; without comparing it after pass 1 if it changes anyway, or is a container of `roots`."""
+    def _hold(self, name: str, thing: Any, always: bool = False) -> None:
+        """Copy `thing`; what lies in a module and tensors are compared after pass 1, unless they are known to change."""
         self._seen.add(id(thing))
-        is_compared = self._in_module or isinstance(thing, (Tensor, np.ndarray))
-        always = always or not is_compared or id(thing) in self._changing
-        self._now.hold(name, thing, kind, always)
+        is_compared = (self._in_module or isinstance(thing, (Tensor, np.ndarray))) and id(thing) not in self._changing
+        self._now.hold(name, thing, always or not is_compared)
 
     def _visit_all(self, name: str, parts: Iterable[tuple[Any, Any]], place: str = ".{}") -> None:
         """Visit parts of what has this name, each given with its key, which is added to the name as `place` says."""
@@ -226,21 +192,17 @@ class PassState:
 
     def _visit(self, name: str, thing: Any) -> None:
         """Hold `thing`, and visit what lies in it."""
+        if isinstance(thing, nn.Module):
+            if not self._is_known(thing):
+                self._visit_module(name, thing)
+            return
         self._seen.add(id(thing))
         if isinstance(thing, Tensor):
             self._visit_tensor(name, thing)
-        elif isinstance(thing, nn.Module):
-            if not self._is_known(thing):
-                self._visit_module(name, thing)
-        elif isinstance(thing, np.ndarray):
-            if thing.size <= _SMALL or self._is_due(thing):
-                self._hold(name, thing, ARRAY)
-        else:
-            self._visit_other(name, thing)
-
-    def _visit_other(self, name: str, thing: Any) -> None:
-        if (kind := kind_of(thing)) is not None:
-            self._hold(name, thing, kind)
+            return
+        is_held = kind_of(thing) is not None
+        if is_held and (not isinstance(thing, np.ndarray) or thing.size <= _SMALL or self._is_due(thing)):
+            self._hold(name, thing)
         if isinstance(thing, (dict, list, tuple, deque)):
             items = dict(thing if isinstance(thing, dict) else enumerate(thing))
             if len(thing) > _LARGE:
@@ -249,58 +211,57 @@ class PassState:
                     return
                 self._contents[name] = content
             self._visit_all(name, items.items(), "[{!r}]")
+        own = getattr(thing, "__dict__", {})
         if not _is_opened(thing):
             self._visit_all(name, enumerate(_parts(thing)), "")
-        elif any(isinstance(value, _THREADS) for value in getattr(thing, "__dict__", {}).values()):
+        elif any(isinstance(value, _THREADS) for value in own.values()):
             self._unheld[name] = thing
         else:
             slots = Attributes(thing, tuple(s for c in type(thing).__mro__ for s in vars(c).get("__slots__", ())))
-            if slots.names:
-                self._hold(name, slots, SLOTS)
-                self._visit_all(name, slots.read().items())
-            if attributes := getattr(thing, "__dict__", None):
-                self._hold(name, attributes, MAPPING)
-                self._visit_all(name, attributes.items())
-        if kind is None and (isinstance(thing, io.IOBase) or hasattr(thing, "__next__")):
+            for held in [slots] * bool(slots.names) + [own] * bool(own):
+                self._hold(name, held)
+            self._visit_all(name, [*slots.read().items(), *own.items()])
+        if not is_held and (isinstance(thing, io.IOBase) or hasattr(thing, "__next__")):
             self._unheld[name] = thing
 
     def _visit_module(self, name: str, module: nn.Module) -> None:
-        """Its tensors and parts, its tables of them and of hooks, and the attributes that a user's class has set."""
+        """Its tensors, its parts, and what a user's class has set on it."""
         self._known[id(module)] = weakref.ref(module)
         outer, self._in_module = self._in_module, True
         self._visit_all(name, [*module.named_buffers(recurse=False), *module.named_parameters(recurse=False)])
         self._visit_all(name, module.named_children())
-        own = {} if isinstance(module, torch.jit.ScriptModule) else vars(module)
-        is_frozen = not all(map(self.is_trained, module.parameters(recurse=False)))
-        for key, table in own.items():
-            # FSDP2 changes the weights of a module as it gathers them and lets go of them.
-            if key in TABLES and not (key == "_parameters" and is_sharded(table.values())):
-                if (key == "_buffers" and table) or (key == "_parameters" and is_frozen):
-                    self._changing[id(table)] = (f"{name}.{key}", table, MAPPING)
-                self._hold(f"{name}.{key}", table, HOOKS if "hooks" in key else MAPPING)
-        if not type(module).__module__.startswith("torch."):
-            self._hold(name, own, ATTRIBUTES)
-            self._visit_all(name, attributes_of(own).items())
+        if not isinstance(module, torch.jit.ScriptModule):
+            self._hold(name, module)
+            self._hold_table(f"{name}._buffers", module._buffers, bool(module._buffers))
+            weights = [weight for weight in module._parameters.values() if weight is not None]
+            # FSDP2 changes the table as it gathers weights and lets go of them.
+            if not is_sharded(weights):
+                self._hold_table(f"{name}._parameters", module._parameters, not all(map(self.is_trained, weights)))
+            self._visit_all(name, attributes_of(module).items())
         self._in_module = outer
 
+    def _hold_table(self, name: str, table: dict, is_noted: bool) -> None:
+        if is_noted:
+            self._changing[id(table)] = (name, table)
+        self._hold(name, table)
+
     def _visit_tensor(self, name: str, tensor: Tensor) -> None:
-        if not tensor.is_leaf or self.is_trained(tensor):
+        if not tensor.is_leaf or self.is_trained(tensor) or isinstance(tensor, DTensor):
             return
-        if isinstance(tensor, DTensor) or tensor.is_meta or tensor.is_sparse or tensor.is_inference():
-            return
-        if 0 in tensor.stride() and tensor.numel() > 1:
-            # Expanded: its entries share memory, and cannot be written.
+        # The entries of an expanded one share memory, and cannot be written.
+        is_written = not (tensor.is_meta or tensor.is_sparse or tensor.is_inference())
+        if not is_written or (0 in tensor.stride() and tensor.numel() > 1):
             return
         if tensor.requires_grad:
             self.foreign.append(tensor)
         is_small = tensor.numel() <= _SMALL and not (self._in_model and isinstance(tensor, nn.Parameter))
         if self._in_module:
-            self._watched.append((name, tensor))
+            self._of_modules.append((name, tensor))
             if is_small:
-                self._changing[id(tensor)] = (name, tensor, TENSOR)
+                self._changing[id(tensor)] = (name, tensor)
         if is_small or self._is_due(tensor):
             # A small one that is no module's is put back unseen: to compare it would be to wait for the device.
-            self._hold(name, tensor, TENSOR, always=is_small and not self.looks)
+            self._hold(name, tensor, always=is_small and not self.looks)
         else:
             self._now.watched.append((name, tensor, stamp_of(tensor)))
 
