@@ -7,7 +7,7 @@ import io
 import operator
 import random
 import types
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,8 +28,8 @@ class RandomState:
     """
     States of torch's generators, on the CPU and on the model's device, and of those of Python and NumPy.
 
-    SpecAugment and BigBird's random attention draw from NumPy inside the forward pass. Reading Python's and NumPy's
-    takes about 50 microseconds, torch's one, so where many states are kept they are left out (`None`).
+    Forward passes draw from NumPy's, too. To read it takes 50 times as long as torch's, so where many states are kept
+    those of the host are left out (`None`).
     """
 
     device: torch.device
@@ -79,11 +79,16 @@ class Attributes(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Kind:
-    """A kind of things: `copy` what one holds now, tell whether it still holds the `same`, and `put` that back."""
+    """
+    A kind of things: how to `copy` what one holds now, and to `put` that back.
+
+    `same` tells whether it still holds that. By default it does where a new copy holds the same objects, so the state
+    of a generator, which is a new object each time, is always put back.
+    """
 
     copy: Callable[[Any], Any]
-    same: Callable[[Any, Any], bool]
     put: Callable[[Any, Any], object]
+    same: Callable[[Any, Any], bool] | None = None
 
 
 def version_of(tensor: Tensor) -> int:
@@ -111,12 +116,10 @@ def mark_of(thing: Any) -> Any:
     return plain, count, thing.__length_hint__() if hasattr(thing, "__length_hint__") else None
 
 
-def _same(items: Collection, kept: Collection) -> bool:
-    return len(items) == len(kept) and all(map(operator.is_, items, kept))
-
-
-def _same_mapping(mapping: dict, kept: dict) -> bool:
-    return list(mapping) == list(kept) and _same(mapping.values(), kept.values())
+def _identical(now: Any, kept: Any) -> bool:
+    if isinstance(kept, dict):
+        return list(now) == list(kept) and all(map(operator.is_, now.values(), kept.values()))
+    return all(map(operator.is_, now, kept)) and len(now) == len(kept) if isinstance(kept, list) else now is kept
 
 
 def _put_mapping(mapping: dict, kept: dict) -> None:
@@ -143,7 +146,7 @@ def attributes_of(module: nn.Module) -> dict[str, Any]:
 
 def _copy_module(module: nn.Module) -> dict[Any, Any]:
     """Its attributes by name, and its hooks by table and key."""
-    hooks = {(table, key): hook for table in _HOOKS for key, hook in vars(module)[table].items()}
+    hooks = {(table, key): hook for table in _HOOKS for key, hook in vars(module).get(table, {}).items()}
     return attributes_of(module) | hooks
 
 
@@ -154,12 +157,7 @@ def _put_module(module: nn.Module, kept: dict[Any, Any]) -> None:
     own.update(attributes)
     for table in _HOOKS:
         hooks = [(name[1], hook) for name, hook in kept.items() if name not in attributes and name[0] == table]
-        _put_mapping(own[table], dict(hooks))
-
-
-def _same_tensor(tensor: Tensor, kept: tuple[Tensor, Tensor, tuple]) -> bool:
-    # Through `.data`, values change and the version does not. Where a pass writes the same values, another may not.
-    return stamp_of(tensor) == kept[2] and torch.equal(tensor, kept[1])
+        _put_mapping(own.get(table, {}), dict(hooks))
 
 
 @torch.no_grad()
@@ -174,40 +172,29 @@ def put_tensors(tensors: Sequence[Tensor], kept: Sequence[tuple[Tensor, Tensor, 
         torch._foreach_copy_(list(tensors), [copy for _, copy, _ in kept])
 
 
-def _never(*_: Any) -> bool:
-    return False
-
-
-MAPPING = Kind(dict, _same_mapping, _put_mapping)
-LIST = Kind(list, _same, _put_items)
-SLOTS = Kind(Attributes.read, lambda slots, kept: _same_mapping(slots.read(), kept), Attributes.put)
-MODULE = Kind(_copy_module, lambda module, kept: _same_mapping(_copy_module(module), kept), _put_module)
-# The copy of a tensor comes with the memory that it was copied from, to go back to where `.data` was set anew.
+MAPPING, LIST, SLOTS = Kind(dict, _put_mapping), Kind(list, _put_items), Kind(Attributes.read, Attributes.put)
+MODULE = Kind(_copy_module, _put_module)
+# The copy of a tensor comes with the memory that it was copied from, to go back to where `.data` was set anew. Through
+# `.data`, values change and the version does not. Where a pass writes the same values, another may not.
 TENSOR = Kind(
-    lambda t: (t.data, t.detach().clone(), stamp_of(t)), _same_tensor, lambda t, kept: put_tensors([t], [kept])
+    lambda tensor: (tensor.data, tensor.detach().clone(), stamp_of(tensor)),
+    lambda tensor, kept: put_tensors([tensor], [kept]),
+    lambda tensor, kept: stamp_of(tensor) == kept[2] and torch.equal(tensor, kept[1]),
 )
 KINDS: dict[type, Kind] = {
     dict: MAPPING,
     list: LIST,
     collections.deque: LIST,
-    set: Kind(list, lambda items, kept: items == set(kept), _put_items),
+    set: Kind(list, _put_items),
     Attributes: SLOTS,
     nn.Module: MODULE,
     Tensor: TENSOR,
-    np.ndarray: Kind(
-        np.copy, lambda array, kept: array.shape == kept.shape and bool(np.all(array == kept)), np.copyto
-    ),
-    types.CellType: Kind(
-        lambda cell: cell.cell_contents,
-        lambda cell, kept: cell.cell_contents is kept,
-        lambda cell, kept: setattr(cell, "cell_contents", kept),
-    ),
-    random.Random: Kind(random.Random.getstate, _never, random.Random.setstate),
-    torch.Generator: Kind(torch.Generator.get_state, _never, torch.Generator.set_state),
-    np.random.RandomState: Kind(np.random.RandomState.get_state, _never, np.random.RandomState.set_state),
-    np.random.Generator: Kind(
-        lambda g: g.bit_generator.state, _never, lambda g, s: setattr(g.bit_generator, "state", s)
-    ),
+    np.ndarray: Kind(np.copy, np.copyto, lambda a, kept: a.shape == kept.shape and bool(np.all(a == kept))),
+    types.CellType: Kind(lambda c: c.cell_contents, lambda c, kept: setattr(c, "cell_contents", kept)),
+    random.Random: Kind(random.Random.getstate, random.Random.setstate),
+    torch.Generator: Kind(torch.Generator.get_state, torch.Generator.set_state),
+    np.random.RandomState: Kind(np.random.RandomState.get_state, np.random.RandomState.set_state),
+    np.random.Generator: Kind(lambda g: g.bit_generator.state, lambda g, s: setattr(g.bit_generator, "state", s)),
 }
 
 
@@ -228,7 +215,8 @@ class Entry(NamedTuple):
     def is_same(self) -> bool:
         """Whether it holds that still; not where it cannot be told, as of arrays of arrays."""
         try:
-            return self.kind.same(self.thing, self.kept)
+            same, copy = self.kind.same, self.kind.copy
+            return same(self.thing, self.kept) if same else _identical(copy(self.thing), self.kept)
         except (RuntimeError, TypeError, ValueError):
             return False
 
@@ -264,10 +252,11 @@ class Snapshot:
         """What has been set since: names of containers and objects, and keys within; not what was mutated."""
         touched: set[tuple] = set()
         for name, thing, kind, kept, _ in self.entries:
-            if kind in (MAPPING, SLOTS, MODULE, LIST):
+            if kind is LIST:
+                touched.update((name, i) for i, item in enumerate(thing) if i >= len(kept) or item is not kept[i])
+            elif kind in (MAPPING, SLOTS, MODULE):
                 # Hooks of modules have a new key each time.
                 now = attributes_of(thing) if kind is MODULE else kind.copy(thing)
-                now, kept = (dict(enumerate(now)), dict(enumerate(kept))) if kind is LIST else (now, kept)
                 touched.update((name, key) for key in now if key not in kept or now[key] is not kept[key])
         return touched
 

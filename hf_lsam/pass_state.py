@@ -174,7 +174,7 @@ class PassState:
                 )
 
     def _hold(self, name: str, thing: Any, always: bool = False) -> None:
-        """Copy `thing`; what lies in a module and tensors are compared after pass 1, unless they are known to change."""
+        """Copy `thing`. What lies in a module, and tensors, are compared after pass 1, unless known to change."""
         self._seen.add(id(thing))
         is_compared = (self._in_module or isinstance(thing, (Tensor, np.ndarray))) and id(thing) not in self._changing
         self._now.hold(name, thing, always or not is_compared)
