@@ -7,18 +7,20 @@ import io
 import operator
 import random
 import types
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from transformers.utils import logging
 
-# What every module has, and what is set on one for the length of a pass; of that, what passes may change.
+logger = logging.get_logger(__name__)
+
+# What every module has, and what is set on one for the length of a pass; of that, tables of hooks.
 _OWN_OF_MODULES = {*vars(nn.Module()), "forward", "_compiled_call_impl"}
-_TABLES = {name for name, value in vars(nn.Module()).items() if isinstance(value, dict)} - {"_modules"}
+_HOOKS = [name for name, value in vars(nn.Module()).items() if "hooks" in name and isinstance(value, dict)]
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,8 @@ class RandomState:
     """
     States of torch's generators, on the CPU and on the model's device, and of those of Python and NumPy.
 
-    SpecAugment and BigBird's random attention draw from NumPy inside the forward pass. Reading Python's and NumPy's
-    takes about 50 microseconds, torch's one, so where many states are kept they are left out (`None`).
+    Forward passes draw from NumPy's, too. To read it takes 50 times as long as torch's, so where many states are kept
+    those of the host are left out (`None`).
     """
 
     device: torch.device
@@ -75,12 +77,18 @@ class Attributes(NamedTuple):
             setattr(self.owner, name, value)
 
 
-class Kind(NamedTuple):
-    """A kind of things: `copy` what one holds now, tell whether it still holds the `same`, and `put` that back."""
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """
+    A kind of things: how to `copy` what one holds now, and to `put` that back.
+
+    `same` tells whether it still holds that. By default it does where a new copy holds the same objects, so the state
+    of a generator, which is a new object each time, is always put back.
+    """
 
     copy: Callable[[Any], Any]
-    same: Callable[[Any, Any], bool]
     put: Callable[[Any, Any], object]
+    same: Callable[[Any, Any], bool] | None = None
 
 
 def version_of(tensor: Tensor) -> int:
@@ -108,12 +116,10 @@ def mark_of(thing: Any) -> Any:
     return plain, count, thing.__length_hint__() if hasattr(thing, "__length_hint__") else None
 
 
-def _same(items: Collection, kept: Collection) -> bool:
-    return len(items) == len(kept) and all(map(operator.is_, items, kept))
-
-
-def _same_mapping(mapping: dict, kept: dict) -> bool:
-    return list(mapping) == list(kept) and _same(mapping.values(), kept.values())
+def _identical(now: Any, kept: Any) -> bool:
+    if isinstance(kept, dict):
+        return list(now) == list(kept) and all(map(operator.is_, now.values(), kept.values()))
+    return all(map(operator.is_, now, kept)) and len(now) == len(kept) if isinstance(kept, list) else now is kept
 
 
 def _put_mapping(mapping: dict, kept: dict) -> None:
@@ -133,36 +139,25 @@ def _put_items(items: Any, kept: list) -> None:
 
 
 def attributes_of(module: nn.Module) -> dict[str, Any]:
-    """The attributes that the class of `module` has set, without its parameters, buffers and parts."""
-    return {name: value for name, value in vars(module).items() if name not in _OWN_OF_MODULES}
+    """What its class has set, but for parameters, buffers and parts; nothing where that is a class of torch's own."""
+    is_torchs = type(module).__module__.startswith("torch.")
+    return {} if is_torchs else {name: value for name, value in vars(module).items() if name not in _OWN_OF_MODULES}
 
 
-def _tables_of(module: nn.Module) -> dict[str, dict]:
-    """Its attributes, buffers, weights and hooks; those of a class of torch's own are not for others to put back."""
-    is_users = not type(module).__module__.startswith("torch.")
-    tables = {name: table for name, table in vars(module).items() if name in _TABLES}
-    if any(isinstance(parameter, DTensor) for parameter in module._parameters.values()):
-        # FSDP2 changes them as it gathers weights and lets go of them.
-        del tables["_parameters"]
-    return {"": attributes_of(module) if is_users else {}, **tables}
+def _copy_module(module: nn.Module) -> dict[Any, Any]:
+    """Its attributes by name, and its hooks by table and key."""
+    hooks = {(table, key): hook for table in _HOOKS for key, hook in vars(module).get(table, {}).items()}
+    return attributes_of(module) | hooks
 
 
-def _same_module(module: nn.Module, kept: dict[str, dict]) -> bool:
-    return all(_same_mapping(table, kept[name]) for name, table in _tables_of(module).items() if name in kept)
-
-
-def _put_module(module: nn.Module, kept: dict[str, dict]) -> None:
-    tables = _tables_of(module)
-    for name in tables.keys() & kept.keys() - {""}:
-        _put_mapping(tables[name], kept[name])
-    for name in tables[""].keys() - kept[""].keys():
-        del vars(module)[name]
-    vars(module).update(kept[""])
-
-
-def _same_tensor(tensor: Tensor, kept: tuple[Tensor, Tensor, tuple]) -> bool:
-    # Through `.data`, values change and the version does not. Where a pass writes the same values, another may not.
-    return stamp_of(tensor) == kept[2] and torch.equal(tensor, kept[1])
+def _put_module(module: nn.Module, kept: dict[Any, Any]) -> None:
+    own, attributes = vars(module), {name: value for name, value in kept.items() if isinstance(name, str)}
+    for name in attributes_of(module).keys() - attributes.keys():
+        del own[name]
+    own.update(attributes)
+    for table in _HOOKS:
+        hooks = [(name[1], hook) for name, hook in kept.items() if name not in attributes and name[0] == table]
+        _put_mapping(own.get(table, {}), dict(hooks))
 
 
 @torch.no_grad()
@@ -177,42 +172,102 @@ def put_tensors(tensors: Sequence[Tensor], kept: Sequence[tuple[Tensor, Tensor, 
         torch._foreach_copy_(list(tensors), [copy for _, copy, _ in kept])
 
 
-def _never(thing: Any, kept: Any) -> bool:
-    return False
-
-
-MAPPING = Kind(dict, _same_mapping, _put_mapping)
-LIST = Kind(list, _same, _put_items)
-SET = Kind(list, lambda items, kept: items == set(kept), _put_items)
-SLOTS = Kind(Attributes.read, lambda slots, kept: _same_mapping(slots.read(), kept), Attributes.put)
-CELL = Kind(
-    lambda c: c.cell_contents,
-    lambda c, kept: c.cell_contents is kept,
-    lambda c, kept: setattr(c, "cell_contents", kept),
-)
-MODULE = Kind(lambda m: {name: dict(table) for name, table in _tables_of(m).items()}, _same_module, _put_module)
-# The copy of a tensor comes with the memory that it was copied from, to go back to where `.data` was set anew.
+MAPPING, LIST, SLOTS = Kind(dict, _put_mapping), Kind(list, _put_items), Kind(Attributes.read, Attributes.put)
+MODULE = Kind(_copy_module, _put_module)
+# The copy of a tensor comes with the memory that it was copied from, to go back to where `.data` was set anew. Through
+# `.data`, values change and the version does not. Where a pass writes the same values, another may not.
 TENSOR = Kind(
-    lambda t: (t.data, t.detach().clone(), stamp_of(t)), _same_tensor, lambda t, kept: put_tensors([t], [kept])
+    lambda tensor: (tensor.data, tensor.detach().clone(), stamp_of(tensor)),
+    lambda tensor, kept: put_tensors([tensor], [kept]),
+    lambda tensor, kept: stamp_of(tensor) == kept[2] and torch.equal(tensor, kept[1]),
 )
-ARRAY = Kind(np.copy, lambda array, kept: array.shape == kept.shape and bool(np.all(array == kept)), np.copyto)
 KINDS: dict[type, Kind] = {
     dict: MAPPING,
     list: LIST,
     collections.deque: LIST,
-    set: SET,
+    set: Kind(list, _put_items),
     Attributes: SLOTS,
-    types.CellType: CELL,
-    np.ndarray: ARRAY,
-    random.Random: Kind(random.Random.getstate, _never, random.Random.setstate),
-    torch.Generator: Kind(torch.Generator.get_state, _never, torch.Generator.set_state),
-    np.random.RandomState: Kind(np.random.RandomState.get_state, _never, np.random.RandomState.set_state),
-    np.random.Generator: Kind(
-        lambda g: g.bit_generator.state, _never, lambda g, s: setattr(g.bit_generator, "state", s)
-    ),
+    nn.Module: MODULE,
+    Tensor: TENSOR,
+    np.ndarray: Kind(np.copy, np.copyto, lambda a, kept: a.shape == kept.shape and bool(np.all(a == kept))),
+    types.CellType: Kind(lambda c: c.cell_contents, lambda c, kept: setattr(c, "cell_contents", kept)),
+    random.Random: Kind(random.Random.getstate, random.Random.setstate),
+    torch.Generator: Kind(torch.Generator.get_state, torch.Generator.set_state),
+    np.random.RandomState: Kind(np.random.RandomState.get_state, np.random.RandomState.set_state),
+    np.random.Generator: Kind(lambda g: g.bit_generator.state, lambda g, s: setattr(g.bit_generator, "state", s)),
 }
 
 
 def kind_of(thing: Any) -> Kind | None:
     """The kind of `thing` or of what it derives from; `None` for what has none."""
-    return next((KINDS[base] for base in type(thing).__mro__ if base in KINDS), None)
+    return KINDS.get(type(thing)) or next((KINDS[base] for base in type(thing).__mro__ if base in KINDS), None)
+
+
+class Entry(NamedTuple):
+    """Something that may change, and what it held; `always`: it is put back without asking whether it changed."""
+
+    name: str
+    thing: Any
+    kind: Kind
+    kept: Any
+    always: bool
+
+    def is_same(self) -> bool:
+        """Whether it holds that still; not where it cannot be told, as of arrays of arrays."""
+        try:
+            same, copy = self.kind.same, self.kind.copy
+            return same(self.thing, self.kept) if same else _identical(copy(self.thing), self.kept)
+        except (RuntimeError, TypeError, ValueError):
+            return False
+
+
+class Snapshot:
+    """What can be put back, and tensors that were not copied, each with a stamp that tells whether it changed."""
+
+    def __init__(self, random: RandomState):
+        self.random = random
+        self.entries: list[Entry] = []
+        self.watched: list[tuple[str, Tensor, tuple]] = []
+
+    def hold(self, name: str, thing: Any, always: bool) -> None:
+        """Copy `thing`, if it is of a kind and has something to copy: not a closure's variable that is not set."""
+        if (kind := kind_of(thing)) is not None:
+            with contextlib.suppress(RuntimeError, TypeError, ValueError):
+                self.entries.append(Entry(name, thing, kind, kind.copy(thing), always))
+
+    def later(self, random: RandomState) -> "Snapshot":
+        """What the same things hold now."""
+        now = Snapshot(random)
+        for entry in self.entries:
+            now.hold(entry.name, entry.thing, entry.always)
+        return now
+
+    def take_again(self, tensors: Iterable[Tensor]) -> None:
+        """Note some tensors as they are now: buffers that DistributedDataParallel has sent, for instance."""
+        wanted = set(map(id, tensors))
+        self.entries = [e._replace(kept=e.kind.copy(e.thing)) if id(e.thing) in wanted else e for e in self.entries]
+        self.watched = [(n, t, stamp_of(t) if id(t) in wanted else stamp) for n, t, stamp in self.watched]
+
+    def touched(self) -> set[tuple]:
+        """What has been set since: names of containers and objects, and keys within; not what was mutated."""
+        touched: set[tuple] = set()
+        for name, thing, kind, kept, _ in self.entries:
+            if kind is LIST:
+                touched.update((name, i) for i, item in enumerate(thing) if i >= len(kept) or item is not kept[i])
+            elif kind in (MAPPING, SLOTS, MODULE):
+                # Hooks of modules have a new key each time.
+                now = attributes_of(thing) if kind is MODULE else kind.copy(thing)
+                touched.update((name, key) for key in now if key not in kept or now[key] is not kept[key])
+        return touched
+
+    def put(self, host: bool = True) -> None:
+        """Put everything back, the states of Python's and NumPy's generators if `host`."""
+        tensors = [entry for entry in self.entries if entry.kind is TENSOR]
+        put_tensors([entry.thing for entry in tensors], [entry.kept for entry in tensors])
+        for entry in self.entries:
+            if entry.kind is not TENSOR and not entry.is_same():
+                try:
+                    entry.kind.put(entry.thing, entry.kept)
+                except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+                    logger.warning_once(f"{entry.name} changes in both passes, since it cannot be put back: {error}.")
+        self.random.restore(host)

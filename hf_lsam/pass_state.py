@@ -1,7 +1,6 @@
 """What a pass reads and what it leaves: noted before pass 1, put back before pass 2, and after it."""
 
 import concurrent.futures
-import contextlib
 import functools
 import io
 import queue
@@ -11,7 +10,7 @@ import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,22 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
-from .held import (
-    ARRAY,
-    LIST,
-    MAPPING,
-    MODULE,
-    SLOTS,
-    TENSOR,
-    Attributes,
-    Kind,
-    RandomState,
-    attributes_of,
-    kind_of,
-    mark_of,
-    put_tensors,
-    stamp_of,
-)
+from .held import Attributes, Entry, RandomState, Snapshot, attributes_of, kind_of, mark_of, stamp_of
 from .shards import compute_device, is_sharded
 
 logger = logging.get_logger(__name__)
@@ -62,92 +46,18 @@ _SMALL = 1024
 _LARGE = 64
 
 
-class Entry(NamedTuple):
-    """Something that may change, and what it held; `always` tells whether it is noted at every step."""
-
-    name: str
-    thing: Any
-    kind: Kind
-    kept: Any
-    always: bool
-
-    def is_same(self) -> bool:
-        """Whether it holds that still; not where it cannot be told, as of arrays of arrays."""
-        try:
-            return self.kind.same(self.thing, self.kept)
-        except (RuntimeError, TypeError, ValueError):
-            return False
-
-
-class Snapshot:
-    """What can be put back, and tensors that were not copied, each with a stamp that tells whether it changed."""
-
-    def __init__(self, random: RandomState):
-        self.random = random
-        self.entries: list[Entry] = []
-        self.watched: list[tuple[str, Tensor, tuple]] = []
-
-    def hold(self, name: str, thing: Any, kind: Kind, always: bool) -> None:
-        """Copy `thing`, unless it has nothing to copy, as a closure's variable that is not set."""
-        with contextlib.suppress(RuntimeError, TypeError, ValueError):
-            self.entries.append(Entry(name, thing, kind, kind.copy(thing), always))
-
-    def later(self, random: RandomState) -> "Snapshot":
-        """What the same things hold now."""
-        now = Snapshot(random)
-        for entry in self.entries:
-            now.hold(entry.name, entry.thing, entry.kind, entry.always)
-        return now
-
-    def take_again(self, tensors: Iterable[Tensor]) -> None:
-        """Note some tensors as they are now: buffers that DistributedDataParallel has sent, for instance."""
-        wanted = set(map(id, tensors))
-        self.entries = [e._replace(kept=e.kind.copy(e.thing)) if id(e.thing) in wanted else e for e in self.entries]
-        self.watched = [(n, t, stamp_of(t) if id(t) in wanted else stamp) for n, t, stamp in self.watched]
-
-    def touched(self) -> set[tuple]:
-        """What has been set since: names of containers and objects, and keys within; not what was mutated."""
-        pairs: list[tuple[str, dict, dict]] = []
-        for name, thing, kind, kept, _ in self.entries:
-            if kind in (MAPPING, SLOTS):
-                pairs.append((name, kind.copy(thing), kept))
-            elif kind is LIST:
-                pairs.append((name, dict(enumerate(thing)), dict(enumerate(kept))))
-            elif kind is MODULE:
-                # Hooks have a new key each time.
-                tables = [table for table in kept if "hooks" not in table]
-                pairs += [(f"{name} {table}", kind.copy(thing).get(table, {}), kept[table]) for table in tables]
-        return {(n, key) for n, now, kept in pairs for key in now if key not in kept or now[key] is not kept[key]}
-
-    def put(self, host: bool = True) -> None:
-        """Put everything back, the states of Python's and NumPy's generators if `host`."""
-        tensors = [entry for entry in self.entries if entry.kind is TENSOR]
-        put_tensors([entry.thing for entry in tensors], [entry.kept for entry in tensors])
-        for entry in self.entries:
-            if entry.kind is not TENSOR and not entry.is_same():
-                try:
-                    entry.kind.put(entry.thing, entry.kept)
-                except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-                    logger.warning_once(f"{entry.name} changes in both passes, since it cannot be put back: {error}.")
-        self.random.restore(host)
-
-
 class PassState:
     """
     Holds what passes read and leave, but for the weights that are trained and their gradients.
 
     That is the random states; of the model, and of other modules, the buffers, the weights that are not trained, and
-    the attributes that users' classes set; whatever else lies in `roots`, to any depth: attributes of users' objects,
-    containers, arrays, tensors, generators, optimizers. Not what libraries keep, and not what other threads use too.
+    the attributes that users' classes set; whatever else lies in `roots`, by the names that a user knows, to any
+    depth. Not what libraries keep, and not what other threads use too.
 
     To copy all of it takes time and memory, so what changes is learnt. At the 1st, 2nd, 4th, 8th, ... step everything
     is copied, and compared after pass 1. At the others that is done with what was seen to change and what is new.
     Containers of `roots`, small tensors, and which tensors a module has are always noted; version counters tell of
     changes of the other tensors.
-
-    Args:
-        roots: What to look through, by the names that a user knows.
-        is_trained: Whether the optimizer trains a parameter, be it frozen for now or not.
 
     Attributes:
         steps: How many steps were begun, this one included.
@@ -161,17 +71,15 @@ class PassState:
         self.foreign: list[Tensor] = []
         # What the micro-batches of this step began with, and what the last one left.
         self._window: list[Snapshot] = []
-        self._changing: dict[int, tuple[str, Any, Kind]] = {}
-        self._unchanged: dict[int, weakref.ref] = {}
+        # By their ids: what is copied at every step; modules that were visited, and tensors that did not change.
+        self._changing: dict[int, tuple[str, Any]] = {}
+        self._known: dict[int, weakref.ref] = {}
+        # What lay in large containers, tensors of modules, things that cannot be held: by name.
         self._contents: dict[str, list[int]] = {}
-        self._modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        # Of all modules: their tensors by name, and what is always noted, which is where they lie and the small ones.
-        self._module_tensors: list[tuple[str, Tensor]] = []
-        self._always: list[tuple[str, Any, Kind]] = []
-        # What the last look has copied and has not seen to change.
-        self._looked: list[Entry] = []
+        self._of_modules: list[tuple[str, Tensor]] = []
         self._unheld: dict[str, Any] = {}
-        self._told: set[str] = set()
+        # What the last snapshot has copied and has not been seen to change.
+        self._looked: list[Entry] = []
 
     def begin_step(self) -> None:
         """To be called before the first micro-batch of a step that is to be perturbed."""
@@ -185,7 +93,30 @@ class PassState:
 
     def before_pass_1(self) -> Snapshot:
         """What there is before pass 1."""
-        return self._snapshot(self.looks)
+        self._now, self._seen, self._bytes = Snapshot(RandomState.capture(self.device)), set[int](), 0
+        if self.looks:
+            self._known, self._contents, self._of_modules, self._unheld, self.foreign = {}, {}, [], {}, []
+        self._in_model, self._in_module = True, False
+        self._visit("model", self.model)
+        self._in_model = False
+        for name, root in self.roots().items():
+            if isinstance(root, Attributes):
+                self._hold(name, root)
+                continue
+            # The object itself may be of a library. What is left out is so wherever else it lies, too.
+            own = vars(root)
+            out = [own[key] for key in _LEFT_OUT & own.keys()]
+            self._seen.update(map(id, [root, *out, *(getattr(value, "optimizer", None) for value in out)]))
+            self._hold(name, own)
+            self._visit_all(name, [(key, value) for key, value in own.items() if not key.startswith("_lsam")])
+        if self.looks:
+            held = {id(entry.thing) for entry in self._now.entries}
+            self._changing = {place: named for place, named in self._changing.items() if place in held}
+        else:
+            for name, thing in [named for place, named in self._changing.items() if place not in self._seen]:
+                self._hold(name, thing)
+            self._now.watched += [(n, t, stamp_of(t)) for n, t in self._of_modules if id(t) not in self._seen]
+        return self._now
 
     def after_pass_1(self, random: RandomState) -> Snapshot:
         """What pass 1 has left, of all that its last micro-batch began with. (What is new, pass 2 makes anew.)"""
@@ -200,39 +131,34 @@ class PassState:
         Returns:
             The name of something that changed and was not copied, if there is any. From now on it is.
         """
-        unseen = None
-        for name, tensor, stamp in before.watched:
-            if stamp_of(tensor) != stamp:
-                unseen = unseen or name
-                self._changing[id(tensor)] = (name, tensor, TENSOR)
-        kept, self._looked = [], []
-        for entry in before.entries:
-            thing = entry.thing
-            if not entry.always and id(thing) not in self._changing:
-                if entry.is_same():
-                    if isinstance(thing, (Tensor, np.ndarray)):
-                        self._unchanged[id(thing)] = weakref.ref(thing)
-                    self._looked.append(entry)
-                    continue
-                self._note_change(entry)
-            kept.append(entry)
-        before.entries, before.watched = kept, []
+        unseen = [(name, tensor) for name, tensor, stamp in before.watched if stamp_of(tensor) != stamp]
+        self._changing.update((id(tensor), (name, tensor)) for name, tensor in unseen)
+        always = [entry for entry in before.entries if entry.always]
+        before.entries = always + self._changed([entry for entry in before.entries if not entry.always])
+        before.watched = []
         self._window.append(before)
-        return unseen
+        return unseen[0][0] if unseen else None
 
     def settle(self) -> None:
         """After pass 2, put back what only pass 2 changed: a teacher that was its student at first."""
-        changed = [entry for entry in self._looked if not entry.is_same()]
-        for entry in changed:
-            self._looked.remove(entry)
+        for entry in self._changed(self._looked):
             entry.kind.put(entry.thing, entry.kept)
-            self._note_change(entry)
 
-    def _note_change(self, entry: Entry) -> None:
-        """It is held from now on. Before the former micro-batches of this step it was what it was before this one."""
-        self._changing[id(entry.thing)] = entry[:3]
-        for former in self._window:
-            former.entries.append(entry)
+    def _changed(self, entries: list[Entry]) -> list[Entry]:
+        """Those that have changed, which are held from now on; the others are known not to."""
+        changed, self._looked = [], []
+        for entry in entries:
+            if entry.is_same():
+                self._looked.append(entry)
+                if isinstance(entry.thing, (Tensor, np.ndarray)):
+                    self._known[id(entry.thing)] = weakref.ref(entry.thing)
+                continue
+            changed.append(entry)
+            self._changing[id(entry.thing)] = entry[:2]
+            # Before the former micro-batches of this step it was what it was before this one.
+            for former in self._window:
+                former.entries.append(entry)
+        return changed
 
     def marks(self) -> dict[str, Any]:
         """What can be seen of things that are not held."""
@@ -241,157 +167,113 @@ class PassState:
     def tell_changes(self, marks: dict[str, Any]) -> None:
         """Warn of things that are not held and have changed since `marks`, once by each name."""
         for name, thing in self._unheld.items():
-            if name in marks and name not in self._told and mark_of(thing) != marks[name]:
-                self._told.add(name)
-                logger.warning(
+            if name in marks and mark_of(thing) != marks[name]:
+                logger.warning_once(
                     f"{name} changes in pass 2 as it did in pass 1, and a {type(thing).__name__} cannot be put back. "
                     "Change it in pass 1 only: if not trainer.in_second_pass."
                 )
 
-    def _snapshot(self, look: bool) -> Snapshot:
-        """With `look` of everything."""
-        self._in_module, self._bytes = False, 0
-        self._now = Snapshot(RandomState.capture(self.device))
-        self._seen: set[int] = set()
-        if look:
-            self._unchanged, self._contents, self._modules = {}, {}, weakref.WeakSet()
-            self.foreign, self._unheld, self._module_tensors, self._always = [], {}, [], []
-        self._in_model = True
-        self._visit("model", self.model)
-        self._in_model = False
-        for name, root in self.roots().items():
-            if isinstance(root, Attributes):
-                self._hold(name, root, SLOTS)
-            else:
-                # The object itself may be of a library. What is left out is so wherever else it lies, too.
-                out = [value for key, value in vars(root).items() if key in _LEFT_OUT]
-                self._seen.update(map(id, [root, *out, *(getattr(value, "optimizer", None) for value in out)]))
-                self._hold(name, vars(root), MAPPING)
-                own = {k: v for k, v in vars(root).items() if k not in _LEFT_OUT and not k.startswith("_lsam")}
-                self._visit_all((f"{name}.{key}", value) for key, value in own.items())
-        for name, thing, kind in self._always:
-            if id(thing) not in self._seen:
-                self._hold(name, thing, kind, always=True)
-        if look:
-            self._changing = {place: entry for place, entry in self._changing.items() if place in self._seen}
-        else:
-            for name, thing, kind in list(self._changing.values()):
-                if id(thing) not in self._seen:
-                    self._hold(name, thing, kind)
-            watched = [(n, t) for n, t in self._module_tensors if id(t) not in self._seen]
-            self._now.watched += [(name, tensor, stamp_of(tensor)) for name, tensor in watched]
-        return self._now
-
-    def _hold(self, name: str, thing: Any, kind: Kind, always: bool = False) -> None:
+    def _hold(self, name: str, thing: Any, always: bool = False) -> None:
+        """Copy `thing`. What lies in a module, and tensors, are compared after pass 1, unless known to change."""
         self._seen.add(id(thing))
-        always = always or not (self._in_module or isinstance(thing, (Tensor, np.ndarray, nn.Module)))
-        self._now.hold(name, thing, kind, always)
+        is_compared = (self._in_module or isinstance(thing, (Tensor, np.ndarray))) and id(thing) not in self._changing
+        self._now.hold(name, thing, always or not is_compared)
 
-    def _visit_all(self, named: Iterable[tuple[str, Any]]) -> None:
-        for name, thing in named:
-            if not isinstance(thing, _PLAIN) and id(thing) not in self._seen:
+    def _visit_all(self, name: str, parts: Iterable[tuple[Any, Any]], place: str = ".{}") -> None:
+        """Visit parts of what has this name, each given with its key, which is added to the name as `place` says."""
+        for key, part in parts:
+            if not isinstance(part, _PLAIN) and id(part) not in self._seen:
+                part_name = name + place.format(key)
                 try:
-                    self._visit(name, thing)
+                    self._visit(part_name, part)
                 except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
                     # Another's object may do as it likes when it is looked at, which must end no training.
-                    logger.warning_once(f"{name} cannot be looked at, and is not put back after pass 2: {error}.")
+                    logger.warning_once(f"{part_name} cannot be looked at, and is not put back after pass 2: {error}.")
 
     def _visit(self, name: str, thing: Any) -> None:
         """Hold `thing`, and visit what lies in it."""
+        if isinstance(thing, nn.Module):
+            if not self._is_known(thing):
+                self._visit_module(name, thing)
+            return
+        self._seen.add(id(thing))
         if isinstance(thing, Tensor):
             self._visit_tensor(name, thing)
             return
-        if isinstance(thing, nn.Module):
-            self._visit_module(name, thing)
-            return
-        self._seen.add(id(thing))
-        if isinstance(thing, np.ndarray):
-            if self._is_due(thing, thing.size):
-                self._hold(name, thing, ARRAY)
-            return
-        if (kind := kind_of(thing)) is not None:
-            self._hold(name, thing, kind)
+        is_held = kind_of(thing) is not None
+        if is_held and (not isinstance(thing, np.ndarray) or thing.size <= _SMALL or self._is_due(thing)):
+            self._hold(name, thing)
         if isinstance(thing, (dict, list, tuple, deque)):
-            values = thing.values() if isinstance(thing, dict) else thing
+            items = dict(thing if isinstance(thing, dict) else enumerate(thing))
             if len(thing) > _LARGE:
-                content = [id(thing), *map(id, values)]
+                content = [id(thing), *map(id, items.values())]
                 if self._contents.get(name) == content:
                     return
                 self._contents[name] = content
-            keys = list(thing) if isinstance(thing, dict) else range(len(thing))
-            self._visit_all((f"{name}[{key!r}]", value) for key, value in zip(keys, list(values), strict=True))
-        if _is_opened(thing):
-            self._visit_object(name, thing)
+            self._visit_all(name, items.items(), "[{!r}]")
+        own = getattr(thing, "__dict__", {})
+        if not _is_opened(thing):
+            self._visit_all(name, enumerate(_parts(thing)), "")
+        elif any(isinstance(value, _THREADS) for value in own.values()):
+            self._unheld[name] = thing
         else:
-            self._visit_all((name, part) for part in _parts(thing))
-        if kind is None and (isinstance(thing, io.IOBase) or hasattr(thing, "__next__")):
+            slots = Attributes(thing, tuple(s for c in type(thing).__mro__ for s in vars(c).get("__slots__", ())))
+            for held in [slots] * bool(slots.names) + [own] * bool(own):
+                self._hold(name, held)
+            self._visit_all(name, [*slots.read().items(), *own.items()])
+        if not is_held and (isinstance(thing, io.IOBase) or hasattr(thing, "__next__")):
             self._unheld[name] = thing
-
-    def _visit_object(self, name: str, thing: Any) -> None:
-        attributes = getattr(thing, "__dict__", {})
-        if any(isinstance(value, _THREADS) for value in attributes.values()):
-            self._unheld[name] = thing
-            return
-        slots = Attributes(thing, tuple(s for c in type(thing).__mro__ for s in vars(c).get("__slots__", ())))
-        if slots.names:
-            self._hold(name, slots, SLOTS)
-        if attributes:
-            self._hold(name, attributes, MAPPING)
-        self._visit_all((f"{name}.{key}", value) for key, value in [*slots.read().items(), *attributes.items()])
 
     def _visit_module(self, name: str, module: nn.Module) -> None:
-        """All of a module, if it is time to look or it was not seen before."""
-        if module in self._modules or id(module) in self._seen:
-            return
+        """Its tensors, its parts, and what a user's class has set on it."""
+        self._known[id(module)] = weakref.ref(module)
         outer, self._in_module = self._in_module, True
-        for part_name, part in module.named_modules(prefix=name):
-            if id(part) in self._seen:
-                continue
-            self._modules.add(part)
-            self._seen.add(id(part))
-            tensors = [*part.named_buffers(recurse=False), *part.named_parameters(recurse=False)]
-            untrained = [(k, t) for k, t in tensors if not self.is_trained(t)]
-            noted = [pair for pair in untrained if pair[0] in part._buffers or not self._in_model]
-            small = [(k, t) for k, t in noted if t.numel() <= _SMALL and id(t) not in self._seen]
-            self._always += [(f"{part_name}.{key}", tensor, TENSOR) for key, tensor in small]
-            self._visit_all((f"{part_name}.{key}", tensor) for key, tensor in tensors)
-            if isinstance(part, torch.jit.ScriptModule):
-                continue
-            has_untrained = any(key in part._parameters for key, _ in untrained)
-            tables = [part._parameters] if has_untrained and not is_sharded(part._parameters.values()) else []
-            tables += [part._buffers] if part._buffers else []
-            self._always += [(part_name, table, MAPPING) for table in tables]
-            self._hold(part_name, part, MODULE)
-            if not type(part).__module__.startswith("torch."):
-                self._visit_all((f"{part_name}.{key}", value) for key, value in attributes_of(part).items())
+        self._visit_all(name, [*module.named_buffers(recurse=False), *module.named_parameters(recurse=False)])
+        self._visit_all(name, module.named_children())
+        if not isinstance(module, torch.jit.ScriptModule):
+            self._hold(name, module)
+            self._hold_table(f"{name}._buffers", module._buffers, bool(module._buffers))
+            weights = [weight for weight in module._parameters.values() if weight is not None]
+            # FSDP2 changes the table as it gathers weights and lets go of them.
+            if not is_sharded(weights):
+                self._hold_table(f"{name}._parameters", module._parameters, not all(map(self.is_trained, weights)))
+            self._visit_all(name, attributes_of(module).items())
         self._in_module = outer
 
+    def _hold_table(self, name: str, table: dict, is_noted: bool) -> None:
+        if is_noted:
+            self._changing[id(table)] = (name, table)
+        self._hold(name, table)
+
     def _visit_tensor(self, name: str, tensor: Tensor) -> None:
-        self._seen.add(id(tensor))
-        if not tensor.is_leaf or self.is_trained(tensor):
+        if not tensor.is_leaf or self.is_trained(tensor) or isinstance(tensor, DTensor):
             return
-        if isinstance(tensor, DTensor) or tensor.is_meta or tensor.is_sparse or tensor.is_inference():
+        # The entries of an expanded one share memory, and cannot be written.
+        is_written = not (tensor.is_meta or tensor.is_sparse or tensor.is_inference())
+        if not is_written or (0 in tensor.stride() and tensor.numel() > 1):
             return
-        if 0 in tensor.stride() and tensor.numel() > 1:
-            # Expanded: its entries share memory, and cannot be written.
-            return
-        if self._in_module:
-            self._module_tensors.append((name, tensor))
         if tensor.requires_grad:
             self.foreign.append(tensor)
-        if self._is_due(tensor, tensor.numel()):
+        is_small = tensor.numel() <= _SMALL and not (self._in_model and isinstance(tensor, nn.Parameter))
+        if self._in_module:
+            self._of_modules.append((name, tensor))
+            if is_small:
+                self._changing[id(tensor)] = (name, tensor)
+        if is_small or self._is_due(tensor):
             # A small one that is no module's is put back unseen: to compare it would be to wait for the device.
-            self._hold(name, tensor, TENSOR, not self._in_module and not self.looks and tensor.numel() <= _SMALL)
+            self._hold(name, tensor, always=is_small and not self.looks)
         else:
             self._now.watched.append((name, tensor, stamp_of(tensor)))
 
-    def _is_due(self, thing: Tensor | np.ndarray, entries: int) -> bool:
-        """Whether a tensor or array is to be copied: if it changes, is small, or was not seen before."""
+    def _is_due(self, thing: Tensor | np.ndarray) -> bool:
+        """Whether a large tensor or array is to be copied: if it changes, or was not seen before."""
         if id(thing) in self._changing:
             return True
         self._bytes += thing.nbytes
-        is_new = self._unchanged.get(id(thing), lambda: None)() is not thing
-        return (entries <= _SMALL and not self._in_module) or (is_new and self._bytes <= _MOST_BYTES)
+        return self._bytes <= _MOST_BYTES and not self._is_known(thing)
+
+    def _is_known(self, thing: Any) -> bool:
+        return id(thing) in self._known and self._known[id(thing)]() is thing
 
 
 def _is_opened(thing: Any) -> bool:
