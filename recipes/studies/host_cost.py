@@ -140,7 +140,7 @@ class CallCounter:
             code = frame.f_code
             if code not in self._part_of:
                 path = Path(code.co_filename).as_posix()
-                found = (part for end, name, part in PARTS if _fits(path, end) and code.co_qualname.startswith(name))
+                found = (part for end, name, part in PARTS if _fits(path, end) and code.co_name.startswith(name))
                 self._part_of[code] = next(found, None)
             part = self._part_of[code]
             if part is not None:
