@@ -1,9 +1,11 @@
-"""DeepSpeed, whose engine updates the weights itself: what of it is supported, and its update held back."""
+"""DeepSpeed, whose engine reduces gradients and updates weights itself: what of it is supported, and how it is led."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
-from torch import Tensor
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
 from transformers import Trainer
 
 from .config import LSAMConfig
@@ -43,11 +45,11 @@ def check_deepspeed(trainer: Trainer, config: LSAMConfig, way_out: str) -> None:
             "process holds whole weights (stage 3 shards them, and stage 0 is DistributedDataParallel). Set "
             f"zero_optimization.stage to 1 or 2, or launch without DeepSpeed. {way_out}"
         )
-    if config.ascent_gradient == "current":
+    if config.sharpness_scope == "micro_batch":
         raise NotImplementedError(
-            "This is a DeepSpeed run, whose engine adds up the gradients of all backward passes in its own shards and "
-            "takes none of them back, so pass 2 cannot have a gradient of its own. Use ascent_gradient='previous' "
-            f"(with alpha=1 and sharpness_scope='batch'), or launch without DeepSpeed. {way_out}"
+            "This is a DeepSpeed run, whose engine averages the gradient of each micro-batch over the processes and "
+            "adds it to those before, and sharpness_scope='micro_batch' climbs that of one process alone. Set "
+            f"sharpness_scope='batch', or launch without DeepSpeed. {way_out}"
         )
     for name, (fine, reason) in _REFUSED.items():
         value = settings.get_value(name)
@@ -63,20 +65,55 @@ def check_deepspeed(trainer: Trainer, config: LSAMConfig, way_out: str) -> None:
 
 
 @contextmanager
-def update_held_back(engine, parameters: Sequence[Tensor]) -> Iterator[None]:
+def past_engine(engine, accelerator: Accelerator) -> Iterator[nn.Module]:
+    """
+    Inside, passes over the module that is yielded leave their gradients in `.grad`, and `engine` takes no notice.
+
+    That is the module itself, called as the engine calls it, with the hooks put aside by which the engine takes each
+    gradient out of the backward pass, and with a backward pass that it does not follow by a reduction and a step.
+    """
+
+    def backward(loss: Tensor, sync_gradients: bool, scale_wrt_gas: bool = True, **kwargs) -> None:
+        (loss / engine.gradient_accumulation_steps() if scale_wrt_gas else loss).backward(**kwargs)
+
+    module, wrapper = engine.module, accelerator.deepspeed_engine_wrapped
+    own = vars(module).get("forward")
+    cast = torch.autocast(
+        engine.device.type, dtype=engine.torch_autocast_dtype(), enabled=engine.torch_autocast_enabled()
+    )
+    tables = [table for parameter in module.parameters() if (table := parameter._post_accumulate_grad_hooks)]
+    hooks = [dict(table) for table in tables]
+    try:
+        module.forward, wrapper.backward = cast(module.forward), backward
+        for table in tables:
+            table.clear()
+        yield module
+    finally:
+        for table, kept in zip(tables, hooks, strict=True):
+            table.update(kept)
+        del wrapper.backward, module.forward
+        if own is not None:
+            module.forward = own
+
+
+@contextmanager
+def update_held_back(
+    engine, parameters: Sequence[Tensor], changed: Callable[[], Collection[Tensor]]
+) -> Iterator[None]:
     """
     Inside, what asks `engine` for its step only gets the gradients; the step is taken at the end.
 
     Accelerate has the engine step right after its last backward pass of an optimizer step, that is within
-    `training_step`, when the weights are still moved and nobody has seen the gradients.
+    `training_step`, when pass 2 is to come or, with one pass, the weights are still moved.
 
     Args:
         engine: The `DeepSpeedEngine`.
         parameters: Those whose `.grad` holds, from the engine's last backward pass on, the mean over all
             micro-batches and processes, as it would without DeepSpeed. It is gathered from the shards that ZeRO keeps,
             by one all-reduce each, so all processes must give the same ones.
+        changed: Tells, at the end, those of them whose `.grad` the engine should step along instead of its own.
     """
-    from deepspeed.utils import safe_get_full_grad  # type: ignore[import-not-found]
+    from deepspeed.utils import safe_get_full_grad, safe_set_full_grad  # type: ignore[import-not-found]
 
     asked = False
 
@@ -97,6 +134,9 @@ def update_held_back(engine, parameters: Sequence[Tensor]) -> Iterator[None]:
         # Back to the method of the class.
         del engine.step
     if asked:
+        mixed = [(parameter, parameter.grad) for parameter in changed()]
         for parameter in parameters:
             parameter.grad = None
+        for parameter, gradient in mixed:
+            safe_set_full_grad(parameter, gradient)
         engine.step()

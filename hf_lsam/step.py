@@ -118,6 +118,8 @@ class LSAMStep:
         self.correction: tuple[list[Tensor], list[Tensor]] | None = None
         self.reset_log()
         self.current: tuple[int, Kept] | None = None
+        # Weights whose `.grad` is no more what pass 1 left there, in the last call.
+        self.mixed: list[Tensor] = []
         # Cost of the second passes of the last micro-batch, in plain passes over the same one.
         self.overhead = 0.0
 
@@ -156,11 +158,13 @@ class LSAMStep:
             return self.current[1]
         return Kept(self.previous, self.correction, self.log.copy())
 
-    def read_after(self, step: int) -> list[Tensor]:
-        """The parameters whose gradients of optimizer step `step` are climbed in the next one (one pass)."""
-        if not self.perturbs(step + 1):
-            return []
-        return [p for candidate in self.candidates for p in candidate.parameters if p.requires_grad]
+    def read_at(self, step: int) -> list[Tensor]:
+        """The parameters whose gradients optimizer step `step` reads: to climb now, or in the next one (one pass)."""
+        if self.config.ascent_gradient == "previous" and self.perturbs(step + 1):
+            return [p for candidate in self.candidates for p in candidate.parameters if p.requires_grad]
+        if self.config.ascent_gradient == "current" and self.perturbs(step):
+            return [p for p in self.model.parameters() if p.requires_grad]
+        return self.correction[0] if self.correction and self.config.is_active(step, self.max_steps) else []
 
     def __call__(self, pass_1: Pass, pass_2: Pass, step: int, is_last: bool) -> Tensor:
         """
@@ -180,7 +184,7 @@ class LSAMStep:
             Whatever pass 1 raises; the weights are then where they were. Of pass 2 what is no `Exception` (Ctrl-C) or
             is for the caller; the selected weights may then have lost their gradient of this call.
         """
-        self.overhead = 0.0
+        self.overhead, self.mixed = 0.0, []
         self.current = (step, self.kept(step))
         self.perturbation.seed = step
         self.log.steps += is_last
@@ -269,6 +273,7 @@ class LSAMStep:
         # For each i in S: (1 - alpha) * grad_i L(w) + alpha * grad_i L(w + eps). Of the others, `.grad` stays.
         for weight, mixed in zip(ascent.weights, mix(ascent.gradients, perturbed, self.config.alpha), strict=True):
             weight.grad = mixed
+        self.mixed = ascent.weights
         if not self.second_pass.narrow:
             self.overhead = 1.0
         elif recordings[-1].calls:
@@ -303,7 +308,9 @@ class LSAMStep:
             self._optimized = optimized
             self.second_pass.parameters = list(dict.fromkeys([*self.model.parameters(), *(optimized or ())]))
         parameters = self.second_pass.parameters
-        key = (tuple([p.grad is not None for p in parameters]), id(optimized))
+        flags = [p.grad is not None for p in parameters]
+        # DeepSpeed gives none before the last micro-batch, and then those of all.
+        key = (tuple(flags if any(flags) else [p.requires_grad for p in parameters]), id(optimized))
         if key not in self._trained:
             graded = {p for p, has in zip(parameters, key[0], strict=True) if has}
             trained = graded if optimized is None else {p for p in graded if p in optimized}
@@ -384,8 +391,9 @@ class LSAMStep:
         """LookSAM between two perturbed steps: g + scale * ||g|| * v, v the last orthogonal part, of unit length."""
         if self.correction is None:
             return
-        kept = [(w.grad, part) for w, part in zip(*self.correction, strict=True) if w.grad is not None]
-        add_along([g for g, _ in kept], [part for _, part in kept], self.config.reuse_correction)
+        kept = [(w, w.grad, part) for w, part in zip(*self.correction, strict=True) if w.grad is not None]
+        add_along([g for _, g, _ in kept], [part for *_, part in kept], self.config.reuse_correction)
+        self.mixed = [weight for weight, *_ in kept]
 
     def _count(self, ascent: Ascent, overhead: float, applied: Tensor, first_block: int) -> None:
         length = ascent.length(self.config.rho) if self.config.adaptive else self.config.rho

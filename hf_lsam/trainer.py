@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from .composition import check_order, check_repeatable
 from .config import LSAMConfig
-from .deepspeed import update_held_back
+from .deepspeed import past_engine, update_held_back
 from .distributed import check_hooks, check_supported
 from .held import Attributes
 from .passes import backward_if_any, buffers_not_sent, copy_of
@@ -165,6 +165,7 @@ class LSAMMixin(_AnyTrainer):
         own = step.config.sharpness_scope == "micro_batch" and step.perturbs(self.state.global_step)
         # A batch for each pass: a `compute_loss` may pop labels from it, or mask its tokens in place.
         has_two = step.config.ascent_gradient == "current" and step.perturbs(self.state.global_step)
+        is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         kept = copy_of((inputs, num_items_in_batch)) if has_two else None
 
         def pass_1() -> Tensor:
@@ -175,12 +176,13 @@ class LSAMMixin(_AnyTrainer):
             batch, num_items = copy_of(kept)
             # FSDP2 reduces gradients as it shards them; without it there would be none at all.
             sync = nullcontext() if self.accelerator.is_fsdp2 else self.accelerator.no_sync(model)
-            with sync, buffers_not_sent(model), backward_if_any(self.accelerator):
-                return training_step(model, batch, num_items)
+            past: AbstractContextManager = past_engine(model, self.accelerator) if is_deepspeed else nullcontext(model)
+            with sync, buffers_not_sent(model), past as called, backward_if_any(self.accelerator):
+                return training_step(called, batch, num_items)
 
         held_back: AbstractContextManager[None] = nullcontext()
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            held_back = update_held_back(model, step.read_after(self.state.global_step))
+        if is_deepspeed:
+            held_back = update_held_back(model, step.read_at(self.state.global_step), lambda: step.mixed)
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             # As the Trainer does in each pass: a schedule-free optimizer moves weights here, and never perturbed ones.
             self.optimizer.train()
