@@ -10,6 +10,7 @@ from transformers import Trainer
 
 from .config import LSAMConfig
 
+_FLOAT32 = ("fp32", "float32", "float", "torch.float32")
 # Settings of the engine beside its ZeRO stage, the values of them that are fine, and what is wrong with the others.
 _REFUSED = {
     "zero_optimization.offload_optimizer.device": (
@@ -51,6 +52,13 @@ def check_deepspeed(trainer: Trainer, config: LSAMConfig, way_out: str) -> None:
             "adds it to those before, and sharpness_scope='micro_batch' climbs that of one process alone. Set "
             f"sharpness_scope='batch', or launch without DeepSpeed. {way_out}"
         )
+    in_float32 = settings.get_value("bf16.enabled") and settings.get_value("data_types.grad_accum_dtype") in _FLOAT32
+    if stage == 1 and in_float32 and config.ascent_gradient == "current":
+        raise NotImplementedError(
+            "In bf16 with data_types.grad_accum_dtype='fp32', ZeRO stage 1 is another optimizer of DeepSpeed's, whose "
+            "gradients deepspeed.utils.safe_set_full_grad cannot set, as two passes need. Use ZeRO stage 2, which "
+            f"accumulates in float32, too, or ascent_gradient='previous'. {way_out}"
+        )
     for name, (fine, reason) in _REFUSED.items():
         value = settings.get_value(name)
         if value not in fine:
@@ -78,20 +86,20 @@ def past_engine(engine, accelerator: Accelerator) -> Iterator[nn.Module]:
 
     module, wrapper = engine.module, accelerator.deepspeed_engine_wrapped
     own = vars(module).get("forward")
-    cast = torch.autocast(
-        engine.device.type, dtype=engine.torch_autocast_dtype(), enabled=engine.torch_autocast_enabled()
-    )
     tables = [table for parameter in module.parameters() if (table := parameter._post_accumulate_grad_hooks)]
     hooks = [dict(table) for table in tables]
     try:
-        module.forward, wrapper.backward = cast(module.forward), backward
+        wrapper.backward = backward
+        if engine.torch_autocast_enabled():
+            module.forward = torch.autocast(engine.device.type, engine.torch_autocast_dtype())(module.forward)
         for table in tables:
             table.clear()
         yield module
     finally:
         for table, kept in zip(tables, hooks, strict=True):
             table.update(kept)
-        del wrapper.backward, module.forward
+        del wrapper.backward
+        vars(module).pop("forward", None)
         if own is not None:
             module.forward = own
 
