@@ -72,13 +72,21 @@ def check_deepspeed(trainer: Trainer, config: LSAMConfig, way_out: str) -> None:
         )
 
 
+def bits_sent(engine) -> int:
+    """Bits of the coarsest numbers in which `engine` averages gradients over processes."""
+    dtypes = [engine.communication_data_type]
+    if engine.torch_autocast_enabled():
+        dtypes.append(engine.torch_autocast_dtype())
+    return min(torch.finfo(dtype).bits for dtype in dtypes)
+
+
 @contextmanager
 def past_engine(engine, accelerator: Accelerator) -> Iterator[nn.Module]:
     """
     Inside, passes over the module that is yielded leave their gradients in `.grad`, and `engine` takes no notice.
 
-    That is the module itself, called as the engine calls it, with the hooks put aside by which the engine takes each
-    gradient out of the backward pass, and with a backward pass that it does not follow by a reduction and a step.
+    That is the module itself, under the engine's autocast. The hooks by which the engine takes each gradient out of
+    the backward pass are put aside, and no reduction and no step follows it.
     """
 
     def backward(loss: Tensor, sync_gradients: bool, scale_wrt_gas: bool = True, **kwargs) -> None:
@@ -98,7 +106,7 @@ def past_engine(engine, accelerator: Accelerator) -> Iterator[nn.Module]:
     finally:
         for table, kept in zip(tables, hooks, strict=True):
             table.update(kept)
-        del wrapper.backward
+        vars(wrapper).pop("backward", None)
         vars(module).pop("forward", None)
         if own is not None:
             module.forward = own

@@ -67,6 +67,7 @@ class SecondPass:
             found to be another one.
         drops: Whether outputs of blocks may be dropped: not where the model reads more than that of the last one.
         narrow: Whether only the selected weights take a gradient: not where passes ask for those of others.
+        bits: Of the numbers in which pass 1 averages gradients over processes, where those are coarser than gradients.
         checked: What pass 1 called, by its signature, where pass 2 was found to be right, and the place of the call
             that the latest such replay began with.
     """
@@ -93,6 +94,7 @@ class SecondPass:
         self.replays = replays and not hidden
         self.drops = True
         self.narrow = True
+        self.bits = 64
         self.checked: dict[tuple, int] = {}
         # Which pass runs again, if one does: 2, or where nothing else helps 1.
         self.running = 0
@@ -348,7 +350,8 @@ class SecondPass:
         if isinstance(attempt, Exception):
             return _told(attempt)
         outputs = [call.dtype for micro_batch in window for call in micro_batch.recording.calls]
-        bits = min(torch.finfo(dtype).bits for dtype in [*outputs, *(t.dtype for t in (*losses, *gradients))])
+        dtypes = [*outputs, *(tensor.dtype for tensor in (*losses, *gradients))]
+        bits = min(self.bits if together else 64, *(torch.finfo(dtype).bits for dtype in dtypes))
         if bits == 32 and (not outputs or torch.get_float32_matmul_precision() != "highest"):
             bits = 16
         for loss, other in zip(losses, attempt[0], strict=True):

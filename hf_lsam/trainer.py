@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from .composition import check_order, check_repeatable
 from .config import LSAMConfig
-from .deepspeed import past_engine, update_held_back
+from .deepspeed import bits_sent, past_engine, update_held_back
 from .distributed import check_hooks, check_supported
 from .held import Attributes
 from .passes import backward_if_any, buffers_not_sent, copy_of
@@ -182,6 +182,7 @@ class LSAMMixin(_AnyTrainer):
 
         held_back: AbstractContextManager[None] = nullcontext()
         if is_deepspeed:
+            step.second_pass.bits = bits_sent(model)
             held_back = update_held_back(model, step.read_at(self.state.global_step), lambda: step.mixed)
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             # As the Trainer does in each pass: a schedule-free optimizer moves weights here, and never perturbed ones.
