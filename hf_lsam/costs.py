@@ -153,7 +153,9 @@ class Trained:
         if optimized is not self._optimized:
             self._optimized = optimized
             self.parameters[:] = dict.fromkeys([*self._model.parameters(), *(optimized or ())])
-        key = (tuple([p.grad is not None for p in self.parameters]), id(optimized))
+        flags = [p.grad is not None for p in self.parameters]
+        # DeepSpeed gives none before the last micro-batch, and then those of all.
+        key = (tuple(flags if any(flags) else [p.requires_grad for p in self.parameters]), id(optimized))
         if key != self._key:
             graded = {p for p, has in zip(self.parameters, key[0], strict=True) if has}
             trained = graded if optimized is None else {p for p in graded if p in optimized}

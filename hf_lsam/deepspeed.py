@@ -1,13 +1,16 @@
-"""DeepSpeed, whose engine updates the weights itself: what of it is supported, and its update held back."""
+"""DeepSpeed, whose engine reduces gradients and updates weights itself: what of it is supported, and how it is led."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
-from torch import Tensor
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
 from transformers import Trainer
 
 from .config import LSAMConfig
 
+_FLOAT32 = ("fp32", "float32", "float", "torch.float32")
 # Settings of the engine beside its ZeRO stage, the values of them that are fine, and what is wrong with the others.
 _REFUSED = {
     "zero_optimization.offload_optimizer.device": ((None, "none"), "keeps the gradients away from the device"),
@@ -31,10 +34,17 @@ def check_deepspeed(trainer: Trainer, config: LSAMConfig, way_out: str) -> None:
             f"DeepSpeed runs with ZeRO stage {stage}, and LSAMTrainer supports 1 and 2: stage 3 shards the weights, "
             f"and stage 0 is DistributedDataParallel. Set zero_optimization.stage to 1 or 2. {way_out}"
         )
-    if config.ascent_gradient == "current":
+    if config.sharpness_scope == "micro_batch":
         raise NotImplementedError(
-            "DeepSpeed adds up the gradients of all backward passes and takes none of them back, so pass 2 has none "
-            f"of its own. Use ascent_gradient='previous' (with alpha=1 and sharpness_scope='batch'). {way_out}"
+            "DeepSpeed averages the gradient of each micro-batch over the processes, and "
+            f"sharpness_scope='micro_batch' climbs that of one alone. Set sharpness_scope='batch'. {way_out}"
+        )
+    in_float32 = settings.get_value("bf16.enabled") and settings.get_value("data_types.grad_accum_dtype") in _FLOAT32
+    if stage == 1 and in_float32 and config.ascent_gradient == "current":
+        raise NotImplementedError(
+            "In bf16 with data_types.grad_accum_dtype='fp32', DeepSpeed's ZeRO stage 1 takes no gradients back "
+            "(deepspeed.utils.safe_set_full_grad), as two passes need. Use ZeRO stage 2, which accumulates in "
+            f"float32, too, or ascent_gradient='previous'. {way_out}"
         )
     for name, (fine, reason) in _REFUSED.items():
         value = settings.get_value(name)
@@ -48,16 +58,59 @@ def check_deepspeed(trainer: Trainer, config: LSAMConfig, way_out: str) -> None:
         )
 
 
+def bits_sent(engine) -> int:
+    """Bits of the coarsest numbers in which `engine` averages gradients over processes."""
+    dtypes = [engine.communication_data_type]
+    if engine.torch_autocast_enabled():
+        dtypes.append(engine.torch_autocast_dtype())
+    return min(torch.finfo(dtype).bits for dtype in dtypes)
+
+
 @contextmanager
-def update_held_back(engine, parameters: Sequence[Tensor]) -> Iterator[None]:
+def past_engine(engine, accelerator: Accelerator) -> Iterator[nn.Module]:
+    """
+    Inside, passes over the module that is yielded leave their gradients in `.grad`, and `engine` takes no notice.
+
+    That is the module itself, under the engine's autocast. The hooks by which the engine takes each gradient out of
+    the backward pass are put aside, and no reduction and no step follows it.
+    """
+
+    def backward(loss: Tensor, sync_gradients: bool, scale_wrt_gas: bool = True, **kwargs) -> None:
+        (loss / engine.gradient_accumulation_steps() if scale_wrt_gas else loss).backward(**kwargs)
+
+    module, wrapper = engine.module, accelerator.deepspeed_engine_wrapped
+    own = vars(module).get("forward")
+    tables = [table for parameter in module.parameters() if (table := parameter._post_accumulate_grad_hooks)]
+    hooks = [dict(table) for table in tables]
+    try:
+        wrapper.backward = backward
+        if engine.torch_autocast_enabled():
+            module.forward = torch.autocast(engine.device.type, engine.torch_autocast_dtype())(module.forward)
+        for table in tables:
+            table.clear()
+        yield module
+    finally:
+        for table, kept in zip(tables, hooks, strict=True):
+            table.update(kept)
+        vars(wrapper).pop("backward", None)
+        vars(module).pop("forward", None)
+        if own is not None:
+            module.forward = own
+
+
+@contextmanager
+def update_held_back(
+    engine, parameters: Sequence[Tensor], changed: Callable[[], Collection[Tensor]]
+) -> Iterator[None]:
     """
     Inside, what asks the `DeepSpeedEngine` for its step only gets the gradients; the step is taken at the end.
 
-    Accelerate asks for it within `training_step`, when the weights are still moved and nobody has seen the gradients.
-    From then on `.grad` of the `parameters` holds the mean over all micro-batches and processes. It is gathered from
-    the shards that ZeRO keeps, by one all-reduce each, so all processes must give the same ones.
+    Accelerate asks for it within `training_step`, when pass 2 is to come or, with one pass, the weights are still
+    moved. From then on `.grad` of the `parameters` holds the mean over all micro-batches and processes. It is gathered
+    from the shards that ZeRO keeps, by one all-reduce each, so all processes must give the same ones. At the end
+    `changed` tells those along whose `.grad` the engine should step, and not along its own.
     """
-    from deepspeed.utils import safe_get_full_grad  # type: ignore[import-not-found]
+    from deepspeed.utils import safe_get_full_grad, safe_set_full_grad  # type: ignore[import-not-found]
 
     asked = False
 
@@ -77,6 +130,9 @@ def update_held_back(engine, parameters: Sequence[Tensor]) -> Iterator[None]:
     finally:
         del engine.step
     if asked:
+        mixed = [(parameter, parameter.grad) for parameter in changed()]
         for parameter in parameters:
             parameter.grad = None
+        for parameter, gradient in mixed:
+            safe_set_full_grad(parameter, gradient)
         engine.step()

@@ -29,11 +29,13 @@ logger = logging.get_logger(__name__)
 # Objects of these are not opened: no user counts in them.
 _LIBRARIES = {
     *sys.stdlib_module_names,
-    *("accelerate", "datasets", "evaluate", "hf_lsam", "huggingface_hub", "matplotlib", "numpy", "pandas", "PIL"),
-    *("pyarrow", "scipy", "sklearn", "tokenizers", "torch", "tqdm", "transformers", "wandb"),
+    *("accelerate", "datasets", "deepspeed", "evaluate", "hf_lsam", "huggingface_hub", "matplotlib", "numpy"),
+    *("pandas", "PIL", "pyarrow", "scipy", "sklearn", "tokenizers", "torch", "tqdm", "transformers", "wandb"),
 }
 # What a Trainer and its state hold that no pass changes.
-_LEFT_OUT = {"args", "accelerator", "optimizer", "lr_scheduler", "train_dataset", "eval_dataset", "log_history"}
+_LEFT_OUT = {
+    *("args", "accelerator", "deepspeed", "optimizer", "lr_scheduler", "train_dataset", "eval_dataset", "log_history")
+}
 _PLAIN = (int, float, complex, str, bytes, type(None), np.generic, torch.dtype, torch.device, torch.Size, type)
 # An object that holds one of these is used by other threads, too: it is not to be put back.
 _LOCKS = (threading.Condition, threading.Event, type(threading.Lock()), type(threading.RLock()))

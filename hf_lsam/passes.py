@@ -80,13 +80,16 @@ def only_gradients_of(
 
 
 def modes_kept(model: nn.Module, modules: Sequence[nn.Module]) -> Standin:
-    """Inside, `model.train()` goes through no `modules` where all of them train: it takes as long as some blocks."""
+    """Inside, the first `model.train()` leaves out `modules` that all train: to visit them takes as long as blocks."""
 
     def run(train: Callable, args: tuple, kwargs: dict) -> nn.Module:
+        # The first thing that `training_step` does; what follows, such as a pickle of the model, is not to see this.
+        standin.__exit__()
         all_train = {module.training for module in modules} == {True}
         return model if all_train and not (args or kwargs) else train(*args, **kwargs)
 
-    return Standin(model, "train", run)
+    standin = Standin(model, "train", run)
+    return standin
 
 
 def backward_if_any(accelerator: Accelerator) -> Standin:

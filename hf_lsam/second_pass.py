@@ -96,6 +96,8 @@ class SecondPass:
         self.narrow = True
         # Whether every process runs these passes now; their gradients are then averaged, and they agree.
         self.together = True
+        # Of the numbers in which processes average gradients, where those are coarser than the gradients.
+        self.bits = 64
         self.running = False
         # By its signature, a pass 1 whose pass 2 was found to be right, and where the latest such replay began.
         self.checked: dict[tuple, int] = {}
@@ -280,7 +282,8 @@ class SecondPass:
         if attempt.error is not None:
             return attempt.failure
         outputs = [call.dtype for micro_batch in window for call in micro_batch.recording.calls]
-        bits = min(torch.finfo(d).bits for d in [*outputs, *(t.dtype for t in (*wanted.losses, *wanted.gradients))])
+        dtypes = [*outputs, *(tensor.dtype for tensor in (*wanted.losses, *wanted.gradients))]
+        bits = min(self.bits if self.together else 64, *(torch.finfo(dtype).bits for dtype in dtypes))
         if bits == 32 and (not outputs or torch.get_float32_matmul_precision() != "highest"):
             bits = 16
         for loss, other in zip(wanted.losses, attempt.losses, strict=True):

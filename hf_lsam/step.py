@@ -93,6 +93,7 @@ class LSAMStep:
         self.reset_log()
         self.current: tuple[int, Kept] | None = None
         self.overhead = 0.0  # cost of pass 2 of the last micro-batch, in plain passes over the same one
+        self.mixed: list[Tensor] = []  # weights whose `.grad` is no more what pass 1 has left
 
     def reset_log(self) -> None:
         """Begin the sums of the next log line."""
@@ -112,11 +113,13 @@ class LSAMStep:
             return self.current[1]
         return Kept(self.previous, self.correction, self.log.copy())
 
-    def read_after(self, step: int) -> list[Tensor]:
-        """The parameters whose gradients of optimizer step `step` are climbed in the next one (one pass)."""
-        if not self.perturbs(step + 1):
-            return []
-        return [p for candidate in self.candidates for p in candidate.parameters if p.requires_grad]
+    def read_at(self, step: int) -> list[Tensor]:
+        """The parameters whose gradients optimizer step `step` reads: to climb now, or in the next one (one pass)."""
+        if self.config.ascent_gradient == "previous" and self.perturbs(step + 1):
+            return [p for candidate in self.candidates for p in candidate.parameters if p.requires_grad]
+        if self.config.ascent_gradient == "current" and self.perturbs(step):
+            return [p for p in self.model.parameters() if p.requires_grad]
+        return self.correction[0] if self.correction and self.config.is_active(step, self.max_steps) else []
 
     def __call__(self, pass_1: Pass, pass_2: Pass, step: int, is_last: bool) -> Tensor:
         """
@@ -132,7 +135,7 @@ class LSAMStep:
         Returns the loss of pass 1. Raises what pass 1 raises, and of pass 2 what is no `Exception` (Ctrl-C) or is for
         the caller; the weights are then where they were.
         """
-        self.overhead, self.trained.is_current = 0.0, False
+        self.overhead, self.trained.is_current, self.mixed = 0.0, False, []
         self.current = (step, self.kept(step))
         self.perturbation.seed = step
         self.log.steps += is_last
@@ -207,6 +210,7 @@ class LSAMStep:
         # For each i in S: (1 - alpha) * grad_i L(w) + alpha * grad_i L(w + eps). Of the others, `.grad` stays.
         for weight, mixed in zip(ascent.weights, mix(ascent.gradients, perturbed, self.config.alpha), strict=True):
             weight.grad = mixed
+        self.mixed = ascent.weights
         if not self.second_pass.narrow:
             self.overhead = 1.0
         elif is_recorded:
@@ -286,8 +290,9 @@ class LSAMStep:
         """LookSAM between two perturbed steps: g + scale * ||g|| * v, v the last orthogonal part, of unit length."""
         if self.correction is None:
             return
-        kept = [(w.grad, part) for w, part in zip(*self.correction, strict=True) if w.grad is not None]
-        add_along([g for g, _ in kept], [part for _, part in kept], self.config.reuse_correction)
+        kept = [(w, w.grad, part) for w, part in zip(*self.correction, strict=True) if w.grad is not None]
+        add_along([g for _, g, _ in kept], [part for *_, part in kept], self.config.reuse_correction)
+        self.mixed = [weight for weight, *_ in kept]
 
     def _count(self, ascent: Ascent, applied: Tensor) -> None:
         first = min((self.candidates[index] for index in ascent.chosen), key=self.costs.start).first_block

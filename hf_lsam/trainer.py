@@ -1,7 +1,7 @@
 """`LSAMTrainer`: the Trainer whose training step perturbs a few blocks."""
 
 from collections.abc import Collection
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import DistributedType
@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from .composition import check_order, check_repeatable
 from .config import LSAMConfig
-from .deepspeed import update_held_back
+from .deepspeed import bits_sent, past_engine, update_held_back
 from .distributed import check_hooks, check_supported
 from .held import Attributes
 from .passes import backward_if_any, buffers_not_sent, copy_of, modes_kept
@@ -131,6 +131,7 @@ class LSAMMixin(_AnyTrainer):
         own = step.config.sharpness_scope == "micro_batch" and step.perturbs(number)
         # A batch for each pass: a `compute_loss` may pop labels from it, or mask its tokens in place.
         has_two = step.config.ascent_gradient == "current" and step.perturbs(number)
+        is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         kept = copy_of((inputs, num_items_in_batch)) if has_two else None
 
         def pass_1() -> Tensor:
@@ -141,12 +142,15 @@ class LSAMMixin(_AnyTrainer):
             batch, num_items = copy_of(kept)
             # FSDP2 reduces gradients as it shards them; without it there would be none at all.
             sync = nullcontext() if self.accelerator.is_fsdp2 else self.accelerator.no_sync(model)
-            passes = modes_kept(model, step.second_pass.modules)
-            with sync, passes, buffers_not_sent(model), backward_if_any(self.accelerator):
-                return training_step(model, batch, num_items)
+            modes = modes_kept(model, step.second_pass.modules)
+            past: AbstractContextManager = past_engine(model, self.accelerator) if is_deepspeed else nullcontext(model)
+            with sync, modes, buffers_not_sent(model), past as called, backward_if_any(self.accelerator):
+                return training_step(called, batch, num_items)
 
-        is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        held_back = update_held_back(model, step.read_after(number)) if is_deepspeed else nullcontext()
+        held_back: AbstractContextManager[None] = nullcontext()
+        if is_deepspeed:
+            step.second_pass.bits = bits_sent(model)
+            held_back = update_held_back(model, step.read_at(number), lambda: step.mixed)
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             # As the Trainer does in each pass: a schedule-free optimizer moves weights here, and never perturbed ones.
             self.optimizer.train()

@@ -1,6 +1,7 @@
 """Trains tiny models under DeepSpeed in each process of a launch; `test_deepspeed.py` starts it."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,19 +35,29 @@ class Noted(Noting, LSAMTrainer):
 
 
 def trained(folder: Path, options: dict, config: dict, noted: bool = False, **run) -> dict:
-    """The weights after a training of BERT, which left the engine as it was; `noted`, also those of each pass."""
+    """The weights after a training of BERT, which left the engine as it was; `noted`, also those of the passes."""
+    model, dtypes = bert(), set()
+    model.classifier.register_forward_hook(lambda module, args, output: dtypes.add(output.dtype))
     trainer = Noted(
-        model=bert(),
-        args=arguments(folder, optim="sgd", learning_rate=0.05, **options),
-        train_dataset=Examples(16),
+        model=model,
+        args=arguments(folder, **dict(optim="sgd", learning_rate=0.05) | options),
+        train_dataset=Examples(48),
         lsam_config=LSAMConfig(**config),
     )
     trainer.train(**run)
-    assert "step" not in vars(trainer.model_wrapped)
+    assert "step" not in vars(trainer.model_wrapped) and "forward" not in vars(trainer.model)
+    assert "backward" not in vars(trainer.accelerator.deepspeed_engine_wrapped)
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
-    result = weights(trainer.model)
+    # In every pass.
+    assert dtypes == {torch.bfloat16 if {"bf16", "torch_autocast"} & {*options["deepspeed"]} else torch.float32}
+    second = trainer._lsam.second_pass
+    assert trainer._lsam.log.skipped == 0 and second.narrow and second.drops
+    assert second.replays == (config.get("block_selection") != "all")
+    # What a pass changes in the engine is not put back.
+    assert trainer.model_wrapped not in second.state._modules
+    result = weights(trainer.model) | {"overhead": torch.tensor(trainer._lsam.overhead)}
     for number, step in enumerate(trainer.steps.noted if noted else ()):
-        ((moved, _),) = step.passes
+        moved, _ = step.passes[-1]
         for name, value in step.start.items():
             result |= {f"{number}.start.{name}": value, f"{number}.pass.{name}": moved[name]}
     return result
@@ -59,8 +70,9 @@ def main():
     cases = json.loads((folder / "cases.json").read_text())
     for name, case in cases["equal"].items():
         states = States()
-        ranks.train(case, folder / "out", callbacks=[states])
+        outcome = ranks.train(case, folder / "out", int(os.environ["RANK"]), [states])
         results[name] = {f"{step}.{key}": value for step, w in enumerate(states.noted) for key, value in w.items()}
+        results[name]["skipped"] = torch.tensor(outcome["skipped"])
     for name, (options, config) in cases["resumed"].items():
         out = folder / name
         options = options | dict(save_strategy="steps", save_steps=2)

@@ -1,5 +1,5 @@
 """
-DeepSpeed: the one-pass rule under ZeRO 1 and 2 equals the run without it, and what is not supported is refused.
+DeepSpeed: training under ZeRO 1 and 2 equals the run without it, and what is not supported is refused.
 
 What trains needs DeepSpeed, which no extra of this project installs: `pip install deepspeed==0.19.8`, then
 `pytest tests/test_deepspeed.py`. It needs no GPU. The refusals are tested everywhere.
@@ -7,6 +7,7 @@ What trains needs DeepSpeed, which no extra of this project installs: `pip insta
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,11 @@ from accelerate import DeepSpeedPlugin
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 from launching import launch
-from tiny import Examples, arguments, assert_equal, bert, weights
+from test_split import Ragged
+from tiny import Examples, arguments, assert_equal, bert, blocks_of, checkpointed, largest_difference, weights
 from tiny_passes import distance, length, share_of_rounding
 
-from hf_lsam import LSAMConfig, LSAMTrainer
+from hf_lsam import LSAMConfig, LSAMTrainer, reference
 from hf_lsam.perturbation import norms
 from hf_lsam.rounding import round_stochastically
 
@@ -29,6 +31,7 @@ needs_deepspeed = pytest.mark.skipif(
     reason="DeepSpeed is not installed; pip install deepspeed==0.19.8 runs this on a CPU",
 )
 ONE_PASS = dict(rho=0.5, ascent_gradient="previous")
+TWO_PASSES = dict(rho=0.5, alpha=0.7)
 
 
 def engine(stage: int, **settings) -> dict:
@@ -40,29 +43,57 @@ def engine(stage: int, **settings) -> dict:
 
 def cases() -> dict[str, dict]:
     """By name what is trained under DeepSpeed and, with larger batches, in one process without it."""
-    accumulated = dict(per_device_train_batch_size=2, gradient_accumulation_steps=3)
-    clipped = dict(per_device_train_batch_size=2, max_grad_norm=0.1)
+    whole = dict(per_device_train_batch_size=2)
+    accumulated = whole | dict(gradient_accumulation_steps=3)
+    clipped = whole | dict(max_grad_norm=0.1)
     everything = ONE_PASS | dict(block_selection="all", adaptive=True)
+    sam = dict(rho=0.5, block_selection="all")
+    looksam = sam | dict(perturb_interval=2, reuse_correction=0.7)
     made = {}
     for stage in (1, 2):
         zero = dict(deepspeed=engine(stage))
         unlike = dict(overlap_comm=True, contiguous_gradients=False, reduce_scatter=False)
         other = dict(deepspeed=engine(stage, zero=unlike))
-        made |= {
-            f"bert-{stage}": dict(model="bert", config=ONE_PASS, rows=48, arguments=accumulated | zero),
-            f"llama-{stage}": dict(model="llama", config=ONE_PASS, rows=48, arguments=accumulated | zero),
-            f"other-{stage}": dict(model="bert", config=ONE_PASS, rows=48, arguments=accumulated | other),
-            f"asam-{stage}": dict(
-                model="bert", config=everything, rows=48, arguments=dict(per_device_train_batch_size=2) | zero
-            ),
-            f"every-second-{stage}": dict(
-                model="bert", config=ONE_PASS | dict(perturb_interval=2), rows=48, arguments=clipped | zero
-            ),
-        }
+        for name, model, config, options in (
+            ("bert", "bert", ONE_PASS, accumulated | zero),
+            ("llama", "llama", ONE_PASS, accumulated | zero),
+            ("other", "bert", ONE_PASS, accumulated | other),
+            ("asam", "bert", everything, whole | zero),
+            ("every-second", "bert", ONE_PASS | dict(perturb_interval=2), clipped | zero),
+            ("two-passes", "bert", TWO_PASSES, whole | dict(max_grad_norm=0.0) | zero),
+            ("two-passes-clipped", "bert", TWO_PASSES, clipped | zero),
+            ("two-passes-accumulated", "llama", TWO_PASSES, clipped | accumulated | zero),
+            ("two-passes-other", "bert", TWO_PASSES, accumulated | other),
+            ("two-passes-checkpointed", "bert", TWO_PASSES, accumulated | zero | checkpointed(use_reentrant=True)),
+            ("two-passes-sam", "bert", sam, accumulated | zero),
+            ("two-passes-budget", "bert", TWO_PASSES | dict(block_selection="budget", max_overhead=0.7), whole | zero),
+            ("looksam", "bert", looksam, clipped | zero),
+        ):
+            made[f"{name}-{stage}"] = dict(model=model, config=config, rows=48, arguments=options)
+    return made
+
+
+def literal_cases() -> list[str]:
+    return [name for name in cases() if name.startswith("two-passes") and "budget" not in name]
+
+
+def faults() -> dict[str, dict]:
+    """The second of two processes has a loss that is no number in pass 1, in pass 2, or an error there."""
+    made = {}
+    for stage in (1, 2):
+        made[f"plain-{stage}"] = cases()[f"two-passes-{stage}"] | dict(config=dict(block_selection="none"))
+        for name, fault in (("pass-1", (1, math.nan)), ("pass-2", (4, math.inf)), ("error", (10, None))):
+            made[f"{name}-{stage}"] = cases()[f"two-passes-{stage}"] | dict(faulty_ranks=[1], fault=fault)
     return made
 
 
 RESUMED = {f"resumed-{s}": (dict(deepspeed=engine(s)), ONE_PASS) for s in (1, 2)}
+for s in (1, 2):
+    threefold = dict(gradient_accumulation_steps=3, per_device_train_batch_size=2)
+    RESUMED[f"resumed-two-passes-{s}"] = (dict(deepspeed=engine(s)) | threefold, TWO_PASSES)
+    RESUMED[f"resumed-last-{s}"] = (dict(deepspeed=engine(s)) | threefold, TWO_PASSES | dict(block_selection="last"))
+    looksam = dict(rho=0.5, block_selection="all", perturb_interval=3, reuse_correction=0.7)
+    RESUMED[f"resumed-looksam-{s}"] = (dict(deepspeed=engine(s)), looksam)
 BF16 = {
     "bf16-1": dict(deepspeed=engine(1, bf16=dict(enabled=True)), bf16=True),
     "bf16-2": dict(deepspeed=engine(2, bf16=dict(enabled=True)), bf16=True),
@@ -71,14 +102,27 @@ BF16 = {
         deepspeed=engine(1, bf16=dict(enabled=True), data_types=dict(grad_accum_dtype="fp32")), bf16=True
     ),
 }
+IN_FLOAT32 = engine(2, bf16=dict(enabled=True), data_types=dict(grad_accum_dtype="fp32"))
+BF16_TWO_PASSES = {
+    "two-passes-bf16-1": BF16["bf16-1"],
+    "two-passes-bf16-2": BF16["bf16-2"],
+    "two-passes-bf16-2-accumulated-in-float32": dict(deepspeed=IN_FLOAT32, bf16=True),
+}
+# With no learning rate, weights that are put back after pass 2 stay what they were.
+STILL = {f"still-{name}": options | dict(learning_rate=0.0) for name, options in BF16_TWO_PASSES.items()}
+STILL |= {f"still-{s}": dict(deepspeed=engine(s), learning_rate=0.0, max_grad_norm=0.1) for s in (1, 2)}
+AUTOCAST = dict(torch_autocast=dict(enabled=True, dtype="bfloat16"))
+STILL |= {f"still-autocast-{s}": dict(deepspeed=engine(s, **AUTOCAST), learning_rate=0.0) for s in (1, 2)}
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one-process", "two-processes"])
 def launched(request, tmp_path_factory) -> tuple[int, list[dict]]:
     """The number of processes, and what each of them trained in one launch."""
     folder = tmp_path_factory.mktemp("deepspeed")
+    equal = cases() | (faults() if request.param == 2 else {})
     trained = {name: (options, ONE_PASS) for name, options in BF16.items()} if request.param == 1 else {}
-    (folder / "cases.json").write_text(json.dumps(dict(equal=cases(), resumed=RESUMED, trained=trained)))
+    trained |= {name: (options, TWO_PASSES) for name, options in (BF16_TWO_PASSES | STILL).items()}
+    (folder / "cases.json").write_text(json.dumps(dict(equal=equal, resumed=RESUMED, trained=trained)))
     launch(ranks_deepspeed.__file__, folder, request.param, timeout=600, DS_ACCELERATOR="cpu")
     return request.param, [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
@@ -109,13 +153,84 @@ def test_zero_steps_as_one_process_without_deepspeed(name, launched, tmp_path):
     single, plain = ranks_deepspeed.States(states), ranks_deepspeed.States(states)
     ranks.train(case | {"arguments": options}, tmp_path, callbacks=[single])
     ranks.train(case | {"arguments": options, "config": dict(block_selection="none")}, tmp_path, callbacks=[plain])
+    two = case["config"].get("ascent_gradient") != "previous"
     climbs = case["config"].get("perturb_interval", 1)
-    for step in range(4 if climbs == 2 else 2):
+    assert results[0][name]["skipped"] == 0
+    for step in range(4 if climbs == 2 or two else 2):
         # Of the two passes, and of the weights themselves.
         rounding = 2 * share_of_rounding(model, torch.float32) * distance(single.noted[step], states[step])
         rounding += torch.finfo(torch.float32).eps * length(states[step])
         assert distance(states[step + 1], single.noted[step]) <= rounding
-        assert (distance(single.noted[step], plain.noted[step]) > 100 * rounding) == (step == climbs)
+        assert (distance(single.noted[step], plain.noted[step]) > 100 * rounding) == (two or step == climbs)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("name", literal_cases())
+def test_two_passes_step_as_the_equations_say(name, launched):
+    """In float64, on the union of the batches of all processes and micro-batches, from the weights of each step."""
+    processes, results = launched
+    case = cases()[name]
+    model = ranks.MODELS[case["model"]]()
+    states = [weights(model)]
+    states += [{key: results[0][name][f"{step}.{key}"] for key in states[0]} for step in range(4)]
+    data = Ragged(48, language_model=True) if case["model"] == "llama" else Examples(48)
+    options, config = case["arguments"], case["config"]
+    size = options["per_device_train_batch_size"] * processes * options.get("gradient_accumulation_steps", 1)
+    model = model.double().train()
+    blocks = blocks_of(model)
+    rule = reference.top_k(2)
+    if config.get("block_selection") == "all":
+        blocks, rule = [reference.trainable(model)], reference.top_k(1)
+    for step in range(4):
+        model.load_state_dict(states[step])
+        # An epoch has 48 rows, which are a whole number of steps.
+        batch = data.batch(step * size % 48, size)
+        mixed = reference.lsam_gradient(model, [batch], blocks, 0.5, config.get("alpha", 1.0), rule)
+        clip = min(1.0, (options.get("max_grad_norm", 1.0) or math.inf) / reference.norm(list(mixed.values())))
+        moves = {n: -0.05 * clip * mixed[p] for n, p in model.named_parameters()}
+        moved = {n: states[step + 1][n].double() - states[step][n].double() for n in moves}
+        rounding = 2 * share_of_rounding(model, torch.float32) * length(moves)
+        rounding += torch.finfo(torch.float32).eps * length(states[step])
+        assert distance(moved, moves) <= rounding
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("launched", [2], indirect=True, ids=["two-processes"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_pass_2_changes_the_gradient_of_two_blocks_only(stage, launched):
+    _, results = launched
+    plain, mixed = results[0][f"plain-{stage}"], results[0][f"two-passes-{stage}"]
+    first = [name for name in plain if name.startswith("0.")]
+    changed = {tuple(name.split(".")[1:5]) for name in first if not torch.equal(plain[name], mixed[name])}
+    assert len(changed) == 2 and {name[:3] for name in changed} == {("bert", "encoder", "layer")}
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("launched", [2], indirect=True, ids=["two-processes"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_fault_in_one_process_leaves_both_in_step(stage, launched):
+    """Both end. DeepSpeed leaves out a step whose gradient is no number; where that of pass 2 is none, it is plain."""
+    _, results = launched
+    of = {name: results[1][f"{name}-{stage}"] for name in ("pass-1", "pass-2", "error", "plain", "two-passes")}
+    assert [int(of[name]["skipped"]) for name in ("pass-1", "pass-2", "error")] == [1, 1, 0]
+    first = [name for name in of["plain"] if name.startswith("0.")]
+    begun = {f"0.{name}": value for name, value in weights(bert()).items()}
+    assert_equal(begun, {name: of["pass-1"][name] for name in first})
+    assert_equal({name: of["plain"][name] for name in first}, {name: of["pass-2"][name] for name in first})
+    assert_equal({name: of["two-passes"][name] for name in first}, {name: of["error"][name] for name in first})
+    assert largest_difference(of["two-passes"], of["error"]) < 1e-5
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("name", list(STILL))
+def test_weights_are_put_back_after_pass_2(name, launched):
+    _, results = launched
+    start = bert().bfloat16() if "bf16" in name else bert()
+    noted = {n: results[0][name][f"3.start.{n}"] for n, _ in start.named_parameters()}
+    moved = {n: results[0][name][f"3.pass.{n}"] for n in noted}
+    assert_equal({n: p.detach() for n, p in start.named_parameters()}, noted)
+    assert_equal(noted, {n: results[0][name][n] for n in noted})
+    assert largest_difference(noted, moved) > 0
 
 
 @needs_deepspeed
@@ -126,13 +241,26 @@ def test_a_resumed_run_equals_one_that_went_on(name, launched):
 
 
 @needs_deepspeed
+@pytest.mark.parametrize("stage", [1, 2])
+def test_pass_2_is_replayed_as_without_deepspeed(stage, launched, tmp_path):
+    _, results = launched
+    options, config = RESUMED[f"resumed-last-{stage}"]
+    options = {name: value for name, value in options.items() if name != "deepspeed"}
+    trainer = LSAMTrainer(
+        model=bert(), args=arguments(tmp_path, **options), train_dataset=Examples(48), lsam_config=LSAMConfig(**config)
+    )
+    trainer.train()
+    assert results[0][f"resumed-last-{stage}"]["overhead"] == trainer._lsam.overhead < 0.6
+
+
+@needs_deepspeed
 @pytest.mark.parametrize("launched", [1], indirect=True, ids=["one-process"])
 @pytest.mark.parametrize("name", list(BF16))
 def test_bf16_perturbs_the_weights_of_the_model_and_updates_those_of_the_optimizer(name, launched):
     """bf16 weights are moved and restored, and the gradient there updates float32 ones, much as this loop does."""
     _, results = launched
     model = bert().bfloat16()
-    layers, trained, data = model.bert.encoder.layer, dict(model.named_parameters()), Examples(16)
+    layers, trained, data = model.bert.encoder.layer, dict(model.named_parameters()), Examples(48)
     masters, ascent = {n: p.detach().float() for n, p in trained.items()}, {}
     for step in range(4):
         start, moved = ({n: results[0][name][f"{step}.{at}.{n}"] for n in trained} for at in ("start", "pass"))
@@ -158,6 +286,44 @@ def test_bf16_perturbs_the_weights_of_the_model_and_updates_those_of_the_optimiz
     assert_rounded_alike({n: results[0][name][n] for n in trained}, masters)
 
 
+@needs_deepspeed
+@pytest.mark.parametrize("launched", [1], indirect=True, ids=["one-process"])
+@pytest.mark.parametrize("name", list(BF16_TWO_PASSES))
+def test_two_passes_in_bf16_mix_the_gradients_that_update_float32_weights(name, launched):
+    _, results = launched
+    model = bert().bfloat16()
+    layers, trained, data = model.bert.encoder.layer, dict(model.named_parameters()), Examples(48)
+    masters = {n: p.detach().float() for n, p in trained.items()}
+
+    def gradient(at: dict, step: int) -> dict:
+        with torch.no_grad():
+            for n, p in trained.items():
+                p.copy_(at[n])
+        model.zero_grad()
+        model(**data.batch(4 * step, 4)).loss.backward()
+        return {n: p.grad.clone() for n, p in trained.items()}
+
+    for step in range(4):
+        start, moved = ({n: results[0][name][f"{step}.{at}.{n}"] for n in trained} for at in ("start", "pass"))
+        assert_rounded_alike(start, masters)
+        plain = gradient(start, step)
+        sizes = [sum(p.grad.float().square().sum() for p in layer.parameters()) for layer in layers]
+        chosen = {p for index in sorted(range(4), key=lambda i: -sizes[i])[:2] for p in layers[index].parameters()}
+        selected = [n for n, p in trained.items() if p in chosen]
+        size = norms([plain[n] for n in selected]).double().square().sum().sqrt()
+        expected, draws = dict(start), torch.Generator().manual_seed(step)
+        for n in selected:
+            exact = start[n].float().add_(plain[n], alpha=float(0.5 / size))
+            expected[n] = round_stochastically(exact, torch.bfloat16, draws)
+        assert_rounded_alike(moved, expected)
+        there = gradient(moved, step)
+        mixed = plain | {n: plain[n].lerp(there[n], 0.7) for n in selected}
+        norm = reference.norm(list(mixed.values()))
+        for n in trained:
+            masters[n].sub_(mixed[n].float(), alpha=0.05 / max(1.0, norm))
+    assert_rounded_alike({n: results[0][name][n] for n in trained}, masters)
+
+
 def assert_rounded_alike(rounded: dict, exact: dict) -> None:
     """The last bit of a float32 number, such as a norm, decides how next to no weight is rounded to bf16."""
     wrong = 0
@@ -170,9 +336,10 @@ def assert_rounded_alike(rounded: dict, exact: dict) -> None:
 
 
 REFUSED = {
+    "data_types.grad_accum_dtype='fp32'": (BF16["bf16-1-accumulated-in-float32"]["deepspeed"], TWO_PASSES),
     "ZeRO stage 0": (engine(0), ONE_PASS),
     "ZeRO stage 3": (engine(3), ONE_PASS),
-    "ascent_gradient='previous'": (engine(2), {}),
+    "sharpness_scope='batch'": (engine(2), dict(sharpness_scope="micro_batch")),
     "offload_optimizer.device='cpu'": (engine(2, zero=dict(offload_optimizer=dict(device="cpu"))), ONE_PASS),
     "round_robin_gradients=True": (engine(2, zero=dict(round_robin_gradients=True)), ONE_PASS),
     "zenflow=": (engine(2, zero=dict(zenflow=dict(topk_ratio=0.1))), ONE_PASS),
