@@ -14,7 +14,7 @@ from .distributed import average_over_ranks, first_of_ranks, is_distributed
 from .perturbation import adaptive_scores, joint_norm, norms
 from .rounding import add_into, is_coarse
 from .selection import select
-from .shards import is_sharded
+from .shards import is_sharded, on_host
 from .step_log import StepLog
 
 
@@ -33,7 +33,7 @@ class Ascent:
 
     def scale(self, rho: float) -> Tensor:
         """`rho / norm`; 0 where the norm is zero or not finite, so that nothing moves."""
-        return torch.where((self.norm > 0) & self.norm.isfinite(), rho / self.norm, 0.0)
+        return (rho / self.norm).nan_to_num(0.0, posinf=0.0)
 
     def length(self, rho: float) -> Tensor:
         """How far the weights move, `||eps||`: not by `rho` where the move is adaptive."""
@@ -102,7 +102,7 @@ def find_ascent(
             return f"no block that is trained now fits max_overhead={config.max_overhead}"
     parts = squares.split(counts)
     norm = torch.cat([parts[index] for index in chosen]).sum().sqrt()
-    if norm.device.type == "cpu" and not 0 < norm.numpy() < np.inf:
+    if on_host(norm) and not 0 < norm.numpy() < np.inf:
         return "the gradient is zero or not finite"
     weights: list[Tensor] = [p for index in chosen for p in with_gradient[index]]
     direction = gradients = _gradients(weights)

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .rounding import add_into, is_coarse, wide
-from .shards import from_parts, is_sharded, local_parts, sum_over_parts
+from .shards import from_parts, is_sharded, local_parts, on_host, sum_over_parts
 
 logger = logging.get_logger(__name__)
 
@@ -190,7 +190,7 @@ def mix(plain: Tensors, perturbed: Tensors, alpha: float) -> Tensors:
 @torch.no_grad()
 def where(condition: Tensor, tensors: Tensors, others: Tensors) -> list[Tensor]:
     """`tensors` if `condition`, one boolean, else `others`; on an accelerator without waiting for it."""
-    if condition.device.type == "cpu":
+    if on_host(condition):
         return list(tensors if condition.numpy() else others)
     pairs = zip(local_parts(tensors), local_parts(others), strict=True)
     return from_parts([torch.where(condition, one, other) for one, other in pairs], tensors)
@@ -199,7 +199,7 @@ def where(condition: Tensor, tensors: Tensors, others: Tensors) -> list[Tensor]:
 @torch.no_grad()
 def zero_unless(condition: Tensor, tensors: Tensors) -> list[Tensor]:
     """`tensors` if `condition`, one boolean, else zeros; on an accelerator without waiting for it."""
-    if condition.device.type == "cpu":
+    if on_host(condition):
         return list(tensors) if condition.numpy() else [torch.zeros_like(tensor) for tensor in tensors]
     return from_parts([torch.where(condition, part, 0.0) for part in local_parts(tensors)], tensors)
 

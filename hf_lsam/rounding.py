@@ -9,14 +9,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .shards import on_host
+
 
 @torch.no_grad()
 def add_into(
     targets: Sequence[Tensor], weights: Sequence[Tensor], direction: Sequence[Tensor], scale: Tensor | float, seed: int
 ) -> None:
     """`targets = weights + scale * direction`; what has 16 bits is rounded stochastically, by draws from `seed`."""
-    if isinstance(scale, Tensor) and scale.device.type == "cpu":
-        # Unlike that of an accelerator it is there, and can be read without a wait.
+    if isinstance(scale, Tensor) and on_host(scale):
         scale = scale.numpy().item()
     coarse = [dtype for dtype in {weight.dtype for weight in weights} if is_coarse(dtype)]
     generator = torch.Generator(weights[0].device).manual_seed(seed) if coarse else None

@@ -56,6 +56,11 @@ def reshard(modules: Iterable[FSDPModule]) -> None:
         module.reshard()
 
 
+def on_host(tensor: Tensor) -> bool:
+    """Whether its values are there. Those of an accelerator have to be waited for."""
+    return tensor.device.type == "cpu"
+
+
 def compute_device(tensor: Tensor) -> torch.device:
     """Where a module with this parameter computes: for a shard that is offloaded to the CPU, not where it lies."""
     if isinstance(tensor, DTensor) and tensor.device_mesh.device_type != tensor.device.type:

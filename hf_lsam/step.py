@@ -201,7 +201,7 @@ class LSAMStep:
         if isinstance(perturbed, str):
             self.log.skip(perturbed)
             return
-        finite = norms(perturbed).isfinite().all() & ascent.norm.isfinite().to(ascent.weights[0].device)
+        finite = norms(perturbed).isfinite().all() & (ascent.norm > 0)
         if self.config.reuse_correction > 0:
             self.correction = ascent.weights, zero_unless(finite, orthogonal_part(perturbed, ascent.gradients))
         # Where it is not finite, the plain gradient takes its place. A scaler has to see it, and skips the step.
