@@ -54,7 +54,7 @@ def trained(folder: Path, options: dict, config: dict, noted: bool = False, **ru
     assert trainer._lsam.log.skipped == 0 and second.narrow and second.drops
     assert second.replays == (config.get("block_selection") != "all")
     # What a pass changes in the engine is not put back.
-    assert trainer.model_wrapped not in second.state._modules
+    assert id(trainer.model_wrapped) not in second.state._known
     result = weights(trainer.model) | {"overhead": torch.tensor(trainer._lsam.overhead)}
     for number, step in enumerate(trainer.steps.noted if noted else ()):
         moved, _ = step.passes[-1]
