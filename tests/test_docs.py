@@ -46,7 +46,7 @@ def test_every_line_of_the_equations_names_code_and_a_test():
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ") and "| in the code |" not in line]
     assert len(rows) == 17 + 12
     for *_, code, test in rows:
-        assert re.match(r"`(hf_lsam|recipes)/\w+\.py", code), code
+        assert re.match(r"`(hf_lsam|recipes)/(support/)?\w+\.py", code), code
         assert re.match(r"`tests/test_\w+\.py::test_\w+`", test), test
 
 
@@ -100,6 +100,8 @@ def test_the_walk_of_contributing_starts_from_the_code_as_it_is():
 
 
 MODULES = [name for _, name, _ in pkgutil.iter_modules(hf_lsam.__path__, "hf_lsam.")]
+# What of the recipes a user's own program imports.
+MODULES += [f"hf_lsam_recipes.support.{name}" for name in ("sharpness", "sharpness_callback")]
 
 
 @pytest.mark.parametrize("name", ["hf_lsam", *MODULES])

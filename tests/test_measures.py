@@ -10,9 +10,9 @@ from tiny_glue import rte
 from tiny_images import QUICK, SMALL, write_folder
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from hf_lsam.sharpness_callback import SharpnessCallback, block_surfaces, gradient_norms
 from hf_lsam_recipes import run_clm, run_glue, run_image_classification
 from hf_lsam_recipes.support.measures import MeasureArguments, set_up_measures
+from hf_lsam_recipes.support.sharpness_callback import SharpnessCallback, block_surfaces, gradient_norms
 
 pytest_plugins = ["glue_fixtures"]
 

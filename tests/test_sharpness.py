@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from hf_lsam import LSAMConfig, LSAMTrainer
-from hf_lsam.sharpness import LossSurface
-from hf_lsam.sharpness_callback import SharpnessCallback, block_surfaces
+from hf_lsam_recipes.support.sharpness import LossSurface
+from hf_lsam_recipes.support.sharpness_callback import SharpnessCallback, block_surfaces
 
 pytestmark = pytest.mark.usefixtures("float64")
 

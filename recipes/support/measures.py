@@ -10,7 +10,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import Trainer
 
-from hf_lsam.sharpness_callback import SharpnessCallback, block_surfaces
+from hf_lsam_recipes.support.sharpness_callback import SharpnessCallback, block_surfaces
 
 
 @dataclass

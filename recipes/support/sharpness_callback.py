@@ -2,15 +2,14 @@
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from .blocks import find_blocks
-from .perturbation import norms
-from .sharpness import LossFunction, LossSurface, model_loss
+from hf_lsam.blocks import find_blocks
+from hf_lsam.perturbation import norms
+from hf_lsam_recipes.support.sharpness import LossFunction, LossSurface, model_loss
 
 
 def block_surfaces(
@@ -19,8 +18,8 @@ def block_surfaces(
     """A surface for each transformer block that has trained weights, by its name, and `"all"` for the whole model."""
     surfaces = {}
     for name, block in find_blocks(model).items():
-        if trained := [parameter for parameter in block.parameters() if parameter.requires_grad]:
-            surfaces[name] = LossSurface(model, batches, loss_function, trained)
+        if parameters := [parameter for parameter in block.parameters() if parameter.requires_grad]:
+            surfaces[name] = LossSurface(model, batches, loss_function, parameters)
     return surfaces | {"all": LossSurface(model, batches, loss_function)}
 
 
@@ -34,7 +33,6 @@ def gradient_norms(surfaces: dict[str, LossSurface]) -> dict[str, float]:
     }
 
 
-@dataclass(eq=False, repr=False)
 class SharpnessCallback(TrainerCallback):
     """
     Logs how flat the loss is around the weights while they are trained, and changes nothing of the training.
@@ -44,20 +42,32 @@ class SharpnessCallback(TrainerCallback):
     The log gets `sharpness/gradient_norm/<block>` and `sharpness/sam/<block>`, for each block and for `all`, on demand
     `sharpness/top_eigenvalue`, and `sharpness/seconds`, the time that measuring took.
 
+    Args:
+        trainer ([`~transformers.Trainer`]): The trainer that it is added to.
+        batches (`Iterable`): See [`LossSurface`]; some hundred rows are enough to follow a training.
+        interval (`int`): Measure after every so many optimizer steps.
+        rho (`float` or `None`, *optional*, defaults to `0.05`): Length of the perturbation. `None` leaves out
+            `sharpness/sam`: what is left costs a single backward pass. Default: SAM's.
+        top_eigenvalue (`bool`, *optional*, defaults to `False`): Whether to log it: up to 200 Hessian products.
+        loss_function (`Callable`, *optional*): See [`LossSurface`].
+
     Raises:
         ValueError: if `interval` is below 1.
     """
 
-    trainer: Trainer  # the one that it is added to
-    batches: Iterable[Any]  # as of `LossSurface`; some hundred rows are enough
-    interval: int  # measure after every so many optimizer steps
-    rho: float | None = 0.05  # SAM's; `None` leaves out `sharpness/sam`, and costs a single backward pass
-    top_eigenvalue: bool = False  # whether to log it: up to 200 Hessian products
-    loss_function: LossFunction = model_loss
-
-    def __post_init__(self):
-        if self.interval < 1:
-            raise ValueError(f"interval counts optimizer steps and must be at least 1, but is {self.interval}.")
+    def __init__(
+        self,
+        trainer: Trainer,
+        batches: Iterable[Any],
+        interval: int,
+        rho: float | None = 0.05,
+        top_eigenvalue: bool = False,
+        loss_function: LossFunction = model_loss,
+    ):
+        if interval < 1:
+            raise ValueError(f"interval counts optimizer steps and must be at least 1, but is {interval}.")
+        self.trainer, self.batches, self.interval, self.rho = trainer, batches, interval, rho
+        self.top_eigenvalue, self.loss_function = top_eigenvalue, loss_function
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.interval:
