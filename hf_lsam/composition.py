@@ -1,5 +1,7 @@
 """Which Trainers layer-wise SAM can be put on."""
 
+import inspect
+
 from transformers import Trainer
 
 # Trainers of trl that train on what the model itself has just written, elsewhere than in `_prepare_inputs`.
@@ -15,6 +17,16 @@ def check_order(trainer_class: type, mixin: type) -> None:
             f"{trainer_class.__name__} names {mixin.__name__} after a Trainer, whose training_step would be called "
             f"instead. Put it first: class {trainer_class.__name__}({', '.join([mixin.__name__, *bases])})."
         )
+
+
+def signature_of(trainer_class: type, mixin: type) -> inspect.Signature | None:
+    """The arguments of the class after `mixin`, and `lsam_config`; `None` where `trainer_class` has its own."""
+    if trainer_class.__init__ is not mixin.__init__ or not issubclass(trainer_class, Trainer):  # type: ignore[misc]
+        return None
+    own = inspect.signature(mixin).parameters["lsam_config"]
+    _, *theirs = inspect.signature(super(mixin, trainer_class).__init__).parameters.values()  # type: ignore[arg-type]
+    rest = [parameter for parameter in theirs if parameter.kind is parameter.VAR_KEYWORD]
+    return inspect.Signature([*theirs[: len(theirs) - len(rest)], own, *rest])
 
 
 def check_repeatable(trainer_class: type, mixin: type) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import logging
 
-from .composition import check_order, check_repeatable
+from .composition import check_order, check_repeatable, signature_of
 from .config import LSAMConfig
 from .deepspeed import bits_sent, past_engine, update_held_back
 from .distributed import check_hooks, check_supported
@@ -65,6 +65,7 @@ class LSAMMixin(_AnyTrainer):
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         check_order(cls, LSAMMixin)
+        cls.__signature__ = signature_of(cls, LSAMMixin)
 
     def __init__(self, *args: Any, lsam_config: LSAMConfig | None = None, **kwargs: Any):
         if lsam_config is not None and not isinstance(lsam_config, LSAMConfig):

@@ -1,5 +1,7 @@
 """Trainers of transformers, and a user's own: both passes are theirs, and nothing that they count is doubled."""
 
+import inspect
+
 import pytest
 import torch
 from literal import LiteralLSAM
@@ -290,3 +292,18 @@ def test_a_trainer_that_makes_its_batch_in_each_pass_is_refused(previous, tmp_pa
     assert_equal(weights(off.model), weights(classify(Trainer, tmp_path).model))
     declared = classify(Declared, tmp_path, config)
     assert_equal(weights(declared.model), weights(classify(LSAMTrainer, tmp_path, config).model))
+
+
+@pytest.mark.parametrize("base", [Trainer, Seq2SeqTrainer])
+def test_an_editor_sees_the_arguments_of_the_trainer_and_the_settings(base):
+    ours = LSAMTrainer if base is Trainer else type("LSAMSeq2SeqTrainer", (LSAMMixin, base), {})
+    shown = dict(inspect.signature(ours).parameters)
+    assert shown.pop("lsam_config").kind is inspect.Parameter.KEYWORD_ONLY
+    assert list(shown.values()) == list(inspect.signature(base).parameters.values())
+
+    class Own(ours):
+        def __init__(self, folder):
+            super().__init__(args=arguments(folder))
+
+    assert list(inspect.signature(Own).parameters) == ["folder"]
+    assert list(inspect.signature(type("Derived", (Own,), {})).parameters) == ["folder"]
