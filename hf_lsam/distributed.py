@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import compress
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from .config import LSAMConfig
@@ -17,12 +20,19 @@ from .shards import is_sharded
 # same gradients; DeepSpeed, as far as `check_deepspeed` lets it through, gives them on request. Under FSDP2 every
 # process holds its part of each weight and, after pass 1, that of the same gradient.
 _SUPPORTED = {"NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED"}
+# Wrappers that a loop without a Trainer may have, beside those that Accelerate knows and FSDP2.
+_REFUSED_IN_LOOPS = {"DataParallel", "DeepSpeedEngine", "FullyShardedDataParallel"}
 _WAY_OUT = "Or train plainly with LSAMConfig(block_selection='none')."
 
 
 def is_distributed() -> bool:
     """Whether other processes train with this one."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def is_main_process() -> bool:
+    """Whether this process writes what all of them share."""
+    return not is_distributed() or dist.get_rank() == 0
 
 
 @torch.no_grad()
@@ -142,11 +152,40 @@ def _problems(trainer: Trainer, config: LSAMConfig) -> Iterator[str]:
         )
 
 
-def check_hooks(trainer: Trainer) -> None:
-    """Raise `NotImplementedError` if an optimizer's hooks take each gradient as soon as it is there."""
-    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
+def check_loop(model: nn.Module, config: LSAMConfig, scaler: Any, accelerator: Accelerator | None) -> None:
+    """Raise `NotImplementedError` where results of a loop without a Trainer would be wrong."""
+    if not config.enabled:
         return
-    for name, parameter in trainer.model.named_parameters():
+    if scaler is not None and accelerator is not None:
+        raise ValueError("An accelerator scales the loss by a scaler of its own. Give LSAM only one of the two.")
+    kinds = {type(module).__name__ for module in model.modules()} & _REFUSED_IN_LOOPS
+    if is_sharded(model.parameters()):
+        kinds.add("FSDP2, or another way that shards weights,")
+    if accelerator is not None and accelerator.distributed_type.value not in _SUPPORTED - {"FSDP", "DEEPSPEED"}:
+        kinds.add(accelerator.distributed_type.value)
+    for kind in sorted(kinds):
+        raise NotImplementedError(
+            f"{kind} is not supported by LSAM, which runs in one process or under DistributedDataParallel. "
+            "LSAMTrainer runs under FSDP2 and, with ascent_gradient='previous', under DeepSpeed ZeRO 1 and 2. "
+            f"{_WAY_OUT}"
+        )
+    wrapper = next((m for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
+    if is_distributed() and wrapper is None:
+        raise NotImplementedError(
+            f"{dist.get_world_size()} processes run, and each would train alone. Give LSAM the model that "
+            f"DistributedDataParallel or accelerator.prepare returns. {_WAY_OUT}"
+        )
+    if getattr(wrapper, "static_graph", False) and config.sharpness_scope == "micro_batch":
+        raise NotImplementedError(
+            "static_graph=True expects the same work in each pass, and sharpness_scope='micro_batch' averages "
+            "gradients in plain steps only. Set static_graph=False, or sharpness_scope='batch'."
+        )
+    check_hooks(model)
+
+
+def check_hooks(model: nn.Module) -> None:
+    """Raise `NotImplementedError` if an optimizer's hooks take each gradient as soon as it is there."""
+    for name, parameter in model.named_parameters():
         if getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise NotImplementedError(
                 f"{name} has hooks (register_post_accumulate_grad_hook) that take its gradient in the backward pass, "

@@ -9,7 +9,7 @@ import sys
 import threading
 import types
 import weakref
-from collections import deque
+from collections import UserDict, deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -412,4 +412,6 @@ def _parts(thing: Any) -> Iterable[Any]:
         return (thing.cell_contents,) if thing != types.CellType() else ()
     if isinstance(thing, functools.partial):
         return (thing.func, *thing.args, *thing.keywords.values())
+    if isinstance(thing, UserDict):
+        return (thing.data,)
     return ()

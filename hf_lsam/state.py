@@ -33,7 +33,7 @@ def save_state(step: LSAMStep, checkpoint: str, global_step: int, should_save: b
     """
     kept = step.kept(global_step)
     reshard(step.sharded_modules)
-    contents: dict[str, Any] = {"config": asdict(step.config), "log": kept.log.state()}
+    contents: dict[str, Any] = {"step": global_step, "config": asdict(step.config), "log": kept.log.state()}
     if kept.previous is not None:
         weights, direction = kept.previous.weights, kept.previous.direction
         contents["previous"] = {name: getattr(kept.previous, name) for name in _OF_ASCENT}
@@ -61,12 +61,16 @@ def save_state(step: LSAMStep, checkpoint: str, global_step: int, should_save: b
     draft.replace(draft.with_suffix(""))
 
 
-def load_state(step: LSAMStep, checkpoint: str) -> None:
-    """Go on from `checkpoint`, or warn and start clean; `ValueError` if it is damaged or belongs to another model."""
+def load_state(step: LSAMStep, checkpoint: str) -> int:
+    """
+    Go on from `checkpoint`, or warn and start clean; `ValueError` if it is damaged or belongs to another model.
+
+    Returns the step that it was saved before, 0 if that is not there.
+    """
     path = Path(checkpoint) / STATE_FILE
     if not path.exists():
         logger.warning(f"{checkpoint} holds no {STATE_FILE}: layer-wise SAM starts without state of earlier steps.")
-        return
+        return 0
     try:
         # What is to be sharded need not lie whole on the device.
         device = "cpu" if is_sharded(step.model.parameters()) else str(step.second_pass.state.device)
@@ -86,7 +90,7 @@ def load_state(step: LSAMStep, checkpoint: str) -> None:
         logger.warning(
             f"{checkpoint} was saved with other settings of layer-wise SAM ({what}): its state is not used."
         )
-        return
+        return int(contents["step"])
     parameters: dict[str, Tensor] = dict(step.model.named_parameters())
     for name, tensor in tensors.items():
         like = parameters.get(name)
@@ -107,3 +111,4 @@ def load_state(step: LSAMStep, checkpoint: str) -> None:
         step.previous = Ascent(**saved, weights=weights, gradients=[], direction=direction)
     elif weights:
         step.correction = (weights, direction)
+    return int(contents["step"])

@@ -216,7 +216,8 @@ class LSAMMixin(_AnyTrainer):
 
     def _new_step(self, model: nn.Module, max_steps: int, has_begun: bool = True) -> LSAMStep:
         """The steps on `model`, which may be wrapped, compiled, or both."""
-        check_hooks(self)
+        if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
+            check_hooks(self.model)
         return LSAMStep(
             self.accelerator.unwrap_model(model, keep_torch_compile=False),
             self.lsam_config,
