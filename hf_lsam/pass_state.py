@@ -405,7 +405,7 @@ def _is_opened(thing: Any) -> bool:
 def _parts(thing: Any) -> Iterable[Any]:
     """What lies in a function, or another thing without attributes of its own."""
     if isinstance(thing, types.FunctionType):
-        return thing.__closure__ or ()
+        return (*(thing.__closure__ or ()), *(thing.__defaults__ or ()))
     if isinstance(thing, types.MethodType):
         return (thing.__self__,)
     if isinstance(thing, types.CellType):

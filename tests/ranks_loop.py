@@ -1,4 +1,4 @@
-"""Loops without a Trainer in each of some processes; `tests/test_loop.py` starts them, and runs the same ones alone."""
+"""Loops without a Trainer in each of some processes; `tests/test_loop.py` starts them, and runs them alone, too."""
 
 import json
 import os
@@ -35,10 +35,10 @@ def train(case: dict, rank: int = 0, world: int = 1) -> dict:
         with nullcontext() if accelerator is None else accelerator.accumulate(called):
             if accelerator is None:
                 is_last = number % ACCUMULATION == ACCUMULATION - 1
-                loss = lsam.backward(lambda: called(**batch).loss / ACCUMULATION, is_last=is_last)
+                loss = lsam.backward(lambda: called(**batch).loss / ACCUMULATION, is_last=is_last)  # noqa: B023
             else:
                 is_last = accelerator.sync_gradients
-                loss = lsam.backward(lambda: called(**batch).loss)
+                loss = lsam.backward(lambda: called(**batch).loss)  # noqa: B023
             sent.append(None if is_last else model.classifier.bias.grad.tolist())
             if is_last or accelerator is not None:
                 optimizer.step()
