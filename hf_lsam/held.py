@@ -75,27 +75,6 @@ class Attributes(NamedTuple):
             setattr(self.owner, name, value)
 
 
-class _Variables:
-    """Has a function's global variables for its attributes."""
-
-
-def loop_roots(loop: Any) -> dict[str, Any]:
-    """What a loop's `compute_loss` may read and change: what it holds, and the global variables that it names."""
-    function = getattr(loop.compute_loss, "func", loop.compute_loss)
-    function = getattr(function, "__func__", function)
-    owner, names, parts = _Variables(), set[str](), [function]
-    owner.__dict__ = getattr(function, "__globals__", {})
-    while parts:
-        part = parts.pop()
-        code = part.__code__ if isinstance(part, types.FunctionType) else part
-        if isinstance(code, types.CodeType):
-            new = {*code.co_names} & vars(owner).keys() - names
-            names |= new
-            parts += [*code.co_consts, *(vars(owner)[name] for name in new)]
-    named = Attributes(owner, tuple(names))
-    return {"lsam": loop, "globals": named, "loss": types.SimpleNamespace(**named.read())}
-
-
 class Kind(NamedTuple):
     """A kind of things: `copy` what one holds now, tell whether it still holds the `same`, and `put` that back."""
 

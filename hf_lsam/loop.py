@@ -9,8 +9,7 @@ from torch import Tensor, amp, nn, optim
 
 from .config import LSAMConfig
 from .distributed import check_loop, is_main_process
-from .held import loop_roots
-from .optimized import Optimized
+from .given import Optimized, loop_roots, tell_of_end
 from .passes import buffers_not_sent
 from .state import load_state, save_state
 from .step import LSAMStep
@@ -46,6 +45,7 @@ class LSAM:
 
     def backward(self, compute_loss: Callable[[], Tensor], is_last: bool = True) -> Tensor:
         """Both passes of a micro-batch, after which the optimizer steps if it `is_last`; returns pass 1's loss."""
+        tell_of_end(self.step, self.max_steps)
         step, self.compute_loss = self._lsam, compute_loss
         own = step.config.sharpness_scope == "micro_batch" and step.perturbs(self.step)
 

@@ -46,8 +46,6 @@ class LoopArguments:
     Args:
         output_dir (`str`):
             Gets the model, `log.jsonl`, `all_results.json`, and a checkpoint after each epoch in `epoch_<n>`.
-        do_train, do_eval (`bool`):
-            Train, and evaluate after each epoch: both `true`, since this script does nothing else.
         resume_from_checkpoint (`bool`, *optional*, defaults to `False`):
             Go on after the last epoch that the run in `output_dir` has finished.
     """
@@ -110,8 +108,8 @@ def prepare(argv: list[str]) -> Run:
     data = load_text_data(data_args, ["train", "validation"], source.config.label2id)
     settings = check_labels(data_args, data, source.config, training=True) | {"ignore_mismatched_sizes": True}
     set_seed(args.seed)
-    auto_class = AutoModelForSequenceClassification
-    model = load_model(auto_class, source, AdapterArguments(), TaskType.SEQ_CLS, training=True, **settings)
+    whole, task_type = AdapterArguments(), TaskType.SEQ_CLS
+    model = load_model(AutoModelForSequenceClassification, source, whole, task_type, training=True, **settings)
     datasets = tokenize(data, source.tokenizer, longest_text(data_args.max_seq_length, source.tokenizer, model))
     return Run(args, lsam_config, data_args, model, source.tokenizer, datasets)
 
@@ -119,6 +117,7 @@ def prepare(argv: list[str]) -> Run:
 def execute(run: Run) -> dict[str, float]:
     """Train, and after each epoch evaluate and save; returns the metrics of the last one."""
     args, output = run.args, Path(run.args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         # The order of an epoch is decided by the seed and its number, so that a resumed run has the same.
@@ -126,14 +125,11 @@ def execute(run: Run) -> dict[str, float]:
     )
     collate = DataCollatorWithPadding(run.tokenizer)
     optimizer = torch.optim.AdamW(run.model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
-    model, optimizer, loader = accelerator.prepare(
-        run.model,
-        optimizer,
-        DataLoader(run.datasets["train"], args.per_device_train_batch_size, shuffle=True, collate_fn=collate),  # type: ignore[arg-type]
-    )
+    train_loader = DataLoader(run.datasets["train"], args.per_device_train_batch_size, True, collate_fn=collate)
+    model, optimizer, loader = accelerator.prepare(run.model, optimizer, train_loader)
     evaluated = {
         prefix: accelerator.prepare(
-            DataLoader(run.datasets[split], args.per_device_eval_batch_size, collate_fn=collate)  # type: ignore[arg-type]
+            DataLoader(run.datasets[split], args.per_device_eval_batch_size, collate_fn=collate)
         )
         for split, prefix in (("validation", "eval"), ("validation_mismatched", "eval_mm"))
         if split in run.datasets
@@ -155,7 +151,8 @@ def execute(run: Run) -> dict[str, float]:
         total, count = torch.zeros((), device=accelerator.device), 0
         for batch in loader:
             with accelerator.accumulate(model):
-                total += lsam.backward(lambda batch=batch: model(**batch).loss)  # was: accelerator.backward(loss)
+                # Was: accelerator.backward(model(**batch).loss)
+                total += lsam.backward(lambda: model(**batch).loss)  # noqa: B023
                 count += 1
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -203,7 +200,6 @@ def write(accelerator: Accelerator, output: Path, line: dict[str, float]) -> Non
     """Print a line of the log, and add it to `log.jsonl`."""
     accelerator.print(json.dumps(line))
     if accelerator.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
         with open(output / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 

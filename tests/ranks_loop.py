@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from tiny import Examples, bert, weights
+from tiny import Examples, Kept, bert, weights
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_lsam import LSAM, LSAMConfig
@@ -29,22 +29,36 @@ def train(case: dict, rank: int = 0, world: int = 1) -> dict:
     else:
         called = DistributedDataParallel(model, **case.get("ddp", {})) if world > 1 else model
     lsam = LSAM(called, optimizer, LSAMConfig(**case["config"]), STEPS, accelerator=accelerator)
-    losses, sent = [], []
+    losses, sent, buffers_sent = [], [], []
+    if world > 1:
+        send_buffers = called._sync_buffers
+        called._sync_buffers = lambda: (buffers_sent.append(lsam.in_second_pass), send_buffers())
+    # A pass 2 that fails in one process runs again there, and the other one does not wait for it.
+    fault = Kept(calls_left=20 if rank == case.get("fails_in") else 0)
+
+    def compute_loss(batch):
+        if lsam.in_second_pass and fault.calls_left:
+            fault.calls_left -= 1
+            if not fault.calls_left:
+                raise ValueError("a test's own")
+        return called(**batch).loss
+
     for number in range(STEPS * ACCUMULATION):
         batch = examples.batch(number * ROWS + rank * size, size)
         with nullcontext() if accelerator is None else accelerator.accumulate(called):
             if accelerator is None:
                 is_last = number % ACCUMULATION == ACCUMULATION - 1
-                loss = lsam.backward(lambda: called(**batch).loss / ACCUMULATION, is_last=is_last)  # noqa: B023
+                loss = lsam.backward(lambda: compute_loss(batch) / ACCUMULATION, is_last=is_last)  # noqa: B023
             else:
                 is_last = accelerator.sync_gradients
-                loss = lsam.backward(lambda: called(**batch).loss)  # noqa: B023
+                loss = lsam.backward(lambda: compute_loss(batch))  # noqa: B023
             sent.append(None if is_last else model.classifier.bias.grad.tolist())
             if is_last or accelerator is not None:
                 optimizer.step()
                 optimizer.zero_grad()
         losses.append(float(loss))
-    return {"weights": weights(model), "log": lsam.log(), "losses": losses, "unsynced": sent, "step": lsam.step}
+    left = {"log": lsam.log(), "step": lsam.step, "calls_left": fault.calls_left, "buffers_sent": buffers_sent}
+    return {"weights": weights(model), "losses": losses, "unsynced": sent} | left
 
 
 def refusals() -> dict[str, str]:

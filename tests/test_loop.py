@@ -5,11 +5,13 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from launching import launch
 from ranks_loop import train as train_loop
@@ -147,6 +149,34 @@ def test_a_scaler_skips_a_step_of_either_pass_that_overflows(second_pass):
     assert largest_difference(weights(model), before) > 1e-4 and lsam.log()["lsam/active"] == 1
 
 
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_autocast_around_the_call_is_autocast_within(accumulation):
+    """Autocast keeps the rounded weights until its end: those of pass 1 are not those of pass 2."""
+    within, around = torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", torch.bfloat16)
+    results = []
+    for inner, outer in ((within, nullcontext()), (nullcontext(), around)):
+        model = bert().train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        lsam = LSAM(model, optimizer, LSAMConfig(rho=1.0), max_steps=3)
+        wrapped = Within(model, inner)
+        with outer:
+            loop(wrapped, optimizer, lsam, Examples(12 * accumulation), 3, accumulation=accumulation)
+        results.append(weights(model))
+    assert_equal(*results)
+
+
+class Within(nn.Module):
+    """A model that is called within a context."""
+
+    def __init__(self, model, context):
+        super().__init__()
+        self.model, self.context = model, context
+
+    def forward(self, **batch):
+        with self.context:
+            return self.model(**batch)
+
+
 # Processes
 
 CASES = {
@@ -154,6 +184,7 @@ CASES = {
     "micro-batch": {"config": dict(rho=0.1, sharpness_scope="micro_batch", block_selection="last")},
     "one pass": {"config": dict(rho=0.1, ascent_gradient="previous")},
     "looksam": {"config": dict(rho=0.1, block_selection="all", perturb_interval=2, reuse_correction=0.7)},
+    "fault": {"config": dict(rho=0.1), "fails_in": 1},
     "views": {"config": dict(rho=0.1), "ddp": {"gradient_as_bucket_view": True}},
     # The last ones: an Accelerator stays.
     "accelerate": {"config": dict(rho=0.1, alpha=0.8), "accelerate": True},
@@ -176,6 +207,8 @@ def test_two_processes_are_one_with_all_of_the_batch(name, launched):
     one, two = (torch.load(launched / f"{name}.{rank}.pt", weights_only=True) for rank in range(2))
     assert_equal(one["weights"], two["weights"])
     assert one["step"] == 4 and one["log"]["lsam/active"] >= 0.5 and one["log"]["lsam/skipped"] == 0
+    # Buffers are sent before the first pass of a step, as ever.
+    assert two["calls_left"] == 0 and one["buffers_sent"] == [False] * (1 if name == "micro-batch" else 4)
     # Until the last micro-batch each has gradients of its own.
     unsynced = [(left, right) for left, right in zip(one["unsynced"], two["unsynced"], strict=True) if left]
     assert len(unsynced) == 8 and all(left != right for left, right in unsynced)
@@ -240,6 +273,17 @@ def test_a_resumed_loop_is_the_uninterrupted_one(method, tmp_path):
     loop(other, other_optimizer, resumed, examples, 8, size=2, accumulation=4, begin=5)
     assert_equal(weights(other), weights(model))
     assert resumed.log() == lsam.log() and resumed.step == 8
+
+
+def test_a_loop_that_goes_on_after_max_steps_is_told_so_once(caplog):
+    model = bert()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    lsam = LSAM(model, optimizer, LSAMConfig(rho=0.1), max_steps=2)
+    loop(model, optimizer, lsam, Examples(16), 2)
+    assert "max_steps" not in caplog.text
+    loop(model, optimizer, lsam, Examples(16), 4, begin=2)
+    assert caplog.text.count("has run the max_steps=2 optimizer steps that LSAM was told of") == 1
+    assert lsam.log()["lsam/active"] == 0.5
 
 
 def test_log_begins_anew():
@@ -351,7 +395,7 @@ scale = 0.0
 def forward():
     global scale
     scale += 0.01
-    return model(**batch).loss * (1 + scale)
+    return model(labels=batch.pop('labels'), **batch).loss * (1 + scale)
 
 lsam = LSAM(model, optimizer, LSAMConfig(rho=0.1), max_steps=4)
 for number in range(12):
@@ -471,6 +515,31 @@ def test_is_refused_when_it_is_made(make, config, options, error, message):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     with pytest.raises(error, match=message):
         LSAM(model, optimizer, LSAMConfig(**config), 1, **options)
+
+
+# The page
+
+PAGE = (Path(__file__).parents[1] / "docs" / "features.md").read_text()
+
+
+def test_the_loops_of_the_page_run():
+    """Each on what the one before has left."""
+    model = bert().train()
+    names = dict(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.05), epochs=1, max_steps=8)
+    names |= dict(loader=[Examples(32).batch(4 * number, 4) for number in range(8)], torch=torch)
+    snippets = re.findall(r"```python\n(.*?)```", PAGE.split("## A loop without a Trainer")[1], re.DOTALL)
+    assert len(snippets) == 4
+    for snippet in snippets[:3]:
+        before = weights(model)
+        if "lsam" in names:
+            names["lsam"].step = 0
+        exec(snippet.replace("GradScaler()", 'GradScaler("cpu")').replace('"cuda", torch.float16', '"cpu"'), names)
+        assert largest_difference(weights(model), before) > 1e-5
+        assert names["lsam"].log()["lsam/active"] == 1 and names["lsam"].step in (8, 2, 1)
+    names["accelerator"] = Accelerator(cpu=True)
+    before = weights(model)
+    exec(snippets[3], names)
+    assert largest_difference(weights(model), before) > 1e-5 and names["lsam"].step == 8
 
 
 # Types
