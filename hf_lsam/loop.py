@@ -15,7 +15,7 @@ from .state import load_state, save_state
 from .step import LSAMStep
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class LSAM:
     """
     Layer-wise SAM in a loop of one's own: `loss = lsam.backward(lambda: model(**batch).loss)`, not `loss.backward()`.
