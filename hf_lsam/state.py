@@ -90,7 +90,7 @@ def load_state(step: LSAMStep, checkpoint: str) -> int:
         logger.warning(
             f"{checkpoint} was saved with other settings of layer-wise SAM ({what}): its state is not used."
         )
-        return int(contents["step"])
+        return int(contents.get("step", 0))
     parameters: dict[str, Tensor] = dict(step.model.named_parameters())
     for name, tensor in tensors.items():
         like = parameters.get(name)
@@ -111,4 +111,4 @@ def load_state(step: LSAMStep, checkpoint: str) -> int:
         step.previous = Ascent(**saved, weights=weights, gradients=[], direction=direction)
     elif weights:
         step.correction = (weights, direction)
-    return int(contents["step"])
+    return int(contents.get("step", 0))
