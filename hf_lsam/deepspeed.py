@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from .config import LSAMConfig
+from .passes import Standin
 
 _FLOAT32 = ("fp32", "float32", "float", "torch.float32")
 # Settings of the engine beside its ZeRO stage, the values of them that are fine, and what is wrong with the others.
@@ -71,31 +73,31 @@ def past_engine(engine, accelerator: Accelerator) -> Iterator[nn.Module]:
     """
     Inside, passes over the module that is yielded leave their gradients in `.grad`, and `engine` takes no notice.
 
-    That is the module itself, under the engine's autocast. The hooks by which the engine takes each gradient out of
-    the backward pass are put aside, and no reduction and no step follows it.
+    That is its own module, under its autocast. The hooks by which it takes each gradient out of the backward pass are
+    put aside, and no reduction and no step follows it.
     """
 
-    def backward(loss: Tensor, sync_gradients: bool, scale_wrt_gas: bool = True, **kwargs) -> None:
-        (loss / engine.gradient_accumulation_steps() if scale_wrt_gas else loss).backward(**kwargs)
+    def backward(_: Callable, args: tuple, kwargs: dict) -> None:
+        own = {name: value for name, value in kwargs.items() if name not in ("sync_gradients", "scale_wrt_gas")}
+        micro_batches = engine.gradient_accumulation_steps() if kwargs.get("scale_wrt_gas", True) else 1
+        (args[0] / micro_batches).backward(**own)
 
-    module, wrapper = engine.module, accelerator.deepspeed_engine_wrapped
-    own = vars(module).get("forward")
-    tables = [table for parameter in module.parameters() if (table := parameter._post_accumulate_grad_hooks)]
+    def forward(method: Callable, args: tuple, kwargs: dict) -> Any:
+        if engine.torch_autocast_enabled():
+            method = torch.autocast(engine.device.type, engine.torch_autocast_dtype())(method)
+        return method(*args, **kwargs)
+
+    tables = [table for parameter in engine.parameters() if (table := parameter._post_accumulate_grad_hooks)]
     hooks = [dict(table) for table in tables]
     try:
-        wrapper.backward = backward
-        if engine.torch_autocast_enabled():
-            module.forward = torch.autocast(engine.device.type, engine.torch_autocast_dtype())(module.forward)
         for table in tables:
             table.clear()
-        yield module
+        past = Standin(accelerator.deepspeed_engine_wrapped, "backward", backward)
+        with past, Standin(engine.module, "forward", forward):
+            yield engine.module
     finally:
         for table, kept in zip(tables, hooks, strict=True):
             table.update(kept)
-        vars(wrapper).pop("backward", None)
-        vars(module).pop("forward", None)
-        if own is not None:
-            module.forward = own
 
 
 @contextmanager

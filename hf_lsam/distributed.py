@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import compress
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from .config import LSAMConfig
@@ -17,12 +20,23 @@ from .shards import is_sharded
 # same gradients; DeepSpeed, as far as `check_deepspeed` lets it through, gives them on request. Under FSDP2 every
 # process holds its part of each weight and, after pass 1, that of the same gradient.
 _SUPPORTED = {"NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED"}
+# Wrappers that a loop without a Trainer may have, beside those that Accelerate knows and FSDP2.
+_REFUSED_IN_LOOPS = {"DataParallel", "DeepSpeedEngine", "FullyShardedDataParallel"}
 _WAY_OUT = "Or train plainly with LSAMConfig(block_selection='none')."
+_STATIC_GRAPH = (
+    "{0}=True expects the same work in each pass, and sharpness_scope='micro_batch' averages gradients in plain steps "
+    "only. Set {0}=False, or sharpness_scope='batch'."
+)
 
 
 def is_distributed() -> bool:
     """Whether other processes train with this one."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def is_main_process() -> bool:
+    """Whether this process writes what all of them share."""
+    return not is_distributed() or dist.get_rank() == 0
 
 
 @torch.no_grad()
@@ -110,10 +124,7 @@ def _problems(trainer: Trainer, config: LSAMConfig) -> Iterator[str]:
             "Set even_batches=True, dataloader_drop_last=True, or sharpness_scope='batch'."
         )
     if is_distributed() and is_micro_batch and getattr(accelerator.ddp_handler, "static_graph", False):
-        yield (
-            "ddp_static_graph=True expects the same work in each pass, and sharpness_scope='micro_batch' averages "
-            "gradients in plain steps only. Set ddp_static_graph=False, or sharpness_scope='batch'."
-        )
+        yield _STATIC_GRAPH.format("ddp_static_graph")
     if args.n_gpu > 1:
         yield "DataParallel copies the model in each pass, so no block can be replayed. Set CUDA_VISIBLE_DEVICES=0."
     devices = {str(device) for device in getattr(trainer.model, "hf_device_map", {}).values()} - {"cpu", "disk"}
@@ -142,11 +153,38 @@ def _problems(trainer: Trainer, config: LSAMConfig) -> Iterator[str]:
         )
 
 
-def check_hooks(trainer: Trainer) -> None:
-    """Raise `NotImplementedError` if an optimizer's hooks take each gradient as soon as it is there."""
-    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
+def check_loop(model: nn.Module, config: LSAMConfig, scaler: Any, accelerator: Accelerator | None) -> None:
+    """Raise `NotImplementedError` where results of a loop without a Trainer would be wrong."""
+    if not config.enabled:
         return
-    for name, parameter in trainer.model.named_parameters():
+    if scaler is not None and accelerator is not None:
+        raise ValueError("An accelerator scales the loss by a scaler of its own. Give LSAM only one of the two.")
+    kinds = {type(module).__name__ for module in model.modules()} & _REFUSED_IN_LOOPS
+    kinds |= {"FSDP2, or another way that shards weights,"} if is_sharded(model.parameters()) else set()
+    if accelerator is not None:
+        kinds |= {accelerator.distributed_type.value} - (_SUPPORTED - {"FSDP", "DEEPSPEED"})
+    wrapper = next((m for m in model.modules() if isinstance(m, DistributedDataParallel)), None)
+    problem = ""
+    if kinds:
+        problem = (
+            f"{min(kinds)} is not supported by LSAM, which runs in one process or under DistributedDataParallel. "
+            "LSAMTrainer runs under FSDP2 and under DeepSpeed ZeRO 1 and 2."
+        )
+    elif is_distributed() and wrapper is None:
+        problem = (
+            f"{dist.get_world_size()} processes run, and each would train alone. Give LSAM the model that "
+            "DistributedDataParallel or accelerator.prepare returns."
+        )
+    elif getattr(wrapper, "static_graph", False) and config.sharpness_scope == "micro_batch":
+        problem = _STATIC_GRAPH.format("static_graph")
+    if problem:
+        raise NotImplementedError(f"{problem} {_WAY_OUT}")
+    check_hooks(model)
+
+
+def check_hooks(model: nn.Module) -> None:
+    """Raise `NotImplementedError` if an optimizer's hooks take each gradient as soon as it is there."""
+    for name, parameter in model.named_parameters():
         if getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise NotImplementedError(
                 f"{name} has hooks (register_post_accumulate_grad_hook) that take its gradient in the backward pass, "

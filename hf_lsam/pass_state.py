@@ -8,7 +8,7 @@ import sys
 import threading
 import types
 import weakref
-from collections import deque
+from collections import UserDict, deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -289,11 +289,13 @@ def _is_opened(thing: Any) -> bool:
 def _parts(thing: Any) -> Iterable[Any]:
     """What lies in a function, or another thing without attributes of its own."""
     if isinstance(thing, types.FunctionType):
-        return thing.__closure__ or ()
+        return (*(thing.__closure__ or ()), *(thing.__defaults__ or ()))
     if isinstance(thing, types.MethodType):
         return (thing.__self__,)
     if isinstance(thing, types.CellType):
         return (thing.cell_contents,) if thing != types.CellType() else ()
     if isinstance(thing, functools.partial):
         return (thing.func, *thing.args, *thing.keywords.values())
+    if isinstance(thing, UserDict):
+        return (thing.data,)
     return ()

@@ -32,7 +32,7 @@ def save_state(step: LSAMStep, checkpoint: str, global_step: int, should_save: b
     # A run that is killed in here leaves no checkpoint that resumes: `trainer_state.json` is written afterwards.
     kept = step.kept(global_step)
     reshard(step.sharded_modules)
-    contents: dict[str, Any] = {"config": asdict(step.config), "log": kept.log.state()}
+    contents: dict[str, Any] = {"step": global_step, "config": asdict(step.config), "log": kept.log.state()}
     if kept.previous is not None:
         weights, direction = kept.previous.weights, kept.previous.direction
         small = {name: value for name, value in vars(kept.previous).items() if name not in _LARGE}
@@ -60,12 +60,16 @@ def save_state(step: LSAMStep, checkpoint: str, global_step: int, should_save: b
     draft.replace(draft.with_suffix(""))
 
 
-def load_state(step: LSAMStep, checkpoint: str) -> None:
-    """Go on from `checkpoint`, or warn and start clean; `ValueError` if it is damaged or belongs to another model."""
+def load_state(step: LSAMStep, checkpoint: str) -> int:
+    """
+    Go on from `checkpoint`, or warn and start clean; `ValueError` if it is damaged or belongs to another model.
+
+    Returns the step that it was saved before, 0 if that is not there.
+    """
     path = Path(checkpoint) / STATE_FILE
     if not path.exists():
         logger.warning(f"{checkpoint} holds no {STATE_FILE}: layer-wise SAM starts without state of earlier steps.")
-        return
+        return 0
     try:
         # What is to be sharded need not lie whole on the device.
         device = "cpu" if is_sharded(step.model.parameters()) else str(step.second_pass.state.device)
@@ -83,7 +87,7 @@ def load_state(step: LSAMStep, checkpoint: str) -> None:
     if changed:
         what = f"{checkpoint} was saved with other settings of layer-wise SAM ({', '.join(changed)})"
         logger.warning(f"{what}: its state is not used.")
-        return
+        return int(contents.get("step", 0))
     parameters: dict[str, Tensor] = dict(step.model.named_parameters())
     for name, tensor in tensors.items():
         like = parameters.get(name)
@@ -104,3 +108,4 @@ def load_state(step: LSAMStep, checkpoint: str) -> None:
         step.previous = Ascent(**saved, weights=weights, gradients=[], direction=direction)
     elif weights:
         step.correction = (weights, direction)
+    return int(contents.get("step", 0))

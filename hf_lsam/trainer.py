@@ -1,6 +1,5 @@
 """`LSAMTrainer`: the Trainer whose training step perturbs a few blocks."""
 
-from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from .composition import check_order, check_repeatable, signature_of
 from .config import LSAMConfig
 from .deepspeed import bits_sent, past_engine, update_held_back
 from .distributed import check_hooks, check_supported
+from .given import Optimized
 from .held import Attributes
 from .passes import backward_if_any, buffers_not_sent, copy_of, modes_kept
 from .search import set_up_trial
@@ -80,8 +80,7 @@ class LSAMMixin(_AnyTrainer):
         self._lsam_run: Any = None
         self._lsam_checkpoint: str | None = None
         self._lsam_watch, self._lsam_flops, self._lsam_reached = StuckWatch(), 0.0, False
-        # What the optimizer trains, and what it had when that was looked up.
-        self._lsam_optimized: tuple[Any, Any] = (None, None)
+        self._lsam_optimized = Optimized(self)
         # The last batch whose operations were counted, and how many.
         self._lsam_counted: tuple[Any, int] = (None, 0)
 
@@ -192,14 +191,16 @@ class LSAMMixin(_AnyTrainer):
 
     def _new_step(self, model: nn.Module, max_steps: int, has_begun: bool = True) -> LSAMStep:
         """The steps on `model`, which may be wrapped, compiled, or both."""
-        check_hooks(self)
+        if is_known := self.accelerator.distributed_type != DistributedType.DEEPSPEED:
+            check_hooks(self.model)
         return LSAMStep(
             self.accelerator.unwrap_model(model, keep_torch_compile=False),
             self.lsam_config,
             max_steps,
             self.accelerator.scaler,
             called=model,
-            optimized=self._optimized,
+            # DeepSpeed has parameters of its own in the groups.
+            optimized=self._lsam_optimized if is_known else lambda: None,
             roots=lambda: self._lsam_roots(model),
             raises=lambda error: self.args.auto_find_batch_size and should_reduce_batch_size(error),
             has_begun=has_begun,
@@ -215,16 +216,6 @@ class LSAMMixin(_AnyTrainer):
             # It tells DistributedDataParallel whether to send buffers before the next pass.
             "": Attributes(model, ("require_forward_param_sync",)),
         }
-
-    def _optimized(self) -> Collection[Tensor] | None:
-        """What the optimizer trains, if that can be seen: DeepSpeed has parameters of its own in its groups."""
-        if self.optimizer is None or self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            return None
-        groups = [group["params"] for group in self.optimizer.param_groups]
-        key = (id(self.optimizer), [len(group) for group in groups])
-        if self._lsam_optimized[0] != key:
-            self._lsam_optimized = (key, {parameter for group in groups for parameter in group})
-        return self._lsam_optimized[1]
 
     def _lsam_of_run(self, model: nn.Module) -> LSAMStep | None:
         """

@@ -164,7 +164,7 @@ import hf_lsam
 print(sorted(hf_lsam.__all__))
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "['LSAMConfig', 'LSAMMixin', 'LSAMTrainer']"
+    assert result.stdout.strip() == "['LSAM', 'LSAMConfig', 'LSAMMixin', 'LSAMTrainer']"
 
 
 def test_the_import_adds_little_to_that_of_the_trainer():
