@@ -72,8 +72,7 @@ def find_ascent(
     Select S on the gradients in `.grad`: `eps_i = rho * direction_i / norm` for i in S; or why nothing can be climbed.
 
     Norms that are selected on come to the host in one wait for the device. Processes, which meet on `device`, select
-    the same: with `sharpness_scope="batch"` on the same gradients, with `"micro_batch"` on the mean of their squared
-    norms. There each climbs its own gradient, and one that has none meets the others all the same: they would wait.
+    the same: in scope `micro_batch` on the mean of their squared norms, also one that has no gradient to climb.
     """
     with_gradient = [[p for p in candidate.parameters if p.grad is not None] for candidate in candidates]
     counts = [len(parameters) for parameters in with_gradient]

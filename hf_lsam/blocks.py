@@ -62,12 +62,7 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
 def find_candidates(
     model: nn.Module, blocks: dict[str, nn.Module], pattern: str | None, may_be_frozen: bool = False
 ) -> list[Candidate]:
-    """
-    What may be selected: `blocks`, or the outermost modules whose whole name `pattern` matches.
-
-    Raises:
-        ValueError: if fewer than 2 blocks, or none of the named modules, are trained, unless they `may_be_frozen`.
-    """
+    """What may be selected: `blocks`, or the outermost modules that `pattern` names; `ValueError` if too few train."""
     named = blocks
     if pattern is not None:
         names = {module: name for name, module in model.named_modules()}

@@ -28,9 +28,7 @@ class CostModel:
     plain: float  # cost of a plain step
     one_graph: bool = False  # whether the blocks are compiled into one graph, all of which pass 2 runs
     gradients: tuple[float, ...] | None = None  # as `passed`, of the calls that have a gradient (default: all)
-    starts: Mapping[int, int] | None = (
-        None  # index of each block's first call (default: each is called once, in order)
-    )
+    starts: Mapping[int, int] | None = None  # place of each block's first call (default: once each, in their order)
     places: Mapping[int, float] | None = None  # places that each block's weights meet in all calls (default: 1)
 
     @classmethod
@@ -118,15 +116,7 @@ class Weights:
 
 
 class Trained:
-    """
-    What is trained now: what has a gradient of pass 1 and, where that is known, lies in the optimizer.
-
-    Attributes:
-        parameters: All that are trained or may be.
-        candidates: Those of the model, each with what of it is trained.
-        number: Another one for other weights with a gradient.
-        is_current: Whether this is so in the present micro-batch: `now` looks once in each.
-    """
+    """What is trained now: what has a gradient of pass 1 and, where that is known, lies in the optimizer."""
 
     def __init__(
         self,
@@ -138,8 +128,10 @@ class Trained:
     ):
         self._model, self._all, self._regions, self._look_up_optimized = model, candidates, regions, optimized
         self._multiplied, self._weights = multiplied_parameters(model), Weights(model, blocks)
-        self.parameters: list[Tensor] = list(model.parameters())
-        self.candidates, self.number, self.is_current = candidates, 0, False
+        self.parameters: list[Tensor] = list(model.parameters())  # all that are trained or may be
+        self.candidates = candidates  # each with what of it is trained
+        self.number = 0  # another one for other weights with a gradient
+        self.is_current = False  # `now` looks once in each micro-batch
         self._optimized: Collection[Tensor] | None = None
         self._key: tuple | None = None
         # For each choice of candidates, how much of each block takes a gradient in pass 2; for `None` in pass 1.

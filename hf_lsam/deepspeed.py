@@ -70,12 +70,7 @@ def bits_sent(engine) -> int:
 
 @contextmanager
 def past_engine(engine, accelerator: Accelerator) -> Iterator[nn.Module]:
-    """
-    Inside, passes over the module that is yielded leave their gradients in `.grad`, and `engine` takes no notice.
-
-    That is its own module, under its autocast. The hooks by which it takes each gradient out of the backward pass are
-    put aside, and no reduction and no step follows it.
-    """
+    """Inside, passes over the yielded module leave gradients in `.grad`, of which `engine` takes no notice."""
 
     def backward(_: Callable, args: tuple, kwargs: dict) -> None:
         own = {name: value for name, value in kwargs.items() if name not in ("sync_gradients", "scale_wrt_gas")}
@@ -87,6 +82,7 @@ def past_engine(engine, accelerator: Accelerator) -> Iterator[nn.Module]:
             method = torch.autocast(engine.device.type, engine.torch_autocast_dtype())(method)
         return method(*args, **kwargs)
 
+    # The hooks by which it takes each gradient out of the backward pass.
     tables = [table for parameter in engine.parameters() if (table := parameter._post_accumulate_grad_hooks)]
     hooks = [dict(table) for table in tables]
     try:
@@ -107,10 +103,9 @@ def update_held_back(
     """
     Inside, what asks the `DeepSpeedEngine` for its step only gets the gradients; the step is taken at the end.
 
-    Accelerate asks for it within `training_step`, when pass 2 is to come or, with one pass, the weights are still
-    moved. From then on `.grad` of the `parameters` holds the mean over all micro-batches and processes. It is gathered
-    from the shards that ZeRO keeps, by one all-reduce each, so all processes must give the same ones. At the end
-    `changed` tells those along whose `.grad` the engine should step, and not along its own.
+    Accelerate asks for it within `training_step`, before pass 2. From then on `.grad` of the `parameters` holds the
+    mean over micro-batches and processes, gathered from ZeRO's shards by one all-reduce each, so all must give the
+    same ones. At the end `changed` tells those along whose `.grad` the engine should step, and not along its own.
     """
     from deepspeed.utils import safe_get_full_grad, safe_set_full_grad  # type: ignore[import-not-found]
 

@@ -5,11 +5,8 @@ from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor
-from transformers.utils import logging
 
 from .held import Attributes
-
-logger = logging.get_logger(__name__)
 
 
 class Optimized:
@@ -49,12 +46,3 @@ def loop_roots(loop: Any) -> dict[str, Any]:
             parts += [*code.co_consts, *(vars(owner)[name] for name in new)]
     named = Attributes(owner, tuple(names))
     return {"lsam": loop, "globals": named, "loss": types.SimpleNamespace(**named.read())}
-
-
-def tell_of_end(step: int, max_steps: int) -> None:
-    """Warn once if the loop goes on after its last step."""
-    if step >= max_steps:
-        logger.warning_once(
-            f"The loop has run the max_steps={max_steps} optimizer steps that LSAM was told of, and those that follow "
-            "are plain. Give LSAM the number of optimizer steps of the whole training."
-        )

@@ -28,8 +28,7 @@ class RandomState:
     """
     States of torch's generators, on the CPU and on the model's device, and of those of Python and NumPy.
 
-    Forward passes draw from NumPy's, too. To read it takes 50 times as long as torch's, so where many states are kept
-    those of the host are left out (`None`).
+    To read NumPy's takes 50 times as long as torch's: where many are kept, those of the host are left out (`None`).
     """
 
     device: torch.device
@@ -82,8 +81,7 @@ class Kind:
     """
     A kind of things: how to `copy` what one holds now, and to `put` that back.
 
-    `same` tells whether it still holds that. By default it does where a new copy holds the same objects, so the state
-    of a generator, which is a new object each time, is always put back.
+    `same`, by default a new copy of the same objects, tells whether it still holds that: a generator's state never is.
     """
 
     copy: Callable[[Any], Any]

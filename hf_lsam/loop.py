@@ -6,13 +6,16 @@ from dataclasses import dataclass
 
 from accelerate import Accelerator, utils
 from torch import Tensor, amp, nn, optim
+from transformers.utils import logging
 
 from .config import LSAMConfig
 from .distributed import check_loop, is_main_process
-from .given import Optimized, loop_roots, tell_of_end
+from .given import Optimized, loop_roots
 from .passes import buffers_not_sent
 from .state import load_state, save_state
 from .step import LSAMStep
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(eq=False, repr=False)
@@ -45,7 +48,9 @@ class LSAM:
 
     def backward(self, compute_loss: Callable[[], Tensor], is_last: bool = True) -> Tensor:
         """Both passes of a micro-batch, after which the optimizer steps if it `is_last`; returns pass 1's loss."""
-        tell_of_end(self.step, self.max_steps)
+        if self.step >= self.max_steps:
+            what = f"The loop has run the max_steps={self.max_steps} optimizer steps that LSAM was told of"
+            logger.warning_once(f"{what}, and those that follow are plain. Count those of the whole training.")
         step, self.compute_loss = self._lsam, compute_loss
         own = step.config.sharpness_scope == "micro_batch" and step.perturbs(self.step)
 

@@ -52,25 +52,21 @@ class PassState:
     """
     Holds what passes read and leave, but for the weights that are trained and their gradients.
 
-    That is the random states; of the model, and of other modules, the buffers, the weights that are not trained, and
-    the attributes that users' classes set; whatever else lies in `roots`, by the names that a user knows, to any
-    depth. Not what libraries keep, and not what other threads use too.
+    That is the random states; of modules, the buffers, the weights that are not trained, and the attributes that
+    users' classes set; whatever else lies in `roots`, by the names that a user knows, to any depth. Not what libraries
+    keep, and not what other threads use too.
 
     To copy all of it takes time and memory, so what changes is learnt. At the 1st, 2nd, 4th, 8th, ... step everything
     is copied, and compared after pass 1. At the others that is done with what was seen to change and what is new.
     Containers of `roots`, small tensors, and which tensors a module has are always noted; version counters tell of
     changes of the other tensors.
-
-    Attributes:
-        steps: How many steps were begun, this one included.
-        foreign: Parameters that somebody else trains, as those of a critic: their gradients are put back, too.
     """
 
     def __init__(self, model: nn.Module, roots: Callable[[], Mapping[str, Any]], is_trained: Callable[[Tensor], bool]):
         self.model, self.roots, self.is_trained = model, roots, is_trained
         self.device = compute_device(next(model.parameters()))
-        self.steps = 0
-        self.foreign: list[Tensor] = []
+        self.steps = 0  # that were begun, this one included
+        self.foreign: list[Tensor] = []  # parameters that others train, as those of a critic
         # What the micro-batches of this step began with, and what the last one left.
         self._window: list[Snapshot] = []
         # By their ids: what is copied at every step; modules that were visited, and tensors that did not change.
@@ -127,12 +123,7 @@ class PassState:
         return after
 
     def learn(self, before: Snapshot) -> str | None:
-        """
-        After pass 1, leave in `before` only what changed, and what is always noted.
-
-        Returns:
-            The name of something that changed and was not copied, if there is any. From now on it is.
-        """
+        """After pass 1, leave in `before` what changed or always counts; returns the name of what it lacks."""
         unseen = [(name, tensor) for name, tensor, stamp in before.watched if stamp_of(tensor) != stamp]
         self._changing.update((id(tensor), (name, tensor)) for name, tensor in unseen)
         always = [entry for entry in before.entries if entry.always]

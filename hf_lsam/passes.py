@@ -12,11 +12,7 @@ from .held import Attributes
 
 
 class Standin:
-    """
-    What an object has in the place of a method of its class, inside of a `with` block: calls go to `run`.
-
-    `run` gets the method and its arguments. A copy of the object that is made meanwhile is one of it and nothing else.
-    """
+    """What an object has for a method, inside of a `with` block: `run` gets its calls. Copies do not have it."""
 
     def __init__(self, owner: Any, name: str, run: Callable[[Callable, tuple, dict], Any]):
         self.owner, self.name, self.copies = owner, name, []  # type: ignore[var-annotated]

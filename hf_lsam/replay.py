@@ -101,9 +101,8 @@ class Replay:
     """
     Records passes over `blocks` and replays them.
 
-    Only the blocks' `forward` is replaced, so masks, position embeddings, cross-attention and output capture need no
-    special case, and module hooks still run (those of FSDP2 gather the weights of a replayed block in vain). Draws
-    between blocks (T5, DeBERTa-v2) are those of pass 1: a replayed call leaves the random state of the recorded one.
+    Only the blocks' `forward` is replaced, so masks, position embeddings and cross-attention need no special case, and
+    module hooks still run. A replayed call leaves the random state of the recorded one: T5 draws between blocks.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device, model: nn.Module | None = None):

@@ -1,8 +1,4 @@
-"""
-Weights of 16 bits: rounded to the nearest, most of a short move is lost.
-
-Rounded stochastically, a move is longer and noisy, but the loss rises by what it should.
-"""
+"""Weights of 16 bits: rounded stochastically, a short move is noisy, but not lost as by rounding to the nearest."""
 
 from collections.abc import Sequence
 

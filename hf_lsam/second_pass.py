@@ -60,12 +60,7 @@ class Attempt:
 
 
 class SecondPass:
-    """
-    Runs micro-batches a second time.
-
-    They call `called`: the model, its compiled copy, or a wrapper of either. `begins` gives the places of the calls
-    that a replay of such a pass may begin with; `raises` tells whether an error of pass 2 is for the caller.
-    """
+    """Runs micro-batches a second time. Replays begin where `begins` says; errors may be for the caller (`raises`)."""
 
     def __init__(
         self,
@@ -106,12 +101,8 @@ class SecondPass:
         self._kept: list[int] | None = None
 
     def record(self, pass_1: Pass, pass_2: Pass, alone: bool) -> MicroBatch:
-        """
-        Run pass 1 of a micro-batch, and record what pass 2 needs of it.
-
-        Unless it is `alone` in the optimizer step, records of several lie in memory together. So only every second
-        output is kept: a block more may run again, forward only.
-        """
+        """Run pass 1 of a micro-batch, and record what pass 2 needs of it."""
+        # Records of several lie in memory together, so of those every second output is kept: a block more runs again.
         before, stride, known = self.state.before_pass_1(), 1 if alone else 2, self._kept
         if self.state.looks:
             self.modules = list(self.called.modules())
@@ -148,22 +139,14 @@ class SecondPass:
             self.state.tell_changes(marks)
 
     def is_due(self, window: Window, blocks: set[int], trained: int) -> bool:
-        """
-        Whether pass 2 has to be compared before it is trusted: it was not, for what these micro-batches called.
-
-        `blocks` hold a selected weight; `trained` is another number for other weights with a gradient.
-        """
+        """Whether pass 2, where `blocks` and these weights are `trained`, was not yet compared for what it calls."""
         self._new = {(batch.signature, trained): batch.recording.start(blocks) for batch in window}
         if all(self.checked.get(signature, -1) >= start for signature, start in self._new.items()):
             return False
         return self._comparisons < _MOST_COMPARISONS or self.state.steps >= self._due
 
     def compare_with_pass_1(self, window: Window, weights: Tensors, plain: Tensors) -> str | None:
-        """
-        See, at unmoved weights, whether pass 2, narrowed to `weights`, leaves the `plain` gradients that pass 1 left.
-
-        If not, it is narrowed no more, or a warning tells that it is another one. Returns why it cannot run at all.
-        """
+        """See whether pass 2, narrowed to `weights`, has pass 1's `plain` gradients; returns why it cannot run."""
         self._comparisons, self._due = self._comparisons + 1, 2 * self.state.steps
         pass_1 = Attempt([micro_batch.loss for micro_batch in window], list(plain))
         problems: list[str] = []
@@ -223,11 +206,7 @@ class SecondPass:
         return gradients
 
     def gradients(self, window: Window, weights: Tensors, blocks: set[int]) -> list[Tensor]:
-        """
-        The gradients of all of `window` with respect to `weights`, which were moved in `blocks`; `.grad` stays.
-
-        Where a replayed pass fails, one in full follows, then one for all weights; then they are not numbers.
-        """
+        """Those of `weights`, moved in `blocks`: by a replay, else in full, else for all weights, else not numbers."""
         for way in [(blocks, self.narrow)] * self.replays + [(None, True)] * self.narrow + [(None, False)]:
             attempt = self._attempt(window, weights, *way)
             if attempt.error is None:

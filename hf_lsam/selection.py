@@ -10,11 +10,7 @@ from .costs import CostModel
 def select(
     config: LSAMConfig, candidates: Sequence[Candidate], costs: CostModel, squared_norms: Sequence[float]
 ) -> list[int]:
-    """
-    Indices of the candidates to perturb, in their own order; one without a gradient (LayerDrop) is never selected.
-
-    `squared_norms` are those of the candidates' gradients, finite.
-    """
+    """Indices of the candidates to perturb, in their own order: never one without a gradient (LayerDrop)."""
     alive = [index for index, squared_norm in enumerate(squared_norms) if squared_norm > 0]
     limit = len(alive) if config.num_perturbed_blocks is None else config.num_perturbed_blocks
     if config.block_selection == "all":
@@ -51,12 +47,7 @@ def beginnings(config: LSAMConfig, candidates: Sequence[Candidate], costs: CostM
 
 
 def check_selection(config: LSAMConfig, candidates: Sequence[Candidate], costs: CostModel) -> None:
-    """
-    Refuse settings that this model cannot follow.
-
-    Raises:
-        ValueError: if `num_perturbed_blocks` is more than there are, or `max_overhead` leaves no candidate.
-    """
+    """Raise `ValueError` if `num_perturbed_blocks` is more than there are, or `max_overhead` leaves no candidate."""
     if config.block_selection in ("all", "none"):
         return
     wanted = config.num_perturbed_blocks

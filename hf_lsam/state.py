@@ -24,11 +24,8 @@ _LARGE = ("weights", "gradients", "direction")
 
 
 def save_state(step: LSAMStep, checkpoint: str, global_step: int, should_save: bool = True) -> None:
-    """
-    Write to `checkpoint` what optimizer step `global_step` begins with; raises `OSError` if that cannot be written.
-
-    Every process has to call it, since sharded tensors are gathered from all; those that `should_save` write.
-    """
+    """Write what step `global_step` begins with, where processes `should_save`; `OSError` if that cannot be done."""
+    # Every process has to call it, since sharded tensors are gathered from all.
     # A run that is killed in here leaves no checkpoint that resumes: `trainer_state.json` is written afterwards.
     kept = step.kept(global_step)
     reshard(step.sharded_modules)
@@ -61,11 +58,7 @@ def save_state(step: LSAMStep, checkpoint: str, global_step: int, should_save: b
 
 
 def load_state(step: LSAMStep, checkpoint: str) -> int:
-    """
-    Go on from `checkpoint`, or warn and start clean; `ValueError` if it is damaged or belongs to another model.
-
-    Returns the step that it was saved before, 0 if that is not there.
-    """
+    """Go on from `checkpoint`, or start clean; returns its step. `ValueError`: it is damaged, or of another model."""
     path = Path(checkpoint) / STATE_FILE
     if not path.exists():
         logger.warning(f"{checkpoint} holds no {STATE_FILE}: layer-wise SAM starts without state of earlier steps.")

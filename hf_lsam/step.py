@@ -125,12 +125,8 @@ class LSAMStep:
         """
         Run a micro-batch; at the last one of an optimizer step, `.grad` holds what the optimizer should get.
 
-        Args:
-            pass_1: Forward and backward at the current weights; returns the detached loss. With
-                `sharpness_scope="micro_batch"`, gradients stay those of this process.
-            pass_2: The same again, of this process alone.
-            step: Index of the optimizer step, 0-based.
-            is_last: Whether this is the step's last micro-batch.
+        Both passes run forward and backward and return the detached loss; pass 2, and with
+        `sharpness_scope="micro_batch"` pass 1, leaves gradients of this process alone. `step` counts from 0.
 
         Returns the loss of pass 1. Raises what pass 1 raises, and of pass 2 what is no `Exception` (Ctrl-C) or is for
         the caller; the weights are then where they were.

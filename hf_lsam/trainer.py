@@ -218,11 +218,7 @@ class LSAMMixin(_AnyTrainer):
         }
 
     def _lsam_of_run(self, model: nn.Module) -> LSAMStep | None:
-        """
-        The steps of this run; `None` where it had none when `lsam_config` was set to what cannot go on.
-
-        Settings that are new in the middle of a run hold from the next step on, if they fit the model.
-        """
+        """The steps of this run. New settings hold from the next one on, if they fit; else the former, or `None`."""
         former = self._lsam if self._lsam_run is self.state else None
         is_same = former is not None and former.config is self.lsam_config and former.fits(former.config)
         if former is not None and (former.window or is_same):
