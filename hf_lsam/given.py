@@ -17,8 +17,10 @@ class Optimized:
         self._of: tuple[int, list[int]] | None = None
         self._parameters: Collection[Tensor] = ()
 
-    def __call__(self) -> Collection[Tensor]:
-        """The parameters; the groups are gone through only where they have changed."""
+    def __call__(self) -> Collection[Tensor] | None:
+        """The parameters, if there is an optimizer; the groups are gone through only where they have changed."""
+        if self.owner.optimizer is None:
+            return None
         groups = self.owner.optimizer.param_groups
         of = (id(self.owner.optimizer), [len(group["params"]) for group in groups])
         if self._of != of:

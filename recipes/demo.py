@@ -39,7 +39,10 @@ CODE = [
         RECIPES / "support" / f"{name}.py"
         for name in ("adapters", "loading", "logits", "measures", "output", "settings", "shipped", "step_timer")
     ),
-    *(RECIPES / "support" / f"{name}.py" for name in ("tables", "yaml_text")),
+    *(
+        RECIPES / "support" / f"{name}.py"
+        for name in ("rows", "sharpness", "sharpness_callback", "tables", "yaml_text")
+    ),
     *(RECIPES / "support" / "text" / f"glue_{name}.py" for name in ("data", "metric", "sampling", "tasks")),
 ]
 

@@ -52,7 +52,6 @@ _VOCABULARY = 100
 # What calls are made for: the end of a file's name, the beginning of the function's, and the part. The first that
 # fits counts; what lies in no part is the loop's.
 PARTS = (
-    ("hf_lsam/held.py", "TorchRandomState", "random states"),
     ("hf_lsam/held.py", "RandomState", "random states"),
     ("hf_lsam/pass_state.py", "", "snapshots"),
     ("hf_lsam/held.py", "", "snapshots"),
@@ -139,8 +138,9 @@ class CallCounter:
         while frame is not None:
             code = frame.f_code
             if code not in self._part_of:
-                path = Path(code.co_filename).as_posix()
-                found = (part for end, name, part in PARTS if _fits(path, end) and code.co_name.startswith(name))
+                # Before Python 3.11 there is the name alone, and what a class tells apart is told together.
+                path, own = Path(code.co_filename).as_posix(), getattr(code, "co_qualname", code.co_name)
+                found = (part for end, name, part in PARTS if _fits(path, end) and own.startswith(name))
                 self._part_of[code] = next(found, None)
             part = self._part_of[code]
             if part is not None:
