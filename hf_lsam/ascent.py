@@ -39,6 +39,12 @@ class Ascent:
         """How far the weights move, `||eps||`: not by `rho` where the move is adaptive."""
         return joint_norm(self.direction) * self.scale(rho)
 
+    def release(self) -> None:
+        """Let go of the gradients: those of pass 2 are about to take as much memory."""
+        self.gradients, self.direction = [], []
+        for weight in self.weights:
+            weight.grad = None
+
     @torch.no_grad()
     def spend(self, rho: float) -> None:
         """Write the moved weights, `w + rho / norm * direction`, over the direction, if that can be done."""

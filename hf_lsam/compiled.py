@@ -7,12 +7,7 @@ from torch import Tensor, nn
 
 
 class CompiledRegions:
-    """
-    The compiled modules of what a pass calls: the whole of it, its blocks one by one (regional compilation), or none.
-
-    A region is compiled anew when the set of its weights that take a gradient changes, and it takes the gradients of
-    all of them together. So they are switched on and off together: a block then knows two states.
-    """
+    """Compiled modules. Weights of one are switched on and off together: another set would compile it anew."""
 
     def __init__(self, called: nn.Module):
         compiled: dict[nn.Module, nn.Module] = {}

@@ -130,8 +130,8 @@ class Trained:
         self._multiplied, self._weights = multiplied_parameters(model), Weights(model, blocks)
         self.parameters: list[Tensor] = list(model.parameters())  # all that are trained or may be
         self.candidates = candidates  # each with what of it is trained
-        self.number = 0  # another one for other weights with a gradient
-        self.is_current = False  # `now` looks once in each micro-batch
+        # Another number for other weights with a gradient; whether `now` has looked in this micro-batch.
+        self.number, self.is_current = 0, False
         self._optimized: Collection[Tensor] | None = None
         self._key: tuple | None = None
         # For each choice of candidates, how much of each block takes a gradient in pass 2; for `None` in pass 1.

@@ -103,9 +103,8 @@ def update_held_back(
     """
     Inside, what asks the `DeepSpeedEngine` for its step only gets the gradients; the step is taken at the end.
 
-    Accelerate asks for it within `training_step`, before pass 2. From then on `.grad` of the `parameters` holds the
-    mean over micro-batches and processes, gathered from ZeRO's shards by one all-reduce each, so all must give the
-    same ones. At the end `changed` tells those along whose `.grad` the engine should step, and not along its own.
+    Accelerate asks for it within `training_step`, before pass 2. From then on `.grad` of the `parameters`, the same
+    in all processes, holds the mean over all. Those that `changed` tells at the end get theirs back from there.
     """
     from deepspeed.utils import safe_get_full_grad, safe_set_full_grad  # type: ignore[import-not-found]
 

@@ -34,11 +34,6 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def is_main_process() -> bool:
-    """Whether this process writes what all of them share."""
-    return not is_distributed() or dist.get_rank() == 0
-
-
 @torch.no_grad()
 def average_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The mean of each tensor over all processes, of the same shapes, by one all-reduce per dtype and device."""

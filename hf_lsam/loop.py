@@ -5,11 +5,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 from accelerate import Accelerator, utils
-from torch import Tensor, amp, nn, optim
+from torch import Tensor, amp, distributed, nn, optim
 from transformers.utils import logging
 
 from .config import LSAMConfig
-from .distributed import check_loop, is_main_process
+from .distributed import check_loop, is_distributed
 from .given import Optimized, loop_roots
 from .passes import buffers_not_sent
 from .state import load_state, save_state
@@ -83,7 +83,7 @@ class LSAM:
 
     def save(self, folder: str) -> None:
         """Write what the next step begins with, as the Trainer does; for every process to call."""
-        save_state(self._lsam, folder, self.step, is_main_process())
+        save_state(self._lsam, folder, self.step, not is_distributed() or distributed.get_rank() == 0)
 
     def load(self, folder: str) -> None:
         """Go on from what `save` has written."""

@@ -52,8 +52,8 @@ def only_gradients_of(
     """
     Inside, backward gives gradients to `weights` only, starting from none; afterwards every `.grad` is what it was.
 
-    All other `parameters` are switched off: `backward(inputs=...)` would give none, and no error, under reentrant
-    activation checkpointing, and wrong ones under FSDP2. Those that are only `foreign` stay on.
+    All other `parameters` are switched off: `backward(inputs=...)` would give none under reentrant checkpointing, and
+    wrong ones under FSDP2. Those that are only `foreign` stay on.
     """
     # Thousands of weights: so by place in memory, since Tensor.__hash__ is slow, and by attribute.
     wanted = set(map(id, weights))

@@ -23,9 +23,8 @@ class Perturbation:
     """
     Moves weights along a direction for the length of a `with` block, and puts them back exactly.
 
-    The parameters refer to a buffer meanwhile, so that neither a NaN nor an error can spoil them. (Subtraction would
-    change 0.3 to 6 % of float32 weights: w + e - e is not w.) FSDP2 gathers a sharded weight from where it is: each
-    process moves its part in place and copies it back.
+    The parameters refer to a buffer meanwhile: w + e - e would not be w for 0.3 to 6 % of float32 weights. FSDP2
+    gathers a sharded weight from where it is: each process moves its part in place and copies it back.
     """
 
     def __init__(self) -> None:

@@ -158,8 +158,7 @@ def budget(max_overhead: float, k: int | None, sizes: Sequence[int], head: int) 
     Of all sets within the budget the one with the largest norm, by trying all of them.
 
     `sizes` counts the weights of each block, `head` those after the last one, all trained. A plain step costs three
-    times all of it (forward, gradient of activations, gradient of weights); pass 2 runs the first two from the first
-    selected block on, and the third for the selected blocks.
+    times all of it; pass 2 costs two of these from the first selected block on, and the third for the selected ones.
     """
 
     def cost(blocks: Sequence[int]) -> float:

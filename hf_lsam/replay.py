@@ -23,11 +23,7 @@ class DroppedError(ReplayError):
 
 
 class Dropped(Tensor):
-    """
-    In the place of a tensor that was not kept: it may be passed on and asked for its kind, as between blocks.
-
-    Whoever would read its values gets a `DroppedError`, and code that passes by this (C++) not a number.
-    """
+    """For a tensor that was not kept: who reads its values, but by C++ (NaN), gets a `DroppedError`."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -113,12 +109,7 @@ class Replay:
     def recording(
         self, keeps: bool = True, places: Collection[int] | None = None, first_call: Callable | None = None
     ) -> Iterator[Recording]:
-        """
-        Record the pass that runs inside, with what is needed to replay it if it `keeps` that.
-
-        Outputs of the calls at `places` (default: all) are kept; the others are not worth their memory, and no replay
-        begins right after them. `first_call` runs before the first call of the model.
-        """
+        """Record the pass inside, and if it `keeps` them, outputs at `places` (default: all), for replays to begin."""
         recording, placeholder = Recording(), partial(_placeholder, {})
 
         def run_block(block: int, forward: Callable, args: tuple, kwargs: dict) -> Any:

@@ -222,6 +222,10 @@ class SecondPass:
             )
         return self._averaged(attempt, weights)
 
+    def pass_1_again(self, window: Window, weights: Tensors) -> list[Tensor]:
+        """The gradients of pass 1, where they were let go of."""
+        return self._averaged(self._attempt(window, weights, None, False, running=False), weights)
+
     def any(self, *flags: bool) -> list[bool]:
         """Each of `flags`, set if it is so in any process that runs these passes with this one."""
         return any_of_ranks(flags, self.state.device) if self.together else list(flags)
@@ -233,7 +237,7 @@ class SecondPass:
         return average_over_ranks(gradients) if self.together else gradients
 
     def _attempt(
-        self, window: Window, weights: Tensors, perturbed: set[int] | None, narrow: bool, looks: bool = False
+        self, window: Window, weights: Tensors, perturbed: set[int] | None, narrow: bool, looks=False, running=True
     ) -> Attempt:
         """Pass 2, which replays what it can where `perturbed` are moved; `looks` asks for what it leaves."""
         taken = self.regions.taken_with(weights) if narrow else [p for p in self.parameters if p.requires_grad]
@@ -242,7 +246,7 @@ class SecondPass:
             with only_gradients_of(self.parameters, taken, self.state.foreign):
                 for micro_batch in window:
                     micro_batch.before.put(self.replay.draws_on_host)
-                    self.running = True
+                    self.running = running
                     with self.replay.replaying(micro_batch.recording, perturbed):
                         losses.append(micro_batch.rerun())
                     self.state.settle()

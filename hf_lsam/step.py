@@ -103,6 +103,14 @@ class LSAMStep:
         """Whether `config` chooses among the same modules; everything else may change from step to step."""
         return _chosen_among(config) == self._chosen_among
 
+    @property
+    def lets_go(self) -> bool:
+        """Whether memory never holds the gradients of both passes: then a host waits to see if pass 2's are finite."""
+        config = self.config
+        return (
+            config.block_selection == "all" and config.alpha == 1 and not (config.reuse_correction or config.adaptive)
+        )
+
     def perturbs(self, step: int) -> bool:
         """Whether optimizer step `step` is to be perturbed."""
         return self.config.is_perturbed(step, self.max_steps)
@@ -194,14 +202,16 @@ class LSAMStep:
         with self.second_pass.aside(window):
             # For each i in S: grad_i L(w + eps).
             perturbed = self._gradients(window, ascent)
-        if isinstance(perturbed, str):
-            self.log.skip(perturbed)
-            return
-        finite = norms(perturbed).isfinite().all() & (ascent.norm > 0)
+            if isinstance(perturbed, str):
+                self.log.skip(perturbed)
+                return
+            finite = norms(perturbed).isfinite().all() & (ascent.norm > 0)
+            if self.lets_go and self.scaler is None and not finite:
+                perturbed = self.second_pass.pass_1_again(window, ascent.weights)
         if self.config.reuse_correction > 0:
             self.correction = ascent.weights, zero_unless(finite, orthogonal_part(perturbed, ascent.gradients))
         # Where it is not finite, the plain gradient takes its place. A scaler has to see it, and skips the step.
-        if self.scaler is None:
+        if self.scaler is None and not self.lets_go:
             perturbed = where(finite, perturbed, ascent.gradients)
         # For each i in S: (1 - alpha) * grad_i L(w) + alpha * grad_i L(w + eps). Of the others, `.grad` stays.
         for weight, mixed in zip(ascent.weights, mix(ascent.gradients, perturbed, self.config.alpha), strict=True):
@@ -239,6 +249,8 @@ class LSAMStep:
         if is_due and (problem := passes.compare_with_pass_1(window, ascent.weights, ascent.gradients)) is not None:
             return problem
         with self._moved(ascent):
+            if self.lets_go:
+                ascent.release()
             run = passes.compare_with_replay if is_due else passes.gradients
             return run(window, ascent.weights, blocks)
 

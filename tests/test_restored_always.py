@@ -176,7 +176,11 @@ def test_a_step_leaves_what_it_should_whatever_happens(kind, data):
                 assert torch.equal(torch.get_rng_state(), after)
             if raised:
                 assert plain_raised == (fault.in_pass == 1)
-                assert moves_at_once or same(run.gradients(), added(totals, plain.gradients()))
+                # The gradient of pass 1 may be gone where that of pass 2 was to be.
+                gone = fault.in_pass == 2 and run.step.lets_go
+                expected = added(totals, plain.gradients())
+                for left, total, whole in zip(run.gradients(), totals, expected, strict=True):
+                    assert moves_at_once or same([left], [whole]) or (gone and (left is None or same([left], [total])))
                 return
 
             # What a step without replay has. Where pass 2 fails once, another one takes its place, in full and perhaps

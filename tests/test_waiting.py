@@ -127,7 +127,8 @@ def places_of_steps(kind, folder, accumulation, **extra):
 
 
 METHODS = {
-    "all": (dict(block_selection="all"), 0),
+    # It lets go of the gradient of pass 1, and waits where the Trainer does so next.
+    "all": (dict(block_selection="all"), 1),
     "all, mixed": (dict(block_selection="all", alpha=0.6), 0),
     "last 2": (dict(block_selection="last"), 0),
     "last 2, mixed": (dict(block_selection="last", alpha=0.6), 0),
