@@ -217,7 +217,7 @@ def test_mypy_honours_the_types_of_the_wheel_in_the_file_of_a_user(installed, tm
     (tmp_path / "mypy.ini").write_text(f"[mypy]\n{others}")
     (tmp_path / "user.py").write_text(USER)
     python = installed.parents[2] / "bin" / "python"
-    command = [sys.executable, "-m", "mypy", "--python-executable", str(python), "user.py"]
+    command = [sys.executable, "-m", "mypy", "--strict", "--python-executable", str(python), "user.py"]
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MYPYPATH")}
     output = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment).stdout
     assert re.findall(r"^user.py:(\d+): error: .*\[([\w-]+)\]$", output, re.MULTILINE) == [
