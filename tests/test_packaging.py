@@ -16,13 +16,14 @@ from pathlib import Path
 
 import pytest
 import tomli
+import transformers
 import yaml
+from packaging import version
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from tiny_glue import rte, save_bert, write_task
 
 import hf_lsam
-from hf_lsam_recipes.support.images.resnets import CifarResNet, CifarResNetConfig, WideResNet, WideResNetConfig
 
 ROOT = Path(__file__).parent.parent
 CORE = {"accelerate", "numpy", "safetensors", "torch", "transformers"}
@@ -46,6 +47,10 @@ FILES = (
 TOOLS = {"mypy", "pre-commit", "pytest-xdist", "ruff", "setuptools", "trackio"}
 
 PROJECT = tomli.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+RECIPES = pytest.mark.skipif(
+    version.parse(transformers.__version__) < version.parse("5.19"), reason="the recipes need transformers 5.19"
+)
 
 USER = """
 from hf_lsam import LSAMConfig, LSAMTrainer
@@ -188,6 +193,7 @@ def test_the_wheel_brings_the_command_and_its_yamls(installed, tmp_path):
     assert str(installed / "hf_lsam_recipes") in output and " rte, " in output
 
 
+@RECIPES
 def test_a_recipe_of_the_wheel_trains_by_the_name_of_a_yaml(installed, tmp_path):
     model, data = save_bert(tmp_path / "bert"), write_task(tmp_path / "glue", "rte")
     argv = ["glue", "rte", *rte(model, data, tmp_path / "out")]
@@ -196,9 +202,12 @@ def test_a_recipe_of_the_wheel_trains_by_the_name_of_a_yaml(installed, tmp_path)
     assert f'"hf-lsam": "{hf_lsam.__version__}"' in (tmp_path / "out" / "README.md").read_text()
 
 
+@RECIPES
 def test_a_trained_resnet_loads_where_the_wheel_is_installed(installed, tmp_path):
-    CifarResNet(CifarResNetConfig(depth=8)).save_pretrained(tmp_path / "one")
-    WideResNet(WideResNetConfig(depth=10, widen_factor=1)).save_pretrained(tmp_path / "two")
+    from hf_lsam_recipes.support.images import resnets
+
+    resnets.CifarResNet(resnets.CifarResNetConfig(depth=8)).save_pretrained(tmp_path / "one")
+    resnets.WideResNet(resnets.WideResNetConfig(depth=10, widen_factor=1)).save_pretrained(tmp_path / "two")
     output = run_installed(installed, "-c", LOADED, str(tmp_path / "one"), str(tmp_path / "two"), cwd=tmp_path)
     assert output.splitlines()[-1] == "# CifarResNet WideResNet"
 

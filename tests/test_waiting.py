@@ -63,7 +63,9 @@ class Waits:
             frames.append(frame)
             frame = frame.f_back
         own = [f for f in frames if f.f_code.co_filename.startswith(PACKAGE) and f.f_code.co_name != "train"]
-        if not any(tensor is other for other in self._on_host):
+        # What the model itself reads in its forward pass, as BERT does before transformers 5.0, it reads in each pass.
+        is_models = any("/transformers/model" in f.f_code.co_filename for f in frames)
+        if not is_models and not any(tensor is other for other in self._on_host):
             others = [f for f in frames if not f.f_code.co_filename.startswith(TORCH) and "__" not in f.f_code.co_name]
             self.places.append(" < ".join(map(told, own[:4] or others[:3])))
 

@@ -47,6 +47,9 @@ def test_make_takes_the_python_that_the_workflow_set_up(name):
     pythons = {key: value for key, value in step["env"].items() if key != "TARGET"}
     assert {*pythons.values()} == {"${{ steps.python.outputs.python-path }}"}
     command = ["make", "--dry-run", "--always-make", MATRIX[name]["target"]]
-    environment = os.environ | dict.fromkeys(pythons, "/set/up/python")
+    # What the make that runs these tests was told on its command line would go before its environment.
+    outer = {"MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS"}
+    environment = {key: value for key, value in os.environ.items() if key not in outer}
+    environment |= dict.fromkeys(pythons, "/set/up/python")
     printed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert "'/set/up/python' -m venv" in printed.stdout, printed.stderr
