@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from launching import launch
 from ranks_loop import train as train_loop
@@ -237,7 +239,12 @@ def test_processes_that_would_train_alone_and_static_graphs_are_refused(launched
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("config", [dict(rho=0.1), dict(rho=0.1, ascent_gradient="previous"), dict(rho=0)])
-def test_accelerate_changes_nothing(config):
+def test_accelerate_changes_nothing(config, monkeypatch):
+    # What Trainers of other tests have left in this process: precision, compilation.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        monkeypatch.delenv(name)
     ours, plain = train_loop({"config": config, "accelerate": True}), train_loop({"config": config})
     assert_equal(ours["weights"], plain["weights"])
     assert ours["log"] == plain["log"] and ours["step"] == plain["step"] == 4
