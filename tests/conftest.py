@@ -34,6 +34,16 @@ def few_threads():
     torch.set_num_threads(int(os.environ.get("TEST_THREADS", "1")))
 
 
+@pytest.fixture(autouse=True)
+def own_environment():
+    """Precision and compilation that older Trainers set for the whole process end with the test."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+    yield
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture
 def float64():
     """Models are built in float64."""

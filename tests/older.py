@@ -22,7 +22,7 @@ STRATEGY = "train_sampling_strategy"
 def with_arguments(kind: type[TrainingArguments], options: dict) -> TrainingArguments:
     """Training arguments of the class `kind`. Before transformers 5.2 none of them sets the order of the examples."""
     # What transformers 4.57 sets for one Trainer holds for all later ones of the process.
-    for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_MIXED_PRECISION"):
+    for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE", "ACCELERATE_MIXED_PRECISION"):
         os.environ.pop(name, None)
     if STRATEGY in FIELDS:
         return kind(**options)
