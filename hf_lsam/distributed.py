@@ -16,9 +16,8 @@ from .config import LSAMConfig
 from .deepspeed import check_deepspeed
 from .shards import is_sharded
 
-# In one process or under DistributedDataParallel (MULTI_*) every process holds the whole model and, after pass 1, the
-# same gradients; DeepSpeed, as far as `check_deepspeed` lets it through, gives them on request. Under FSDP2 every
-# process holds its part of each weight and, after pass 1, that of the same gradient.
+# Every process holds the whole model and, after pass 1, the same gradients, or gets them from DeepSpeed on request;
+# under FSDP2 it holds its part of each weight and of the same gradient.
 _SUPPORTED = {"NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED"}
 # Wrappers that a loop without a Trainer may have, beside those that Accelerate knows and FSDP2.
 _REFUSED_IN_LOOPS = {"DataParallel", "DeepSpeedEngine", "FullyShardedDataParallel"}

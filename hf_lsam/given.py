@@ -1,6 +1,7 @@
 """What users hand over: an optimizer, and a function that computes a loss."""
 
 import types
+import weakref
 from collections.abc import Collection
 from typing import Any
 
@@ -14,7 +15,7 @@ class Optimized:
 
     def __init__(self, owner: Any):
         self.owner = owner
-        self._of: tuple[int, list[int]] | None = None
+        self._of: tuple[weakref.ref, list[int]] | None = None
         self._parameters: Collection[Tensor] = ()
 
     def __call__(self) -> Collection[Tensor] | None:
@@ -22,7 +23,7 @@ class Optimized:
         if self.owner.optimizer is None:
             return None
         groups = self.owner.optimizer.param_groups
-        of = (id(self.owner.optimizer), [len(group["params"]) for group in groups])
+        of = (weakref.ref(self.owner.optimizer), [len(group["params"]) for group in groups])
         if self._of != of:
             every = {parameter: None for group in groups for parameter in group["params"]}
             self._of, self._parameters = of, every.keys()

@@ -54,8 +54,8 @@ class RandomState:
 
     def same_host_state(self, other: "RandomState") -> bool:
         """Whether Python's and NumPy's generators stand where they stood at `other`."""
-        mine, theirs = self.host or ((), ()), other.host or ((), ())
-        return mine[0] == theirs[0] and list(map(bytes, mine[1][1:2])) == list(map(bytes, theirs[1][1:2]))
+        mine, theirs = ((s[0], s[1][1].tobytes(), s[1][2:]) for s in (self.host, other.host) if s is not None)
+        return mine == theirs
 
 
 class Attributes(NamedTuple):

@@ -55,7 +55,7 @@ class LSAM:
         own = step.config.sharpness_scope == "micro_batch" and step.perturbs(self.step)
 
         def run() -> Tensor:
-            again = self.in_second_pass
+            again = bool(step.second_pass.running)
             sync = getattr(self.model, "no_sync", nullcontext) if again or own or not is_last else nullcontext
             with sync(), buffers_not_sent(self.model) if again else nullcontext():
                 loss = compute_loss()
@@ -73,7 +73,7 @@ class LSAM:
     @property
     def in_second_pass(self) -> bool:
         """Whether `compute_loss` is called again, for pass 2."""
-        return self._lsam.second_pass.running
+        return self._lsam.second_pass.running == 2
 
     def log(self) -> dict[str, float]:
         """The `lsam/` figures since the last call."""

@@ -17,6 +17,7 @@ logger = logging.get_logger(__name__)
 # Below this cosine between what the weights moved by and what they should have, a user is told.
 _ROUNDED = 0.95
 Tensors = Sequence[Tensor]
+Move = AbstractContextManager[list[Tensor]]
 
 
 class Perturbation:
@@ -42,9 +43,7 @@ class Perturbation:
             self._undo = None
             torch.clear_autocast_cache()
 
-    def moved(
-        self, weights: Tensors, direction: Tensors, scale: Tensor | float
-    ) -> AbstractContextManager[list[Tensor]]:
+    def moved(self, weights: Tensors, direction: Tensors, scale: Tensor | float) -> Move:
         """Inside, `weights` are at `weights + scale * direction`; yields their local parts as they were."""
         parts = local_parts(weights)
         buffers = self._memory.places_of(parts)
@@ -55,7 +54,7 @@ class Perturbation:
         move = partial(add_into, parts, buffers, local_parts(direction), scale, self.seed)
         return self._until_put_back(move, partial(_copy, parts, buffers), buffers)
 
-    def at(self, weights: Tensors, tensors: Tensors) -> AbstractContextManager[list[Tensor]]:
+    def at(self, weights: Tensors, tensors: Tensors) -> Move:
         """Inside, `weights`, none of them sharded, refer to `tensors`; yields what they referred to before."""
         before = [weight.data for weight in weights]
         return self._until_put_back(partial(_refer, weights, tensors), partial(_refer, weights, before), before)

@@ -15,16 +15,18 @@ def add_into(
     """`targets = weights + scale * direction`; what has 16 bits is rounded stochastically, by draws from `seed`."""
     if isinstance(scale, Tensor) and on_host(scale):
         scale = scale.numpy().item()
-    coarse = [dtype for dtype in {weight.dtype for weight in weights} if is_coarse(dtype)]
+    kinds = {weight.dtype for weight in weights}
+    coarse = set(filter(is_coarse, kinds))
+    scales = {kind: scale.to(kind) for kind in kinds} if isinstance(scale, Tensor) else {}
     generator = torch.Generator(weights[0].device).manual_seed(seed) if coarse else None
     for target, weight, slope in zip(targets, weights, direction, strict=True):
         if generator is not None and weight.dtype in coarse:
             exact = weight.float().add_(slope.float() * scale)
             target.copy_(round_stochastically(exact, weight.dtype, generator))
-        elif isinstance(scale, Tensor):
-            torch.addcmul(weight, slope, scale.to(weight.dtype), out=target)
+        elif scales:
+            torch.addcmul(weight, slope, scales[weight.dtype], out=target)
         else:
-            torch.add(weight, slope, alpha=scale, out=target)
+            torch.add(weight, slope, alpha=float(scale), out=target)
 
 
 def is_coarse(dtype: torch.dtype) -> bool:

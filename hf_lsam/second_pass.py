@@ -69,14 +69,14 @@ class SecondPass:
         blocks: Mapping[str, nn.Module],
         regions: CompiledRegions,
         state: PassState,
+        parameters: list[Tensor],
         replays: bool,
         begins: Callable[[Recording], Collection[int]],
         raises: Callable[[Exception], bool],
     ):
         self.model, self.regions, self.state, self.begins, self.raises = model, regions, state, begins, raises
-        self.name = type(model).__name__
+        self.name, self.parameters = type(model).__name__, parameters
         # Looked up seldom: to go through all modules takes as long as to launch a few blocks on a GPU.
-        self.parameters: list[Tensor] = list(model.parameters())
         self.called, self.modules = called, list(called.modules())
         self._wrapper = next((m for m in self.modules if isinstance(m, DistributedDataParallel)), None)
         scripted = any(isinstance(block, torch.jit.ScriptModule) for block in blocks.values())
@@ -93,7 +93,7 @@ class SecondPass:
         self.together = True
         # Of the numbers in which processes average gradients, where those are coarser than the gradients.
         self.bits = 64
-        self.running = False
+        self.running = 0  # 2 in pass 2, 1 where pass 1 runs again
         # By its signature, a pass 1 whose pass 2 was found to be right, and where the latest such replay began.
         self.checked: dict[tuple, int] = {}
         self._comparisons, self._due = 0, 0
@@ -224,7 +224,7 @@ class SecondPass:
 
     def pass_1_again(self, window: Window, weights: Tensors) -> list[Tensor]:
         """The gradients of pass 1, where they were let go of."""
-        return self._averaged(self._attempt(window, weights, None, False, running=False), weights)
+        return self._averaged(self._attempt(window, weights, None, False, running=1), weights)
 
     def any(self, *flags: bool) -> list[bool]:
         """Each of `flags`, set if it is so in any process that runs these passes with this one."""
@@ -237,7 +237,7 @@ class SecondPass:
         return average_over_ranks(gradients) if self.together else gradients
 
     def _attempt(
-        self, window: Window, weights: Tensors, perturbed: set[int] | None, narrow: bool, looks=False, running=True
+        self, window: Window, weights: Tensors, perturbed: set[int] | None, narrow: bool, looks=False, running=2
     ) -> Attempt:
         """Pass 2, which replays what it can where `perturbed` are moved; `looks` asks for what it leaves."""
         taken = self.regions.taken_with(weights) if narrow else [p for p in self.parameters if p.requires_grad]
@@ -258,7 +258,7 @@ class SecondPass:
                 raise
             return Attempt(error=error)
         finally:
-            self.running = False
+            self.running = 0
 
     def _difference(self, window: Window, wanted: Attempt, attempt: Attempt) -> str | None:
         """What to tell of an `attempt` that has not the losses and gradients of the `wanted` one."""

@@ -37,7 +37,7 @@ from .step_log import Perturbed, StepLog
 
 class LSAMStep:
     """
-    One training run's steps on a model: called once for each micro-batch.
+    One training run's steps on a model: called once for each micro-batch. `ValueError` if the settings do not fit it.
 
     Args:
         max_steps: Optimizer steps of the training, of which `perturb_start` and `perturb_end` are shares.
@@ -47,9 +47,6 @@ class LSAMStep:
         roots: What else a pass may read and change, by the names that a user knows (see `PassState`).
         raises: Whether an error of pass 2 is for the caller. The others leave the plain gradient.
         has_begun: Whether training has begun, so that blocks may be frozen for now, and fewer are left than wanted.
-
-    Raises:
-        ValueError: if the model has no blocks to choose from, or the settings do not fit it.
     """
 
     def __init__(
@@ -83,8 +80,9 @@ class LSAMStep:
         self.trained = Trained(model, list(blocks.values()), self.candidates, regions, optimized)
         pays = config.block_selection != "all" and any(c.first_block > 0 for c in self.candidates)
         state = PassState(model, roots, self.trained.includes)
-        self.second_pass = SecondPass(model, called, blocks, regions, state, pays, self._beginnings, raises)
-        self.second_pass.parameters = self.trained.parameters
+        self.second_pass = SecondPass(
+            model, called, blocks, regions, state, self.trained.parameters, pays, self._beginnings, raises
+        )
         self.perturbation = Perturbation()
         self.window: list[MicroBatch] = []  # micro-batches of this step that wait for its last one
         # What goes from step to step (see `Kept`), and the step that runs with what it began with.
@@ -106,10 +104,8 @@ class LSAMStep:
     @property
     def lets_go(self) -> bool:
         """Whether memory never holds the gradients of both passes: then a host waits to see if pass 2's are finite."""
-        config = self.config
-        return (
-            config.block_selection == "all" and config.alpha == 1 and not (config.reuse_correction or config.adaptive)
-        )
+        own = self.config
+        return own.block_selection == "all" and own.alpha == 1 and not (own.reuse_correction or own.adaptive)
 
     def perturbs(self, step: int) -> bool:
         """Whether optimizer step `step` is to be perturbed."""
@@ -277,7 +273,7 @@ class LSAMStep:
             with self._moved(ascent), unchanged(ascent.weights):
                 loss = pass_1()
             if is_last:
-                self._count(ascent, ascent.norm.isfinite())
+                self._count(ascent, (ascent.norm > 0) & ascent.norm.isfinite())
         if is_last:
             self.previous = self._following() if self.perturbs(step + 1) else None
         return loss

@@ -64,7 +64,8 @@ class StepLog:
 
     def settle(self) -> None:
         """Sum up what was noted: one wait for the device a log line, or where lines are far between, a few."""
-        applied = torch.stack([one.applied for one in self.pending]).tolist() if self.pending else []
+        # Settings that change in the middle of a run may leave some of these on the device, and some on the host.
+        applied = torch.stack([one.applied.cpu() for one in self.pending]).tolist() if self.pending else []
         for perturbation, was_applied in zip(self.pending, applied, strict=True):
             if was_applied:
                 self._sum_up(perturbation)

@@ -115,7 +115,7 @@ class LSAMMixin(_AnyTrainer):
         What passes change on the trainer, in its objects and in modules is put back. Files, iterators and what other
         threads use are not: `if not self.in_second_pass: self.file.write(...)`.
         """
-        return self._lsam is not None and self._lsam.second_pass.running
+        return self._lsam is not None and self._lsam.second_pass.running == 2
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
@@ -172,7 +172,7 @@ class LSAMMixin(_AnyTrainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the `lsam/` figures to lines of the training loss, and a row to `lsam_blocks.jsonl`; not in pass 2."""
         step = self._lsam
-        if self.in_second_pass:
+        if step is not None and step.second_pass.running:
             return
         # The Trainer's own lines hold the learning rate; a `compute_loss` may log a loss of its own.
         is_line = "loss" in logs and "learning_rate" in logs

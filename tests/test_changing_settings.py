@@ -11,6 +11,7 @@ from tiny import Examples, arguments, bert, largest_difference, training_lines, 
 from transformers import Trainer, TrainerCallback
 
 from hf_lsam import LSAMConfig, LSAMMixin, LSAMTrainer
+from hf_lsam.given import Optimized
 
 NONE = dict(block_selection="none")
 
@@ -240,3 +241,14 @@ def test_an_optimizer_that_acts_in_hooks_is_refused(config, tmp_path):
         with pytest.raises(NotImplementedError, match="hook.*block_selection='none'"):
             follow(Hooked, tmp_path, config)
         assert not calls
+
+
+def test_another_optimizer_is_seen_though_it_may_lie_where_the_former_lay():
+    owner = SimpleNamespace(optimizer=None)
+    optimized = Optimized(owner)
+    assert optimized() is None
+    for _ in range(20):
+        owner.optimizer = None
+        weight = torch.nn.Parameter(torch.zeros(2))
+        owner.optimizer = torch.optim.SGD([weight], lr=0.1)
+        assert weight in optimized() and optimized() is optimized()

@@ -1,5 +1,6 @@
 """Promise 9: what a trainer counts on itself, in whatever kind of attribute, counts pass 1 only."""
 
+import random
 from collections import deque
 
 import numpy as np
@@ -9,6 +10,7 @@ from tiny import Examples, arguments, bert
 from transformers import Trainer
 
 from hf_lsam import LSAMConfig, LSAMTrainer
+from hf_lsam.held import RandomState
 from hf_lsam.pass_state import PassState
 
 
@@ -173,3 +175,68 @@ def test_a_weight_of_the_optimizer_is_not_held_though_it_is_frozen_for_now():
     state = PassState(model, dict, lambda tensor: tensor is model.weight)
     held = [entry.thing for entry in state.before_pass_1().entries]
     assert any(thing is model.bias for thing in held) and not any(thing is model.weight for thing in held)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [np.random.rand, np.random.standard_normal, np.random.bytes, random.random, lambda *_: random.gauss(0, 1)],
+    ids=["uniform", "normal", "bytes", "python", "gauss"],
+)
+def test_a_single_draw_on_the_host_is_seen(draw):
+    """Also in the middle of the numbers that a generator makes at once, and one that takes what is left of a pair."""
+    np.random.seed(0)
+    random.seed(0)
+    np.random.standard_normal(3)
+    random.gauss(0, 1)
+    for _ in range(4):
+        before = RandomState.capture(torch.device("cpu"))
+        assert RandomState.capture(torch.device("cpu")).same_host_state(before)
+        draw(*([1] * (draw is np.random.bytes)))
+        assert not RandomState.capture(torch.device("cpu")).same_host_state(before)
+
+
+@pytest.mark.parametrize("selection", ["all", "last"])
+def test_what_a_loss_logs_is_logged_once_where_pass_1_runs_again(selection, tmp_path):
+    """SAM lets go of the gradient of pass 1, so where that of pass 2 is not finite, a third pass makes it anew."""
+
+    class Logging(LSAMTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            self.log({"own": 1.0})
+            second.append(self.in_second_pass)
+            return loss * (torch.nan if self.in_second_pass and self.state.global_step == 2 else 1)
+
+    second = []
+    config = LSAMConfig(rho=0.1, block_selection=selection)
+    trainer = Logging(bert(), arguments(tmp_path, max_steps=4), train_dataset=Examples(16), lsam_config=config)
+    trainer.train()
+    assert sum("own" in line for line in trainer.state.log_history) == 4
+    # Pass 1 runs again in the third step, and is no second pass.
+    assert second.count(False) == 4 + (selection == "all")
+    assert all(bool(parameter.isfinite().all()) for parameter in trainer.model.parameters())
+
+
+def test_modes_that_a_pass_leaves_are_set_anew_for_pass_2(tmp_path, monkeypatch):
+    """`model.train()` of pass 2 visits no module only where all of them train already."""
+
+    class Evaluating(LSAMTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            modes.append([module.training for module in model.modules()])
+            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            model.bert.encoder.layer[1].eval()
+            return loss
+
+    modes, trained = [], []
+    trainer = Evaluating(bert(dropout=0.1), arguments(tmp_path, max_steps=3), train_dataset=Examples(12))
+    trainer.train()
+    assert len(modes) > 6 and all(map(all, modes))
+
+    def train(self, mode=True):
+        trained.append(plain.in_second_pass)
+        return inner(self, mode)
+
+    inner = torch.nn.Module.train
+    monkeypatch.setattr(torch.nn.Module, "train", train)
+    plain = LSAMTrainer(bert(dropout=0.1), arguments(tmp_path, max_steps=3), train_dataset=Examples(12))
+    plain.train()
+    assert trained and not any(trained)

@@ -201,3 +201,21 @@ def test_every_way_to_read_a_tensor_is_counted(read, count):
     with Waits() as waits:
         read(tensor)
     assert len(waits.places) == count and all("test_waiting.py" in place for place in waits.places)
+
+
+@pytest.mark.parametrize("method", ["all", "last 2", "one pass of all", "one pass of the last 2"])
+def test_a_gradient_of_zero_is_no_perturbation_though_no_host_sees_it(method, accelerator, tmp_path):
+    class Nothing(LSAMTrainer):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs) * 0
+
+    config = LSAMConfig(**METHODS[method][0])
+    trainer = Nothing(
+        bert(), arguments(tmp_path, max_steps=3, logging_steps=3), train_dataset=Examples(12), lsam_config=config
+    )
+    before = weights(trainer.model)
+    trainer.train()
+    line = trainer.state.log_history[0]
+    # One pass has nothing to climb in the first step.
+    assert line["lsam/active"] == 0 and line["lsam/skipped"] == (2 if method.startswith("one") else 3)
+    assert largest_difference(before, weights(trainer.model)) == 0
