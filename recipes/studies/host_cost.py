@@ -12,7 +12,7 @@ looks at everything again, so these count for no method. Each turn has one log l
 
 Calls of Python functions and of C functions from Python are counted in one more turn, the same at every run. Where
 they come from is told twice: by the file that made them, and by the part of a pass (the innermost of `PARTS` on the
-stack) that they were made for.
+stack, see `host_calls.py`) that they were made for.
 """
 
 import gc
@@ -21,10 +21,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -42,43 +40,13 @@ from transformers.utils import logging
 
 from hf_lsam import LSAMConfig, LSAMTrainer
 from hf_lsam_recipes.benchmark import METHODS
+from hf_lsam_recipes.studies.host_calls import CallCounter
 from hf_lsam_recipes.support.cost.peers import IN_TRAINER, SAMTrainer
 from hf_lsam_recipes.support.json_files import check_output_file, write_json
 from hf_lsam_recipes.support.settings import parse_arguments
 from hf_lsam_recipes.support.stamp import stamp
 
 _VOCABULARY = 100
-
-# What calls are made for: the end of a file's name, the beginning of the function's, and the part. The first that
-# fits counts; what lies in no part is the loop's.
-PARTS = (
-    ("hf_lsam/held.py", "RandomState", "random states"),
-    ("hf_lsam/pass_state.py", "", "snapshots"),
-    ("hf_lsam/held.py", "", "snapshots"),
-    ("hf_lsam/replay.py", "", "hooks on blocks"),
-    ("hf_lsam/passes.py", "copy_of", "copies of the batch"),
-    ("hf_lsam/passes.py", "", "gradients of a few weights"),
-    ("hf_lsam/perturbation.py", "", "moves and norms"),
-    ("hf_lsam/rounding.py", "", "moves and norms"),
-    ("hf_lsam/ascent.py", "", "selection"),
-    ("hf_lsam/selection.py", "", "selection"),
-    ("hf_lsam/costs.py", "", "costs"),
-    ("hf_lsam/step_log.py", "", "logging"),
-    ("hf_lsam/trainer.py", "LSAMMixin.log", "logging"),
-    ("hf_lsam/trainer.py", "LSAMMixin.training_step", "around the passes"),
-    ("hf_lsam/trainer.py", "LSAMMixin.train", "loop"),
-    ("hf_lsam/trainer.py", "", "around the passes"),
-    ("hf_lsam/", "", "step"),
-    ("peers.py", "", "step"),
-    ("transformers/masking_utils.py", "", "masks"),
-    ("modeling_bert.py", "BertEmbeddings", "embeddings"),
-    ("modeling_bert.py", "BertLayer", "blocks"),
-    ("modeling_bert.py", "Bert", "model around blocks"),
-    ("transformers/trainer.py", "Trainer.training_step", "training_step"),
-    ("transformers/trainer.py", "Trainer.compute_loss", "training_step"),
-    ("transformers/trainer.py", "Trainer.floating_point_ops", "count of operations"),
-    ("torch/_tensor.py", "Tensor.backward", "backward"),
-)
 
 
 @dataclass
@@ -107,50 +75,6 @@ class HostArguments:
             raise ValueError(
                 f"methods={self.methods}: it must hold plain and others of {', '.join([*METHODS, IN_TRAINER])}."
             )
-
-
-class CallCounter:
-    """For `sys.setprofile`: counts calls by the file that made them and by the part that they were made for."""
-
-    def __init__(self):
-        self.total = 0
-        self.files: Counter[str] = Counter()
-        self.parts: Counter[str] = Counter()
-        self._file_of: dict[CodeType, str] = {}
-        self._part_of: dict[CodeType, str | None] = {}
-
-    def __call__(self, frame: FrameType, event: str, _) -> None:
-        if event not in ("call", "c_call"):
-            return
-        self.total += 1
-        self.files[self._file(frame.f_code)] += 1
-        self.parts[self._part(frame)] += 1
-
-    def _file(self, code: CodeType) -> str:
-        if code not in self._file_of:
-            path = Path(code.co_filename)
-            known = [name for name in ("torch", "transformers", "accelerate") if name in path.parts]
-            own = f"hf_lsam/{path.name}" if path.parent.name == "hf_lsam" else "other"
-            self._file_of[code] = known[0] if known else own
-        return self._file_of[code]
-
-    def _part(self, frame: FrameType | None) -> str:
-        while frame is not None:
-            code = frame.f_code
-            if code not in self._part_of:
-                # Before Python 3.11 there is the name alone, and what a class tells apart is told together.
-                path, own = Path(code.co_filename).as_posix(), getattr(code, "co_qualname", code.co_name)
-                found = (part for end, name, part in PARTS if _fits(path, end) and own.startswith(name))
-                self._part_of[code] = next(found, None)
-            part = self._part_of[code]
-            if part is not None:
-                return part
-            frame = frame.f_back
-        return "loop"
-
-
-def _fits(path: str, end: str) -> bool:
-    return f"/{end}" in path if end.endswith("/") else path.endswith(f"/{end}")
 
 
 class Contender(TrainerCallback):
