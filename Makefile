@@ -20,10 +20,11 @@ SEEDS ?= 0 1
 DEMO_DIR ?= demo
 
 # What compares one computation with another in its own process: not recipes, launches and other libraries' trainers.
-KERNEL_TESTS = $(patsubst %,tests/test_%.py,16_bit_weights batches_and_buffers changes compile counters faults honest \
-	life off peft perturbation precision quantised replay replayed_steps resnets restored restored_always right savers \
-	second_pass_blocks second_pass_check second_pass_gradients selection sharpness split staleness state step trainers \
-	untouched unusual_losses)
+KERNEL_TESTS = $(patsubst %,tests/library/test_%.py, \
+	16_bit_weights batches_and_buffers changes compile counters faults honest life off peft perturbation \
+	precision quantised replay replayed_steps restored restored_always right savers second_pass_blocks \
+	second_pass_check second_pass_gradients selection split state step trainers untouched unusual_losses) \
+	$(patsubst %,tests/recipes/test_%.py,resnets sharpness staleness)
 
 .PHONY: help demo test test-oldest test-newest test-kernels audit format clean
 

@@ -19,7 +19,7 @@ from hf_lsam_recipes.support.shipped import RECIPES, find_yaml, shipped_yamls
 
 pytest_plugins = ["glue_fixtures"]
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

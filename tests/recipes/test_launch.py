@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,16 @@ def launch(name: str, *options: str) -> list[str]:
     return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS[name]), *options]
 
 
+def wait_for(processes: list[subprocess.Popen], seconds: float) -> None:
+    """Until all have ended, one of them has failed (another may wait for it), or the time is up."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        codes = [process.poll() for process in processes]
+        if None not in codes or any(codes):
+            return
+        time.sleep(0.2)
+
+
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory) -> Path:
     """What the recipe left under each config: two steps of training, evaluation and prediction. All run at once."""
@@ -76,12 +87,12 @@ def launched(tmp_path_factory) -> Path:
             subprocess.Popen(command, stdout=log, stderr=log, env=environment(folder / "home")) for command in commands
         ]
         try:
-            codes = [process.wait(timeout=300) for process in processes]
+            wait_for(processes, 300)
         finally:
             for process in processes:
                 process.terminate()
         log.seek(0)
-        assert codes == [0] * len(commands), log.read()[-5000:]
+        assert [process.returncode for process in processes] == [0] * len(commands), log.read()[-8000:]
     return folder
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import resume_worker
 from older import IS_5
 from resume_worker import METHODS, STEPS
 from safetensors import safe_open
@@ -19,7 +20,7 @@ from hf_lsam import LSAMConfig, LSAMTrainer
 from hf_lsam.state import load_state
 from hf_lsam.step import LSAMStep
 
-WORKER = Path(__file__).with_name("resume_worker.py")
+WORKER = Path(resume_worker.__file__)
 
 
 @pytest.fixture(scope="module")

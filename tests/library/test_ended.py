@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import ranks_faults
 import torch
 from packaging import version
 
-WORKER = Path(__file__).with_name("ranks_faults.py")
+WORKER = Path(ranks_faults.__file__)
 
 
 @pytest.fixture(scope="module")

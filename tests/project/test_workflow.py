@@ -9,7 +9,7 @@ import pytest
 import yaml
 from packaging.specifiers import SpecifierSet
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # As text: to YAML 1.1, the key `on` is true.
 WORKFLOW = yaml.load((ROOT / ".github" / "workflows" / "tests.yml").read_text(), Loader=yaml.BaseLoader)
 [JOB] = WORKFLOW["jobs"].values()

@@ -2,7 +2,7 @@
 DeepSpeed: training under ZeRO 1 and 2 equals the run without it, and what is not supported is refused.
 
 What trains needs DeepSpeed, which no extra of this project installs: `pip install deepspeed==0.19.8`, then
-`pytest tests/test_deepspeed.py`. It needs no GPU. The refusals are tested everywhere.
+`pytest tests/library/test_deepspeed.py`. It needs no GPU. The refusals are tested everywhere.
 """
 
 import importlib.util
@@ -368,7 +368,7 @@ def test_the_rest_is_refused_before_training(reason, tmp_path, monkeypatch):
 
 
 def test_the_launch_file_asks_for_zero_2_without_offload():
-    path = Path(__file__).parents[1] / "accelerate_configs" / "deepspeed_zero2.yaml"
+    path = Path(__file__).parents[2] / "accelerate_configs" / "deepspeed_zero2.yaml"
     config = load_config_from_file(str(path))
     assert config.distributed_type == DistributedType.DEEPSPEED
     plugin = DeepSpeedPlugin(zero_stage=config.deepspeed_config["zero_stage"])

@@ -20,7 +20,7 @@ from hf_lsam_recipes import compare, run_clm, run_glue, run_image_classification
 
 pytest_plugins = ["compare_fixtures"]
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CODE = sorted([*(ROOT / "hf_lsam").glob("*.py"), *(ROOT / "recipes").rglob("*.py")])
 QUICK = ["--use_cpu", "--disable_tqdm", "true", "--report_to", "none", "--max_steps", "1"]
 

@@ -2,13 +2,12 @@
 
 import json
 import os
-from pathlib import Path
 
 import pytest
+import ranks_loop
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from launching import launch
-from ranks_loop import train as train_loop
 from tiny import Examples, assert_equal, bert, largest_difference, weights
 from tiny_loop import loop
 
@@ -32,7 +31,7 @@ def launched(tmp_path_factory):
     """What two processes leave of each case."""
     folder = tmp_path_factory.mktemp("launched")
     (folder / "cases.json").write_text(json.dumps(CASES))
-    launch(str(Path(__file__).parent / "ranks_loop.py"), folder)
+    launch(ranks_loop.__file__, folder)
     return folder
 
 
@@ -49,7 +48,7 @@ def test_two_processes_are_one_with_all_of_the_batch(name, launched):
     assert len(unsynced) == 8 and all(left != right for left, right in unsynced)
     if name != "micro-batch":
         case = {"config": CASES[name]["config"]}
-        assert largest_difference(one["weights"], train_loop(case)["weights"]) < 1e-12
+        assert largest_difference(one["weights"], ranks_loop.train(case)["weights"]) < 1e-12
 
 
 @pytest.mark.usefixtures("float64")
@@ -78,6 +77,6 @@ def test_accelerate_changes_nothing(config, monkeypatch):
     GradientState._reset_state()
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         monkeypatch.delenv(name)
-    ours, plain = train_loop({"config": config, "accelerate": True}), train_loop({"config": config})
+    ours, plain = ranks_loop.train({"config": config, "accelerate": True}), ranks_loop.train({"config": config})
     assert_equal(ours["weights"], plain["weights"])
     assert ours["log"] == plain["log"] and ours["step"] == plain["step"] == 4

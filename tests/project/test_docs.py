@@ -14,7 +14,7 @@ import torch
 import hf_lsam
 from hf_lsam.step_log import Perturbed, StepLog
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*.md")])
 # Paths of this repository, as the documents write them.
 PATH = re.compile(r"`((?:hf_lsam|recipes|tests|docs|accelerate_configs)/[\w./-]+)(?:::([\w.]+))?`")
@@ -47,7 +47,7 @@ def test_every_line_of_the_equations_names_code_and_a_test():
     assert len(rows) == 17 + 12
     for *_, code, test in rows:
         assert re.match(r"`(hf_lsam|recipes)/(support/)?\w+\.py", code), code
-        assert re.match(r"`tests/test_\w+\.py::test_\w+`", test), test
+        assert re.match(r"`tests/\w+/test_\w+\.py::test_\w+`", test), test
 
 
 def test_every_setting_and_figure_is_on_the_page_of_settings():
@@ -71,7 +71,7 @@ def test_every_test_file_of_the_table_of_features_is_there():
     table = text.split("| feature |")[1].split("\n\n")[0].splitlines()[2:]
     assert len(table) > 30
     for row in table:
-        assert re.search(r"`tests/test_\w+\.py`", row), row
+        assert re.search(r"`tests/\w+/test_\w+\.py`", row), row
 
 
 def test_the_walk_of_contributing_starts_from_the_code_as_it_is():
@@ -83,11 +83,11 @@ def test_the_walk_of_contributing_starts_from_the_code_as_it_is():
         "hf_lsam/reference.py": ("def last(k: int) -> Rule:",),
         "hf_lsam/config.py": ("BLOCK_SELECTIONS = ", "def _check_combinations("),
         "hf_lsam/selection.py": ("def select(", "alive = ", "return alive[-limit:]"),
-        "tests/test_right.py": (
+        "tests/library/test_right.py": (
             "METHODS = {",
             '"last 2": (dict(rho=0.1, block_selection="last"), lambda m, n: lsam(m',
         ),
-        "tests/test_selection.py": (
+        "tests/library/test_selection.py": (
             "def test_a_block_without_gradient_is_never_selected(",
             "def chosen(squared_norms",
         ),

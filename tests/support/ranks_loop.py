@@ -1,4 +1,4 @@
-"""Loops without a Trainer in each of some processes; `tests/test_loop.py` starts them, and runs them alone, too."""
+"""Loops without a Trainer in each of some processes; `test_loop_ranks.py` starts them, and runs them alone, too."""
 
 import json
 import os

@@ -25,7 +25,7 @@ from tiny_glue import rte, save_bert, write_task
 
 import hf_lsam
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CORE = {"accelerate", "numpy", "safetensors", "torch", "transformers"}
 # What the sdist holds, whole folders and files.
 FOLDERS = (".ci", ".github", "accelerate_configs", "docs", "hf_lsam", "recipes", "tests")
@@ -173,7 +173,7 @@ def test_sdist_holds_all_that_it_takes_to_test_and_no_leftovers(built):
     wanted = {name for name in wanted if (ROOT / name).is_file() and "__pycache__" not in name} | {*FILES}
     made = {"PKG-INFO", "setup.cfg", *(name for name in there if name.startswith("hf_lsam.egg-info/"))}
     assert there == wanted | made
-    assert (folder / "tests" / "tiny.py").is_file()
+    assert (folder / "tests" / "support" / "tiny.py").is_file()
 
 
 def test_the_wheel_trains_by_itself_and_brings_the_core_dependencies_only(installed, tmp_path):
@@ -273,7 +273,7 @@ def test_an_extra_holds_what_is_imported_and_nothing_else(extra):
     """What a script imports directly is required directly."""
     scripts = {"demo": reached_from(ROOT / "recipes" / "demo.py")}
     scripts["recipes"] = {*(ROOT / "recipes").rglob("*.py")}
-    scripts["test"] = {*scripts["recipes"], *(ROOT / "tests").glob("*.py")}
+    scripts["test"] = {*scripts["recipes"], *(ROOT / "tests").rglob("*.py")}
     wanted = requirements(extra) - CORE - {"hf-lsam"}
     distributions = importlib.metadata.packages_distributions()
     imported = {canonicalize_name(distributions[name][0]) for path in scripts[extra] for name in foreign(path)}
@@ -316,7 +316,7 @@ def imports(path: Path) -> set[str]:
 
 def foreign(path: Path) -> set[str]:
     """The top-level packages that a file imports and that are neither Python's nor files of this repository."""
-    own = {file.stem for file in (ROOT / "tests").glob("*.py")} | {"hf_lsam", "hf_lsam_recipes"}
+    own = {file.stem for file in (ROOT / "tests").rglob("*.py")} | {"hf_lsam", "hf_lsam_recipes"}
     return {name.partition(".")[0] for name in imports(path)} - own - sys.stdlib_module_names
 
 
