@@ -22,9 +22,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
+from scipy import stats
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -193,12 +193,10 @@ def growth(stretches: list[dict[str, Any]], name: str) -> dict[str, float]:
     if len(rest) < 3:
         return {}
     steps, values = ([float(row[key]) for row in rest] for key in ("end", name))
-    centred = np.array(steps) / 1000 - np.mean(steps) / 1000
-    slope = float(centred @ values / (centred @ centred))
-    left = np.array(values) - np.mean(values) - slope * centred
+    line = stats.linregress([step / 1000 for step in steps], values)
     return {
-        "per_1000_steps": slope,
-        "standard_error": float((left @ left / (len(rest) - 2) / (centred @ centred)) ** 0.5),
+        "per_1000_steps": float(line.slope),
+        "standard_error": float(line.stderr),
         "first": values[0],
         "last": values[-1],
     }

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
@@ -69,7 +68,7 @@ def read_yaml(path: Path, known: set[str]) -> tuple[list[str], dict[str, list[st
         raise ValueError(f"{path} is no file: the first argument is a YAML of settings, or starts with --.")
     try:
         settings = read_yaml_text(path)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is no valid YAML: {error}.") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold one `setting: value` a line.")

@@ -1,34 +1,30 @@
-"""YAMLs of settings, every scalar of which stays the text that it is."""
+"""YAMLs of settings, in which every scalar is read as text."""
 
+import re
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 
 def read_yaml_text(path: Path) -> Any:
     """
-    What a YAML holds: `no`, `null` and `5e-2` stay text, which means what it means on the command line.
+    The content of a YAML file. `no`, `null` and `5e-2` stay text, and are parsed as on the command line.
 
     Raises:
-        yaml.YAMLError: also for a name that is set twice, of which YAML would keep the last.
+        ValueError: if the file is no valid YAML in UTF-8, or sets a name twice.
+        OSError: if it cannot be read.
     """
     text = path.read_text(encoding="utf-8")
-    content = yaml.load(text, Loader=yaml.BaseLoader)
-    waiting, seen = [yaml.compose(text, Loader=yaml.BaseLoader)], set[int]()
-    while waiting:
-        node = waiting.pop()
-        if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
-            continue
-        seen.add(id(node))
-        if isinstance(node, yaml.MappingNode):
-            names: set[str] = set()
-            for name, value in node.value:
-                if name.value in names:
-                    line = name.start_mark.line + 1
-                    raise yaml.YAMLError(f"line {line} sets {name.value} a second time. Remove one of the two")
-                names.add(name.value)
-                waiting.append(value)
-        else:
-            waiting += node.value
-    return content
+    try:
+        return YAML(typ="base").load(text)
+    except DuplicateKeyError as error:
+        [name] = re.findall(r'duplicate key "(.*?)" with value', error.problem, re.DOTALL)
+        line = error.problem_mark.line + 1
+        raise ValueError(f"line {line} sets {name} a second time. Remove one of the two") from error
+    except MarkedYAMLError as error:
+        raise ValueError(f"line {error.problem_mark.line + 1}: {error.problem}") from error
+    except YAMLError as error:  # a character that no YAML may hold
+        raise ValueError(" ".join(str(error).split())) from error

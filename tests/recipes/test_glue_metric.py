@@ -77,3 +77,15 @@ def test_every_task_has_its_metrics():
 def test_unknown_name():
     with pytest.raises(ValueError, match=r"config_name must be one of cola, .*, but is 'glue'"):
         GlueMetric("glue")
+
+
+def test_a_single_example_has_no_correlation():
+    result = GlueMetric("stsb").compute(predictions=[1.0], references=[2.0])
+    assert list(result) == ["pearson", "spearmanr"] and all(math.isnan(value) for value in result.values())
+
+
+@pytest.mark.parametrize(("name", "values"), [("cola", [1, 1, 1]), ("stsb", [2.5, 2.5, 2.5])])
+def test_undefined_values_are_no_warning(name, values, recwarn):
+    """They would come again at every evaluation."""
+    GlueMetric(name).compute(predictions=values, references=values)
+    assert not recwarn.list

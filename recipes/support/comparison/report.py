@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_lsam_recipes.support.comparison.html import page, picture
 from hf_lsam_recipes.support.comparison.plan import CompareError, Comparison, Run, Task, metric_of
-from hf_lsam_recipes.support.comparison.statistics import COSTS, Row, mean_interval, missing_runs, table, warnings
+from hf_lsam_recipes.support.comparison.statistics import COSTS, Row, mean_interval, missing_runs, remarks, table
 from hf_lsam_recipes.support.json_files import write_json
 
 FIGURES = (*COSTS, "wall_seconds")
@@ -30,7 +30,7 @@ def write_report(comparison: Comparison) -> list[str]:
         raise CompareError(f"{comparison.output_dir} holds no finished run to report.")
     missing = missing_runs(comparison, finished)
     tables = {task.name: table(comparison, task, results) for task in comparison.tasks}
-    notes = warnings(comparison, tuning + results, missing)
+    notes = remarks(comparison, tuning + results, missing)
     output = comparison.output_dir
     text = markdown(comparison, tables, notes)
     (output / "report.md").write_text(text, encoding="utf-8")

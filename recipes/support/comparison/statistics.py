@@ -1,9 +1,10 @@
 """The figures of a comparison: differences to the baseline with the same seed, and what each method costs."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from scipy import stats
@@ -61,14 +62,16 @@ class Row:
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """The mean with the interval of Student's t, which a single value and values that are not all finite lack."""
-    count = len(values)
-    # Not fmean, which raises for inf and -inf.
-    mean = fmean(values) if all(map(math.isfinite, values)) else sum(values) / count
-    if count < 2 or not math.isfinite(mean):
+    """The mean with its 95 % interval by Student's t; a single value and values that are not all finite have none."""
+    # Not fmean where one is not finite: it raises for inf and -inf.
+    mean = fmean(values) if all(map(math.isfinite, values)) else sum(values) / len(values)
+    if len(values) < 2 or not math.isfinite(mean):
         return Interval(mean, None)
-    half = float(stats.t.ppf(0.975, count - 1)) * stdev(values) / math.sqrt(count)
-    return Interval(mean, (mean - half, mean + half))
+    with warnings.catch_warnings():
+        # Differences of seeds may be equal; the interval is then the mean alone.
+        warnings.filterwarnings("ignore", "Precision loss", RuntimeWarning)
+        interval = stats.ttest_1samp(values, 0.0).confidence_interval()
+    return Interval(mean, (float(interval.low), float(interval.high)))
 
 
 def table(comparison: Comparison, task: Task, results: Sequence[dict[str, Any]]) -> list[Row]:
@@ -108,7 +111,7 @@ def table(comparison: Comparison, task: Task, results: Sequence[dict[str, Any]])
     return rows
 
 
-def warnings(comparison: Comparison, results: Sequence[dict[str, Any]], missing: Sequence[str]) -> list[str]:
+def remarks(comparison: Comparison, results: Sequence[dict[str, Any]], missing: Sequence[str]) -> list[str]:
     """What a reader of the tables has to know."""
     found = []
     if missing:

@@ -1,12 +1,17 @@
 """
-GLUE's metrics as one `evaluate.Metric`, computed right here: nothing is fetched from the Hub.
+GLUE's metrics as one `evaluate.Metric`, computed by scikit-learn and SciPy: nothing is fetched from the Hub.
 
-Needs datasets and evaluate, which the `recipes` extra installs.
+Needs datasets, evaluate, scikit-learn and SciPy, which the `recipes` extra installs.
 """
+
+import math
+import warnings
+from collections.abc import Sequence
 
 import datasets
 import evaluate
-import numpy as np
+from scipy import stats
+from sklearn import metrics
 
 METRICS = {
     "cola": ("matthews_correlation",),
@@ -27,8 +32,8 @@ class GlueMetric(evaluate.Metric):
     """
     The metrics of one GLUE task, or of a text set of one's own.
 
-    `matthews_correlation` (of two classes), `f1` (of class 1) and `macro_f1` are 0 where a division by 0 would leave
-    them undefined, as in scikit-learn. `pearson` and `spearmanr` of a constant are NaN, as in SciPy.
+    `f1` is that of class 1. `matthews_correlation`, `f1` and `macro_f1` are 0 where they are undefined, by a division
+    by 0. `pearson` and `spearmanr` are NaN where they are undefined: for a constant, for NaN, and for one example.
 
     Args:
         config_name (`str`):
@@ -65,54 +70,24 @@ class GlueMetric(evaluate.Metric):
         )
 
     def _compute(self, predictions: list, references: list) -> dict[str, float]:
-        # Lists, since datasets' own NumPy format has 32-bit numbers only.
-        arrays = np.asarray(predictions), np.asarray(references)
-        return {name: float(_FUNCTIONS[name](*arrays)) for name in METRICS[self.config_name]}
+        with warnings.catch_warnings():
+            # Undefined values are stated above; they are no news at each evaluation.
+            warnings.filterwarnings("ignore", "A single label was found", UserWarning)
+            warnings.simplefilter("ignore", stats.ConstantInputWarning)
+            return {name: float(_FUNCTIONS[name](predictions, references)) for name in METRICS[self.config_name]}
 
 
-def _accuracy(predictions: np.ndarray, references: np.ndarray) -> float:
-    return np.mean(predictions == references)
-
-
-def _f1(predictions: np.ndarray, references: np.ndarray, label: int = 1) -> float:
-    predicted, true = predictions == label, references == label
-    size = predicted.sum() + true.sum()
-    return 2 * (predicted & true).sum() / size if size else 0.0
-
-
-def _macro_f1(predictions: np.ndarray, references: np.ndarray) -> float:
-    return float(np.mean([_f1(predictions, references, label) for label in np.union1d(predictions, references)]))
-
-
-def _matthews(predictions: np.ndarray, references: np.ndarray) -> float:
-    # Of two classes, Matthews' coefficient is Pearson's of the class ids.
-    coefficient = _pearson(predictions, references)
-    return 0.0 if np.isnan(coefficient) else coefficient
-
-
-def _pearson(x: np.ndarray, y: np.ndarray) -> float:
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
-        return float("nan")
-    return np.corrcoef(x, y)[0, 1]
-
-
-def _spearman(x: np.ndarray, y: np.ndarray) -> float:
-    return _pearson(_ranks(x), _ranks(y))
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """The rank of each value, ties sharing their mean rank; NaN for all where one is NaN."""
-    if np.isnan(values).any():
-        return np.full(len(values), np.nan)
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+def _pearson(predictions: Sequence[float], references: Sequence[float]) -> float:
+    return stats.pearsonr(predictions, references).statistic if len(references) > 1 else math.nan
 
 
 _FUNCTIONS = {
-    "accuracy": _accuracy,
-    "f1": _f1,
-    "macro_f1": _macro_f1,
-    "matthews_correlation": _matthews,
+    "accuracy": lambda predictions, references: metrics.accuracy_score(references, predictions),
+    "f1": lambda predictions, references: metrics.f1_score(references, predictions, zero_division=0),
+    "macro_f1": lambda predictions, references: metrics.f1_score(
+        references, predictions, average="macro", zero_division=0
+    ),
+    "matthews_correlation": lambda predictions, references: metrics.matthews_corrcoef(references, predictions),
     "pearson": _pearson,
-    "spearmanr": _spearman,
+    "spearmanr": lambda predictions, references: stats.spearmanr(predictions, references).statistic,
 }
