@@ -18,6 +18,7 @@ pytest_plugins = ["compare_fixtures"]
     ("changes", "message"),
     [
         ({"method": {}}, "unknown names: method. There are recipe, "),
+        ({"method": {}}, "Did you mean methods\\?"),
         ({"seeds": []}, "sets no seeds"),
         ({"methods": None}, "sets no methods"),
         ({"seeds": ["x"]}, "seeds must be an integer of at least 0, but is 'x'"),
@@ -73,6 +74,52 @@ def test_a_name_that_is_set_twice_is_refused(config):
         read_comparison(path, {}, {})
 
 
+def test_a_yaml_takes_from_its_base_what_it_does_not_set(config, tmp_path):
+    """Settings one by one, anything else as a whole; null removes what the base sets."""
+    config(settings={"a": 1, "b": 1, "c": 1}, tuning_seeds=[7], keep_models=True).rename(tmp_path / "shared.yaml")
+    path = tmp_path / "own.yaml"
+    path.write_text(
+        "base: shared.yaml\noutput_dir: other\ntuning_seeds: null\n"
+        "settings: {b: 2, c: null, d: null}\nmethods: {C: {value: 5}}\n"
+    )
+    comparison = read_comparison(path, {}, {})
+    # Where the base sets nothing, null is the value that it is without a base.
+    assert comparison.settings == {"a": "1", "b": "2", "d": "null"}
+    assert [(method.name, method.settings) for method in comparison.methods] == [("C", {"value": "5"})]
+    assert [task.name for task in comparison.tasks] == ["T"]
+    assert (comparison.seeds, comparison.tuning_seeds, comparison.keep_models) == ([0, 1], [], True)
+    assert str(comparison.output_dir) == "other"
+
+
+def test_a_base_lies_relative_to_the_yaml(config, tmp_path):
+    path = config()
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "own.yaml").write_text(f"base: ../{path.name}\nseeds: 5\n")
+    assert read_comparison(tmp_path / "below" / "own.yaml", {}, {}).seeds == [5]
+
+
+@pytest.mark.parametrize(
+    ("own", "shared", "message"),
+    [
+        ("base: nowhere.yaml", None, r"base=nowhere.yaml is no file \(.*/nowhere.yaml\)\. Name one relative to"),
+        ("base: own.yaml", None, r"own.yaml: base=own.yaml has a base itself, own.yaml\. A base cannot have one"),
+        ("base: shared.yaml", "base: own.yaml", r"base=shared.yaml has a base itself, own.yaml"),
+        ("base: [a, b]", None, r"base must be a single text, but is \['a', 'b'\]"),
+        ("base: shared.yaml", "a: 1\nb: [", r"shared.yaml cannot be read: line \d"),
+        ("base: shared.yaml", "seed: 1", r"shared.yaml has unknown names: seed\. .* Did you mean seeds\?"),
+        ("base: shared.yaml", "settings: 1", r"settings must hold one `name: value` a line, but holds '1'"),
+        ("base: shared.yaml", "recipe: recipe.py", r"own.yaml sets no output_dir"),
+    ],
+)
+def test_a_base_that_cannot_be_used_is_refused_by_name(config, tmp_path, own, shared, message):
+    config()
+    (tmp_path / "own.yaml").write_text(own)
+    if shared is not None:
+        (tmp_path / "shared.yaml").write_text(shared)
+    with pytest.raises(CompareError, match=message):
+        read_comparison(tmp_path / "own.yaml", {}, {})
+
+
 @pytest.mark.parametrize(
     ("metric", "tuning_metric", "told", "directions"),
     [
@@ -108,6 +155,13 @@ def test_interval_of_a_mean_by_hand():
     low, high = interval.ends
     assert abs(low - (3 - half)) < 1e-12 and abs(high - (3 + half)) < 1e-12
     assert mean_interval([0.5]) == Interval(0.5, None)
+
+
+@pytest.mark.parametrize("values", [[0.25, 0.25, 0.25], [0.3 - 0.1, 0.2, 0.2]])
+def test_interval_of_differences_that_are_equal_is_their_mean(values, recwarn):
+    """But for rounding, and without a warning of SciPy."""
+    interval = mean_interval(values)
+    assert interval.ends == pytest.approx((values[0], values[0]), abs=1e-12) and not recwarn.list
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])

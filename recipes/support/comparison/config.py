@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hf_lsam_recipes.support.comparison.plan import (
     CompareError,
     Comparison,
@@ -17,7 +15,7 @@ from hf_lsam_recipes.support.comparison.plan import (
     slug,
     tuning_folder,
 )
-from hf_lsam_recipes.support.shipped import RECIPES
+from hf_lsam_recipes.support.shipped import RECIPES, did_you_mean
 from hf_lsam_recipes.support.yaml_text import read_yaml_text
 
 # What each run gets from `compare.py`.
@@ -39,13 +37,7 @@ def read_comparison(path: Path, overrides: Mapping[str, Any], settings: Mapping[
     Raises:
         CompareError: naming what is wrong.
     """
-    try:
-        content = read_yaml_text(path)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise CompareError(f"{path} cannot be read: {error}.") from error
-    known = list(Comparison.__dataclass_fields__)
-    _check_names(content, str(path), known)
-    content |= overrides
+    content = _read_with_base(path) | overrides
     for name in ("recipe", "output_dir", "tasks", "methods", "seeds"):
         if not content.get(name) or content[name] in NOTHING:
             raise CompareError(f"{path} sets no {name}.")
@@ -78,6 +70,50 @@ def read_comparison(path: Path, overrides: Mapping[str, Any], settings: Mapping[
         threads=threads,
         keep_models=_switch("keep_models", content.get("keep_models", "false")),
     )
+
+
+def _read_with_base(path: Path) -> dict[str, Any]:
+    """
+    The content of a YAML, completed from the one that its `base` names, relative to its folder.
+
+    Of the base, `settings` are merged name by name, and any other name is replaced. `null` removes what the base sets.
+    """
+    content = _read(path)
+    base = content.pop("base", None)
+    if base in NOTHING:
+        return content
+    base_path = path.parent / _text("base", base)
+    if not base_path.is_file():
+        raise CompareError(f"{path}: base={base} is no file ({base_path}). Name one relative to {path.parent}.")
+    shared = _read(base_path)
+    if "base" in shared:
+        raise CompareError(
+            f"{path}: base={base} has a base itself, {shared['base']}. A base cannot have one: name the last of them, "
+            "or copy its settings."
+        )
+    owned = _mapping("settings", shared.get("settings"))
+    merged = _patch(owned, _mapping("settings", content.pop("settings", None)))
+    return _patch(shared, content) | {"settings": merged}
+
+
+def _patch(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """`shared` with what is its `own` in the place of the same names, and without those that are null there."""
+    removed = {name for name, value in own.items() if name in shared and value in NOTHING}
+    return {name: value for name, value in (shared | own).items() if name not in removed}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = read_yaml_text(path)
+    except (OSError, ValueError) as error:
+        raise CompareError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(content, dict):
+        raise CompareError(f"{path} must hold one `name: value` a line.")
+    known = [*Comparison.__dataclass_fields__, "base"]
+    if unknown := [str(name) for name in content if name not in known]:
+        near = did_you_mean(unknown[0], known)
+        raise CompareError(f"{path} has unknown names: {', '.join(unknown)}. There are {', '.join(known)}.{near}")
+    return content
 
 
 def _read_task(name: str, own: Any, overrides: Mapping[str, str]) -> Task:
@@ -150,17 +186,10 @@ def _check_grid(method: Method, tasks: Sequence[Task], tuning_seeds: Sequence[in
             )
 
 
-def _check_names(content: Any, owner: str, known: Sequence[str]) -> None:
-    if not isinstance(content, dict):
-        raise CompareError(f"{owner} must hold one `name: value` a line.")
-    if unknown := [str(name) for name in content if name not in known]:
-        raise CompareError(f"{owner} has unknown names: {', '.join(unknown)}. There are {', '.join(known)}.")
-
-
 def _mapping(name: str, value: Any) -> dict[str, Any]:
     if value in NOTHING:
         return {}
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise CompareError(f"{name} must hold one `name: value` a line, but holds {value!r}.")
     return dict(value)
 
