@@ -19,6 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from hf_lsam_recipes.support.comparison.check import check_comparison
 from hf_lsam_recipes.support.comparison.config import read_comparison
 from hf_lsam_recipes.support.comparison.plan import CompareError, Comparison, Run
 from hf_lsam_recipes.support.comparison.runs import run_all
@@ -45,7 +46,9 @@ def compare(comparison: Comparison) -> list[str]:
         runs = plan()
         missing = [run for run in runs if run.result() is None]
         if missing:
-            stamp = stamp or make_stamp()
+            if not stamp:
+                check_comparison(comparison)
+                stamp = make_stamp()
             problems += run_stage(stage, missing, len(runs), comparison, stamp)
     return problems
 

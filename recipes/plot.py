@@ -78,7 +78,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("results", type=Path, help="output_dir of compare.py")
     parser.add_argument("figures", type=Path, help="folder that the pictures go to")
     parser.add_argument(
-        "--cost", choices=list(COSTS), default="training_seconds", help="what accuracy is drawn over (default: time)"
+        "--cost",
+        choices=list(COSTS),
+        default="training_seconds",
+        help="cost on the x axis of accuracy_over_cost (default: %(default)s)",
     )
     args = parser.parse_args(argv)
     try:

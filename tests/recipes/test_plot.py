@@ -11,6 +11,7 @@ from tiny_compare import unmeasured
 
 from hf_lsam_recipes import plot
 from hf_lsam_recipes.support.comparison.series import ResultsError, block_norms, read_results
+from hf_lsam_recipes.support.comparison.statistics import COSTS
 from hf_lsam_recipes.support.figures import comparison as plot_figures
 from hf_lsam_recipes.support.figures.palette import COLOURS, style
 
@@ -66,6 +67,13 @@ def test_all_figures_are_files_that_can_be_opened(compared, tmp_path, capsys):
     # The same figure gives the same files.
     again = plot.save(plot_figures.perturbations(read_results(compared)[0]), tmp_path / "again" / "perturbations")
     assert all(path.read_bytes() == (folder / path.name).read_bytes() for path in again)
+
+
+def test_the_help_names_a_default_that_can_be_chosen(capsys):
+    with pytest.raises(SystemExit):
+        plot.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(default: training_seconds)" in text and "training_seconds" in COSTS
 
 
 def test_a_method_without_runs_yet_keeps_no_figure_from_being_drawn(results):

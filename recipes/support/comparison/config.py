@@ -37,7 +37,7 @@ def read_comparison(path: Path, overrides: Mapping[str, Any], settings: Mapping[
     Raises:
         CompareError: naming what is wrong.
     """
-    content = _read_with_base(path) | overrides
+    content = _read_with_base(path) | dict(overrides)
     for name in ("recipe", "output_dir", "tasks", "methods", "seeds"):
         if not content.get(name) or content[name] in NOTHING:
             raise CompareError(f"{path} sets no {name}.")

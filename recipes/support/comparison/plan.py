@@ -168,6 +168,17 @@ class Comparison:
             if (chosen := self.choose(task, method)) is not None
         ]
 
+    def possible_runs(self) -> list[Run]:
+        """One run of each task, method and candidate that may be tuned with or compared, whatever is chosen later."""
+        return [
+            self._run(task, method, seeds[0], chosen, tuning)
+            for task in self.tasks
+            for method in self.methods
+            for chosen in method.candidates
+            for tuning, seeds in ((True, self.tuning_seeds), (False, self.seeds))
+            if not tuning or len(method.candidates) > 1
+        ]
+
     def choose(self, task: Task, method: Method) -> Settings | None:
         """
         The candidate with the best mean of the tuning metric, the first of equals; `None` while a run is missing.

@@ -1,0 +1,153 @@
+"""
+Whether a recipe takes the settings of a comparison and reports its metrics, before anything is trained.
+
+In a process of its own, `check_comparison` and this module as a script: parsing settings imports torch, whose memory
+would count into the peak of the runs that `compare.py` starts.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import io
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_lsam_recipes.support.comparison.plan import CompareError, Comparison
+from hf_lsam_recipes.support.shipped import RECIPES, did_you_mean
+
+# What each recipe reports of every split, and of the training.
+COMMON = ("loss", "runtime", "samples", "samples_per_second", "steps_per_second")
+TRAINING = (*COMMON, "step_seconds", "peak_memory_mib", "truncated", "dropped")
+# Of many runs with the same problem, so many are named.
+_NAMED = 2
+
+
+def check_comparison(comparison: Comparison) -> None:
+    """
+    Raise `CompareError` with all that is wrong with the settings and metrics of the runs.
+
+    A recipe that lies elsewhere is not checked: what it takes is not known.
+    """
+    if comparison.recipe.parent != RECIPES:
+        return
+    metrics = {
+        (task.name, tuning): m
+        for task in comparison.tasks
+        for tuning, m in ((False, task.metric), (True, task.tuning_metric))
+    }
+    runs = [
+        {"name": run.name, "settings": run.settings, "metric": metrics[run.task, run.tuning]}
+        for run in comparison.possible_runs()
+    ]
+    print(f"Checking the settings of {len(runs)} runs ...", file=sys.stderr)
+    command = [sys.executable, "-m", __name__, comparison.recipe.stem]
+    ended = subprocess.run(command, input=json.dumps(runs), stdout=subprocess.PIPE, check=True, text=True)
+    if problems := json.loads(ended.stdout.splitlines()[-1]):
+        raise CompareError("\n".join(["nothing was run, since the runs would fail:", *problems]))
+
+
+def find_problems(recipe: str, runs: Sequence[dict[str, Any]]) -> list[str]:
+    """
+    What is wrong with runs, each problem once, with the names of the first runs that have it.
+
+    Args:
+        recipe (`str`): The module of the recipe, as `run_glue`.
+        runs (`list[dict]`): For each run its `name`, `settings` and `metric`.
+    """
+    kinds = importlib.import_module(f"hf_lsam_recipes.{recipe}").SETTINGS
+    found: dict[str, dict[str, None]] = {}
+    for run in runs:
+        for problem in _problems_of(recipe, kinds, run):
+            found.setdefault(problem, {})[run["name"]] = None
+    return [f"- {problem} ({_some([*names])})" for problem, names in found.items()]
+
+
+def _problems_of(recipe: str, kinds: Sequence[type], run: dict[str, Any]) -> list[str]:
+    settings = {name: value for name, value in run["settings"].items() if name != "recipe"}
+    known = [item.name for kind in kinds for item in dataclasses.fields(kind) if item.init]
+    if unknown := [name for name in settings if name not in known]:
+        return [f"{recipe}.py has no setting {name}.{did_you_mean(name, known)}" for name in unknown]
+    try:
+        parsed = _parse(kinds, settings)
+    except ValueError as error:
+        return [str(error)]
+    metric, names = run["metric"], reported(recipe, parsed)
+    if metric in names:
+        return []
+    scores = sorted(filter(_is_score, names))
+    near = did_you_mean(metric, scores)
+    return [
+        f"{recipe}.py reports no {metric} with these settings, but {', '.join(scores) or 'nothing of the kind'}. Set "
+        f"the metric to one that is reported, or the do_eval or do_predict that it takes.{near}"
+    ]
+
+
+def _parse(kinds: Sequence[type], settings: dict[str, Any]) -> dict[str, Any]:
+    """The dataclasses of a run by their fields, read as the run will read them; raises `ValueError`."""
+    from hf_lsam_recipes.support.settings import parse_arguments
+
+    said = io.StringIO()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "settings.yaml"
+        path.write_text(yaml.safe_dump(settings | {"output_dir": str(Path(folder) / "out")}), encoding="utf-8")
+        try:
+            with contextlib.redirect_stderr(said):
+                parsed = parse_arguments(kinds, [str(path)], "")
+        except SystemExit as error:
+            raise ValueError(said.getvalue().strip().rpartition("error: ")[2]) from error
+    return {name: value for part in parsed for name, value in vars(part).items()}
+
+
+def reported(recipe: str, settings: dict[str, Any]) -> set[str]:
+    """
+    Names of the figures in the `all_results.json` of a run.
+
+    Args:
+        recipe (`str`): The module of the recipe.
+        settings (`dict`): The parsed settings.
+    """
+    from hf_lsam_recipes.support.text.glue_metric import METRICS
+
+    predicts = settings.get("do_predict")
+    if recipe == "run_clm":
+        figures: tuple[str, ...] = ("perplexity", "tokens", "truncated", "dropped")
+        if settings["max_generation_samples"]:
+            figures += ("exact_match", "generation_samples")
+        splits = {"eval": settings["do_eval"]}
+    elif recipe == "run_image_classification":
+        figures = ("accuracy",)
+        splits = {"eval": settings["do_eval"], "test": predicts}
+    else:
+        task = settings["task_name"]
+        figures = METRICS[task or ("regression" if settings.get("regression") else "classification")]
+        # Data held out of the training part is validated with, and GLUE's own validation data takes the place of its
+        # test data, whose labels are hidden. That of MNLI has a mismatched part as well.
+        drawn, mnli = settings["validation_fraction"] > 0, task == "mnli"
+        labelled = predicts and (task is None or drawn)
+        splits = {"eval": settings["do_eval"], "predict": labelled}
+        splits |= {"eval_mm": settings["do_eval"] and mnli and not drawn, "predict_mm": labelled and mnli}
+    names = {f"{split}_{figure}" for split, wanted in splits.items() if wanted for figure in (*figures, *COMMON)}
+    return names | {f"train_{figure}" for figure in TRAINING} | {"epoch", "total_flos"}
+
+
+def _is_score(name: str) -> bool:
+    """Whether a figure says how good a model is, not how much was done how fast."""
+    return not name.startswith(("train_", "epoch", "total_")) and not name.endswith(
+        ("runtime", "samples", "_per_second", "tokens", "truncated", "dropped")
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = [f"and {len(names) - _NAMED} more"] if len(names) > _NAMED else []
+    return "; ".join([*names[:_NAMED], *more])
+
+
+if __name__ == "__main__":
+    print(json.dumps(find_problems(sys.argv[1], json.load(sys.stdin))))
