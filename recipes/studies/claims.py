@@ -37,6 +37,7 @@ from hf_lsam_recipes.support.comparison.series import (
     whole_norms,
 )
 from hf_lsam_recipes.support.comparison.statistics import mean_interval
+from hf_lsam_recipes.support.markdown import markdown_table
 
 PARTS = 3
 
@@ -113,15 +114,14 @@ def figures(results: TaskResults, k: int) -> list[dict[str, Any]]:
 
 def table(results: TaskResults, rows: Sequence[dict[str, Any]], k: int) -> str:
     """Markdown: a row for each method."""
-    head = ["method", f"late gradient norm / {results.baseline}", "Kendall's W", "Spearman", f"top {k} kept", "n"]
-    lines = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
+    titles = [f"late gradient norm / {results.baseline}", "Kendall's W", "Spearman", f"top {k} kept"]
+    lines = []
     for method in results.runs:
         own = [row for row in rows if row["method"] == method]
         columns = [[row[name] for row in own if row[name] is not None] for name in ("norm_ratio", *RANKING)]
         intervals = [f"{mean_interval(values):.3f}" if values else "" for values in columns]
-        cells = [method.replace("|", r"\|"), *intervals, str(len(own))]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append({"method": method, **dict(zip(titles, intervals, strict=True)), "n": len(own)})
+    return markdown_table(lines)
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:

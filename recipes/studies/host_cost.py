@@ -43,6 +43,7 @@ from hf_lsam_recipes.benchmark import METHODS
 from hf_lsam_recipes.studies.host_calls import CallCounter
 from hf_lsam_recipes.support.cost.peers import IN_TRAINER, SAMTrainer
 from hf_lsam_recipes.support.json_files import check_output_file, write_json
+from hf_lsam_recipes.support.markdown import markdown_table
 from hf_lsam_recipes.support.settings import parse_arguments
 from hf_lsam_recipes.support.stamp import stamp
 
@@ -242,22 +243,33 @@ def measure(args: HostArguments) -> dict[str, dict[str, Any]]:
 
 def tables(figures: dict[str, dict[str, Any]]) -> str:
     """The figures as Markdown: one table of methods, and two of what each adds to the plain calls."""
-    lines = ["| method | CPU time over plain | range | ms | calls over plain | calls |", "|---|---|---|---|---|---|"]
-    for name, row in figures.items():
-        spread = f"{row['lowest']:.2f} to {row['highest']:.2f}"
-        cells = [name, f"{row['ratio']:.3f}", spread, f"{row['milliseconds']:.2f}"]
-        lines.append(f"| {' | '.join([*cells, format(row['calls_ratio'], '.3f'), format(row['calls'], '.0f')])} |")
+    parts = [
+        markdown_table(
+            [
+                {
+                    "method": name,
+                    "CPU time over plain": f"{row['ratio']:.3f}",
+                    "range": f"{row['lowest']:.2f} to {row['highest']:.2f}",
+                    "ms": f"{row['milliseconds']:.2f}",
+                    "calls over plain": f"{row['calls_ratio']:.3f}",
+                    "calls": f"{row['calls']:.0f}",
+                }
+                for name, row in figures.items()
+            ]
+        )
+    ]
     others = [name for name in figures if name != "plain"]
     for title, key in (("calls for", "calls_by_part"), ("calls by", "calls_by_file")):
         plain = figures["plain"][key]
-        rows = sorted({place for row in figures.values() for place in row[key]})
-        lines += ["", f"| {title} | plain | {' | '.join(others)} |"]
-        lines.append("|---" * (len(others) + 2) + "|")
-        added = {place: [figures[name][key].get(place, 0) - plain.get(place, 0) for name in others] for place in rows}
-        for place in sorted(rows, key=lambda place: -sum(added[place])):
-            cells = [place, f"{plain.get(place, 0):.0f}", *(f"{number:+.0f}" for number in added[place])]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        places = sorted({place for row in figures.values() for place in row[key]})
+        added = {p: {name: figures[name][key].get(p, 0) - plain.get(p, 0) for name in others} for p in places}
+        lines = [
+            {title: place, "plain": f"{plain.get(place, 0):.0f}"}
+            | {name: f"{number:+.0f}" for name, number in added[place].items()}
+            for place in sorted(places, key=lambda place: -sum(added[place].values()))
+        ]
+        parts.append(markdown_table(lines))
+    return "\n\n".join(parts)
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:

@@ -28,6 +28,7 @@ from hf_lsam.step import LSAMStep
 from hf_lsam_recipes import run_glue
 from hf_lsam_recipes.studies.rounding import SELECTIONS
 from hf_lsam_recipes.support.json_files import check_output_file, write_json
+from hf_lsam_recipes.support.markdown import markdown_table
 from hf_lsam_recipes.support.stamp import stamp
 
 RHOS = (0.05, 0.2, 0.5)
@@ -134,10 +135,10 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     if not probe.rows:
         raise ValueError("Nothing was measured, since each step is with the one before: train for 2 steps or more.")
     lines = summary(probe.rows)
-    titles = list(lines[0])
-    print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
-    for line in lines:
-        print(f"| {' | '.join(f'{v:.3f}' if isinstance(v, float) else str(v) for v in line.values())} |")
+    rounded = (
+        {key: f"{value:.3f}" if isinstance(value, float) else value for key, value in line.items()} for line in lines
+    )
+    print(markdown_table(list(rounded)))
     if own.output_file is not None:
         results = {"stamp": stamp([run.args.seed]), "summary": lines, "rows": probe.rows}
         write_json(own.output_file, results)

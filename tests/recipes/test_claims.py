@@ -45,6 +45,11 @@ def test_more_top_layers_than_there_are_are_all_of_them():
     assert consistency(norms([1, 5, 9], [2, 3, 4], [10, 20, 30]), k=5).overlap == 1.0
 
 
+def table_of(text: str) -> list[list[str]]:
+    """The cells of the tables in `text`, line by line."""
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+
+
 def test_norms_that_are_no_numbers_have_no_ranking_and_no_interval(changed, capsys):
     assert consistency(norms([1, 2], [float("nan"), 3], [1, 2]), k=1) is None
 
@@ -55,7 +60,8 @@ def test_norms_that_are_no_numbers_have_no_ranking_and_no_interval(changed, caps
                     line["sharpness/gradient_norm/all"] = float("inf")
 
     claims.main([str(changed(change))])
-    assert "| SAM | inf | 1.000" in capsys.readouterr().out
+    [row] = [row for row in table_of(capsys.readouterr().out) if row[0] == "SAM"]
+    assert row[1] == "inf" and row[2].startswith("1.000")
 
 
 def test_too_little_to_rank_is_nothing():
@@ -85,7 +91,7 @@ def test_the_table_has_intervals_and_says_what_was_measured(compared, changed, t
     claims.main([str(compared)])
     out = capsys.readouterr().out
     assert "measured on the same rows." in out and "not measured" not in out
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")]
+    rows = table_of(out)
     assert rows[2] == ["plain", "", *["1.000 [1.000, 1.000]"] * 3, "2"]
     # Half the distance of the two ratios, times Student's t for one degree of freedom.
     ratios = [205.5 / 105.5, 206.5 / 106.5]
@@ -94,7 +100,7 @@ def test_the_table_has_intervals_and_says_what_was_measured(compared, changed, t
     claims.main([str(changed(unmeasured))])
     out = capsys.readouterr().out
     assert "as logged, not measured on the same rows" in out
-    assert "| plain |  |  |  |  | 2 |" in out
+    assert ["plain", "", "", "", "", "2"] in table_of(out)
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match="claims.py: .* holds no report of compare.py"):
         claims.main([str(tmp_path / "empty")])

@@ -82,7 +82,7 @@ def test_comparison_of_real_runs(headless, rte_data, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(RECIPES.parent), "HF_HUB_OFFLINE": "1"}
     ended = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert ended.returncode == 0, ended.stderr
-    assert "| LSAM, top 2 |" in ended.stdout
+    assert "LSAM, top 2" in ended.stdout and "| LSAM, top 2 |" in (tmp_path / "out" / "report.md").read_text()
     plain, lsam = (
         json.loads((tmp_path / "out" / "rte" / name / "seed-0" / "result.json").read_text())
         for name in ("adamw", "lsam-top-2")

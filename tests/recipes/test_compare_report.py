@@ -8,6 +8,7 @@ import pytest
 
 from hf_lsam_recipes import compare
 from hf_lsam_recipes.support.comparison.config import read_comparison
+from hf_lsam_recipes.support.comparison.console import show
 from hf_lsam_recipes.support.comparison.plan import CompareError
 from hf_lsam_recipes.support.comparison.statistics import Interval, mean_interval
 
@@ -174,11 +175,56 @@ def test_a_figure_that_is_no_number_loses_nothing_of_the_report(config, tmp_path
     path.write_text(json.dumps(result))
     capsys.readouterr()
     assert compare.main([str(config()), "--report_only"]) == 0
-    out = capsys.readouterr().out
-    note = f"no finite numbers, and leave no interval: predict\\_accuracy of T, B, seed 1 is {value}."
-    assert note in out and f"| B |  | 1 | {value} | {float(value):+.4f} |" in out
+    note = "no finite numbers, and leave no interval: predict{}_accuracy of T, B, seed 1 is {}."
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert note.format("\\", value) in text and note.format("", value) in capsys.readouterr().out
+    [row] = [line.split("|")[1:6] for line in text.splitlines() if line.startswith("| B ")]
+    assert [cell.strip() for cell in row] == ["B", "", "1", value, f"{float(value):+.4f}"]
     assert {"report.md", "report.html", "runs.csv", "results.json"} <= {p.name for p in (tmp_path / "out").iterdir()}
     assert mean_interval([float("inf"), float("-inf")]).ends is None
+
+
+SECTIONS = [
+    (
+        "T_1",
+        "predict_accuracy, higher is better",
+        [
+            {
+                "method": "[bold]A_b[/bold] | *c*",
+                "chosen": "",
+                "tried": "3",
+                "mean (range)": "0.5881 (0.5242 to 0.6974)",
+            }
+            | {"difference [95 %]": "", "wins / losses": "", "training time": "1.00x"}
+            | {"median step": "", "FLOPs": "", "peak memory": "", "n": "3"},
+            {"method": "LSAM, top 2 (the paper's rule)", "chosen": "", "tried": "3", "mean (range)": "missing"}
+            | {"difference [95 %]": "+0.0319 [-0.2719, +0.3358]", "wins / losses": "1 / 2", "training time": "1.24x"}
+            | {"median step": "", "FLOPs": "", "peak memory": "", "n": "0"},
+        ],
+    )
+]
+
+
+def test_the_console_shows_text_as_it_is_a_row_a_line_where_there_is_no_terminal(capsys):
+    show(SECTIONS, ["predict_accuracy [is] *nan*"])
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[:2] == ["Note: predict_accuracy [is] *nan*", ""] and lines[2] == "T_1"
+    assert "method mean (range) difference [95 %] wins / losses n" in lines
+    assert "[bold]A_b[/bold] | *c* 0.5881 (0.5242 to 0.6974) 3" in lines
+    assert "LSAM, top 2 (the paper's rule) missing +0.0319 [-0.2719, +0.3358] 1 / 2 0" in lines
+    # Costs are a table of their own; what is empty has no column.
+    assert "method training time" in lines and "LSAM, top 2 (the paper's rule) 1.24x" in lines
+
+
+def test_the_tables_fit_into_the_terminal_and_break_no_number(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    for name, value in {"COLUMNS": "70", "TERM": "xterm"}.items():
+        monkeypatch.setenv(name, value)
+    show(SECTIONS, [])
+    out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert max(map(len, out.splitlines())) <= 70
+    words = {word for line in out.splitlines() for word in line.split()}
+    assert {"0.5881", "(0.5242", "0.6974)", "+0.0319", "[-0.2719,", "+0.3358]", "1.24x"} <= words
 
 
 class Page(HTMLParser):

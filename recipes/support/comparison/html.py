@@ -1,12 +1,12 @@
 """The page of `compare.py`'s report: tables and pictures in one file, without a link to anything."""
 
-import html
 import io
 from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
+from jinja2 import Environment
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -14,30 +14,58 @@ from hf_lsam_recipes.support.comparison.plan import Comparison, Task
 from hf_lsam_recipes.support.comparison.statistics import Row
 from hf_lsam_recipes.support.figures.palette import style
 
-STYLE = """
+# Values are escaped; pictures are SVG elements of our own.
+PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Comparison</title>
+<style>
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+.table { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .7rem; text-align: left; border-bottom: 1px solid #ddd }
 .note { background: #fff4d6; padding: .5rem 1rem }
 svg { max-width: 100%; height: auto }
-"""
+</style>
+</head>
+<body>
+<h1>Comparison</h1>
+{% for note in notes %}
+<p class="note">{{ note }}</p>
+{% endfor %}
+{% for (title, caption, rows), picture in sections %}
+<h2>{{ title }}</h2>
+<p>{{ caption }}</p>
+<div class="table">
+<table>
+<tr>{% for name in rows[0] %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for row in rows %}
+<tr>{% for cell in row.values() %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</table>
+</div>
+{{ picture | safe }}
+{% endfor %}
+</body>
+</html>
+""")
 
 
-def page(sections: Sequence[tuple[str, str, list[dict[str, str]], str]], notes: Sequence[str]) -> str:
+def page(
+    sections: Sequence[tuple[str, str, list[dict[str, str]]]], pictures: Sequence[str], notes: Sequence[str]
+) -> str:
     """
     The whole page.
 
     Args:
-        sections (`list[tuple]`): For each task its name, a caption, the rows of its table, and an SVG element.
+        sections (`list[tuple]`): For each task its name, a caption, and the rows of its table.
+        pictures (`list[str]`): An SVG element for each of them.
         notes (`list[str]`): What a reader has to know.
     """
-    parts = [f'<p class="note">{html.escape(note)}</p>' for note in notes]
-    for title, caption, lines, svg in sections:
-        parts += [f"<h2>{html.escape(title)}</h2>", f"<p>{html.escape(caption)}</p>", _table(lines), svg]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>Comparison</title>\n'
-        f"<style>{STYLE}</style></head>\n<body>\n<h1>Comparison</h1>\n{chr(10).join(parts)}\n</body>\n</html>\n"
-    )
+    return PAGE.render(sections=list(zip(sections, pictures, strict=True)), notes=notes) + "\n"
 
 
 def picture(comparison: Comparison, task: Task, rows: Sequence[Row], results: Sequence[dict[str, Any]]) -> str:
@@ -52,12 +80,6 @@ def picture(comparison: Comparison, task: Task, rows: Sequence[Row], results: Se
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = file.getvalue()
     return text[text.index("<svg") :]
-
-
-def _table(lines: Sequence[dict[str, str]]) -> str:
-    head = "".join(f"<th>{html.escape(title)}</th>" for title in lines[0])
-    body = ["<tr>" + "".join(f"<td>{html.escape(value)}</td>" for value in line.values()) + "</tr>" for line in lines]
-    return f"<table>\n<tr>{head}</tr>\n{chr(10).join(body)}\n</table>"
 
 
 def _differences(axes: Axes, comparison: Comparison, task: Task, rows: Sequence[Row]):

@@ -1,4 +1,4 @@
-"""The report of `compare.py`: Markdown, a CSV of the runs, and one HTML page that needs nothing else."""
+"""The report of `compare.py`: on the console, as Markdown, as one HTML page that needs nothing else, and all runs."""
 
 import csv
 import math
@@ -6,17 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_lsam_recipes.support.comparison.console import show
 from hf_lsam_recipes.support.comparison.html import page, picture
 from hf_lsam_recipes.support.comparison.plan import CompareError, Comparison, Run, Task, metric_of
 from hf_lsam_recipes.support.comparison.statistics import COSTS, Row, mean_interval, missing_runs, remarks, table
 from hf_lsam_recipes.support.json_files import write_json
+from hf_lsam_recipes.support.markdown import escape, markdown_table
 
 FIGURES = (*COSTS, "wall_seconds")
 
 
 def write_report(comparison: Comparison) -> list[str]:
     """
-    Write `report.md`, `report.html`, `runs.csv` and `results.json`, and print the Markdown.
+    Write `report.md`, `report.html`, `runs.csv` and `results.json`, and print the tables.
 
     Returns:
         `list[str]`: Names of the runs that are missing.
@@ -31,32 +33,27 @@ def write_report(comparison: Comparison) -> list[str]:
     missing = missing_runs(comparison, finished)
     tables = {task.name: table(comparison, task, results) for task in comparison.tasks}
     notes = remarks(comparison, tuning + results, missing)
-    output = comparison.output_dir
-    text = markdown(comparison, tables, notes)
-    (output / "report.md").write_text(text, encoding="utf-8")
     sections = [
-        (task.name, caption(comparison, task), [cells(row) for row in rows], picture(comparison, task, rows, results))
-        for task, rows in zip(comparison.tasks, tables.values(), strict=True)
+        (task.name, caption(comparison, task), [cells(row) for row in tables[task.name]]) for task in comparison.tasks
     ]
-    (output / "report.html").write_text(page(sections, notes), encoding="utf-8")
+    pictures = [picture(comparison, task, tables[task.name], results) for task in comparison.tasks]
+    output = comparison.output_dir
+    (output / "report.md").write_text(markdown(sections, notes), encoding="utf-8")
+    (output / "report.html").write_text(page(sections, pictures, notes), encoding="utf-8")
     write_csv(output / "runs.csv", comparison, tuning + results)
     directions = {task.name: task.greater_is_better for task in comparison.tasks}
     report = {"baseline": comparison.baseline, "greater_is_better": directions}
     write_json(output / "results.json", report | {"runs": results, "tuning_runs": tuning})
-    print(text)
-    print(f"The same as a page: {output / 'report.html'}. All runs: {output / 'runs.csv'}.")
+    show(sections, notes)
+    print(f"\nWith pictures: {output / 'report.html'}. All runs: {output / 'runs.csv'}.")
     return missing
 
 
-def markdown(comparison: Comparison, tables: dict[str, list[Row]], notes: Sequence[str]) -> str:
-    """A table a task, and what a reader has to know."""
-    parts = ["# Comparison", *(f"**{_escape(note)}**" for note in notes)]
-    for task in comparison.tasks:
-        lines = [cells(row) for row in tables[task.name]]
-        titles = list(lines[0])
-        body = [f"| {' | '.join(_escape(value) for value in line.values())} |" for line in lines]
-        head = f"| {' | '.join(titles)} |\n|{' --- |' * len(titles)}"
-        parts += [f"## {_escape(task.name)}", _escape(caption(comparison, task)), "\n".join([head, *body])]
+def markdown(sections: Sequence[tuple[str, str, list[dict[str, str]]]], notes: Sequence[str]) -> str:
+    """What a reader has to know, and for each task its name, a caption and its table."""
+    parts = ["# Comparison", *(f"**{escape(note)}**" for note in notes)]
+    for title, text, rows in sections:
+        parts += [f"## {escape(title)}", escape(text), markdown_table(rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -130,10 +127,3 @@ def _better(greater_is_better: bool) -> str:
 
 def _times(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}x"
-
-
-def _escape(text: str) -> str:
-    """Text that Markdown takes for nothing else, on one line."""
-    for mark in ("\\", "|", "*", "_", "`", "<", "[", "]"):
-        text = text.replace(mark, f"\\{mark}")
-    return " ".join(text.split())
