@@ -170,6 +170,7 @@ def describe(data_args: DataArguments) -> Subject:
         pipeline_tag="text-classification",
         data=(f"GLUE {task} ({'Hub' if from_hub else 'local files'})" if task else OWN_FILES) + "".join(changed),
         dataset=HUB_NAME if from_hub else None,
+        pairs=len(data_args.text_columns) > 1,
     )
 
 

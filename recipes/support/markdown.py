@@ -1,9 +1,13 @@
 """Tables in Markdown."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tabulate import tabulate
+
+# Underscores but for those within words, and of brackets those of links.
+_MARKUP = re.compile(r"[\\|*`<~]|(?<![^\W_])_|_(?![^\W_])|\](?=\()")
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -13,8 +17,5 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def escape(text: str) -> str:
-    """`text` on one line, without a character that Markdown takes for markup."""
-    # Of brackets, those of a link; an interval stays readable.
-    for mark in ("\\", "|", "*", "_", "`", "<", "~", "]("):
-        text = text.replace(mark, f"\\{mark}")
-    return " ".join(text.split())
+    """`text` on one line, without a character that Markdown takes for markup. `eval_loss` and `[0, 1]` stay."""
+    return " ".join(_MARKUP.sub(r"\\\g<0>", text).split())

@@ -1,19 +1,24 @@
-"""The README of a fine-tuned model: what it is, how layer-wise SAM was set, how it did, and whom to cite."""
+"""The README of a trained model: how to use it, how it was trained and evaluated, and what to cite."""
 
 import dataclasses
 import json
 import math
 import platform
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel
 
 import hf_lsam
 from hf_lsam import LSAMTrainer
+from hf_lsam_recipes.support.markdown import markdown_table
+from hf_lsam_recipes.support.metric_names import find_score
 
 TRAINING_FIELDS = (
     "seed",
@@ -34,37 +39,47 @@ TRAINING_FIELDS = (
 
 OWN_FILES = "files of the user's own"
 
-TEMPLATE = """
-# {kind}, {made} {method}
+TEMPLATE = """\
+---
+{{ card_data }}
+---
 
-Made by the recipe `{recipe}` of `hf_lsam`.
+# {{ title }}
+
+Trained by the recipe `{{ recipe }}` of `hf_lsam`.
+
+## Usage
+
+```python
+{{ usage }}
+```
 
 ## Training
 
-{training}
+{{ training }}
 
 ### Settings of layer-wise SAM
 
-{lsam}
+{{ lsam }}
 
 ## Results
 
-{metrics}
+{{ metrics }}
 
 ## Citation
 
-Layer-wise SAM perturbs only the layers whose gradients are largest before it takes the gradient:
+Layer-wise SAM perturbs only the layers with the largest gradient norms before it takes the gradient:
 
 ```bibtex
-@inproceedings{{lee2024layerwise,
-    title     = {{Layer-wise Adaptive Gradient Norm Penalizing Method for Efficient and Accurate Deep Learning}},
-    author    = {{Sunwoo Lee}},
-    booktitle = {{Proceedings of the ACM SIGKDD Conference on Knowledge Discovery and Data Mining (KDD)}},
-    year      = {{2024}},
-    eprint    = {{2503.14205}},
-    archivePrefix = {{arXiv}},
-    url       = {{https://arxiv.org/abs/2503.14205}}
-}}
+@inproceedings{lee2024layerwise,
+    title     = {Layer-wise Adaptive Gradient Norm Penalizing Method for Efficient and Accurate Deep Learning},
+    author    = {Sunwoo Lee},
+    booktitle = {Proceedings of the ACM SIGKDD Conference on Knowledge Discovery and Data Mining (KDD)},
+    year      = {2024},
+    eprint    = {2503.14205},
+    archivePrefix = {arXiv},
+    url       = {https://arxiv.org/abs/2503.14205}
+}
 ```
 """
 
@@ -72,15 +87,16 @@ Layer-wise SAM perturbs only the layers whose gradients are largest before it ta
 @dataclass(frozen=True)
 class Subject:
     """
-    What a model was made for, and of.
+    What a model is for, and what it was trained on.
 
     Args:
-        recipe (`str`): Name of the script.
+        recipe (`str`): File name of the script.
         kind (`str`): What stands before "model" or "adapter" in the title.
         pipeline_tag (`str`): The task, as the Hub names it.
         data (`str`): The data that it was trained on.
         dataset (`str` or `None`): Its name on the Hub, if it is from there.
-        from_scratch (`bool`): Whether the weights were random before; the model's name is then that of no model.
+        from_scratch (`bool`): Whether the weights were random at first; the model's name is then an architecture's.
+        pairs (`bool`): Whether an input is a pair of texts.
     """
 
     recipe: str
@@ -89,6 +105,7 @@ class Subject:
     data: str
     dataset: str | None
     from_scratch: bool = False
+    pairs: bool = False
 
 
 def write_model_card(
@@ -104,55 +121,127 @@ def write_model_card(
     Args:
         trainer (`LSAMTrainer`): The trainer that trained the model.
         model_name (`str`): Name or folder of the model that was fine-tuned.
-        subject (`Subject`): What the model was made for, and of.
+        subject (`Subject`): What the model is for, and what it was trained on.
         metrics (`dict[str, float]`): The metrics of training and evaluation.
         adapter (`dict[str, Any]`, *optional*): The settings of the LoRA adapter, if one was trained.
     """
     args, lsam_config = trainer.args, trainer.lsam_config
     on_hub = not Path(model_name).is_dir()
-    article = "An" if subject.kind[0] in "aeiou" else "A"
+    # Folders of this machine are nobody else's business.
+    shown_name = model_name if on_hub else Path(model_name).name
+    output = Path(args.output_dir)
+    own_name = trainer.hub_model_id if args.push_to_hub else f"path/to/{output.resolve().name}"
+    results = eval_results(subject, metrics)
     data = ModelCardData(
         library_name="peft" if adapter else "transformers",
         pipeline_tag=subject.pipeline_tag,
         tags=["hf_lsam", "layer-wise-sam", "sharpness-aware-minimization"],
         datasets=subject.dataset,
         base_model=model_name if on_hub and not subject.from_scratch else None,
+        model_name=own_name.rpartition("/")[2],
+        eval_results=results or None,
+        metrics=sorted({result.metric_type for result in results} - {"loss"}) or None,
+        **({} if subject.from_scratch else find_license(model_name)),
     )
     training = {
-        "model": model_name if on_hub else Path(model_name).name,
+        "model": shown_name,
         "data": subject.data,
-        **({"adapter": adapter} if adapter else {}),
+        **(adapter or {}),
         **{name: getattr(args, name) for name in TRAINING_FIELDS},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "hf-lsam": hf_lsam.__version__,
-        },
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "hf-lsam": hf_lsam.__version__,
     }
-    content = TEMPLATE.format(
-        kind=f"{article} {subject.kind} {'adapter' if adapter else 'model'}",
-        made="trained" if subject.from_scratch else "fine-tuned",
+    kind = f"{'An' if subject.kind[0] in 'aeiou' else 'A'} {subject.kind} {'adapter' if adapter else 'model'}"
+    made = "trained" if subject.from_scratch else "fine-tuned"
+    method = "with layer-wise SAM" if lsam_config.enabled else "without perturbation (layer-wise SAM is off)"
+    card = ModelCard.from_template(
+        data,
+        template_str=TEMPLATE,
+        title=f"{kind}, {made} {method}",
         recipe=subject.recipe,
-        method="with layer-wise SAM" if lsam_config.enabled else "without perturbation (layer-wise SAM is off)",
-        training=_json_block(training),
-        lsam=_json_block(dataclasses.asdict(lsam_config)),
-        metrics=_json_block(metrics),
+        usage=usage(
+            trainer.model, own_name, shown_name if on_hub else f"path/to/{shown_name}", subject, bool(adapter)
+        ),
+        training=_table("setting", training),
+        lsam=_table("setting", dataclasses.asdict(lsam_config)),
+        metrics=_table("metric", metrics),
     )
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n{content}")
-    card.save(Path(args.output_dir) / "README.md")
+    card.save(output / "README.md")
     if args.push_to_hub:
         card.push_to_hub(trainer.hub_model_id, token=args.hub_token)
 
 
-def _json_block(values: dict) -> str:
-    """
-    A fenced block of JSON, in which no value can end the block or pass for markup.
+def eval_results(subject: Subject, metrics: dict[str, float]) -> list[EvalResult]:
+    """The finite scores among `metrics`, for the card's `model-index`."""
+    return [
+        EvalResult(
+            task_type=subject.pipeline_tag,
+            dataset_type=subject.dataset or "local",
+            dataset_name=subject.data,
+            metric_type=score,
+            metric_name=name,
+            metric_value=_rounded(value),
+        )
+        for name, value in metrics.items()
+        if (score := find_score(name)) is not None and math.isfinite(value)
+    ]
 
-    JSON escapes line breaks, so each line starts with a key or a bracket, and never with the fence.
-    """
-    rounded = {
-        name: float(f"{value:.6g}") if isinstance(value, float) and math.isfinite(value) else value
-        for name, value in values.items()
+
+def find_license(model_name: str) -> dict[str, Any]:
+    """What the card of the model that was fine-tuned says about its licence; empty if it cannot be read."""
+    folder = Path(model_name)
+    try:
+        card = ModelCard.load(folder / "README.md" if folder.is_dir() else model_name, ignore_metadata_errors=True)
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    names = ("license", "license_name", "license_link")
+    return {name: value for name in names if (value := card.data.get(name)) is not None}
+
+
+def usage(model: PreTrainedModel, name: str, base: str, subject: Subject, is_adapter: bool) -> str:
+    """Python code that loads the model `name`, an adapter with its `base`, and calls it."""
+    tag, is_pair = subject.pipeline_tag, subject.pairs
+    if is_adapter:
+        generates = tag == "text-generation"
+        kind = "AutoModelForCausalLM" if generates else "AutoModelForSequenceClassification"
+        # The adapter brings its own head.
+        labels = "" if generates else f", num_labels={model.config.num_labels}, ignore_mismatched_sizes=True"
+        lines = [
+            "from peft import PeftModel",
+            f"from transformers import {kind}, AutoTokenizer",
+            "",
+            f"model = {kind}.from_pretrained({base!r}{labels})",
+            f"model = PeftModel.from_pretrained(model, {name!r}).eval()",
+            f"tokenizer = AutoTokenizer.from_pretrained({name!r})",
+            f"""inputs = tokenizer("A text.", {'"Another one.", ' * is_pair}return_tensors="pt")""",
+        ]
+        output = "tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0])" if generates else "model(**inputs)"
+        return "\n".join([*lines, f"print({output})"])
+    inputs = {
+        "text-classification": '{"text": "A text.", "text_pair": "Another one."}' if is_pair else '"A text."',
+        "text-generation": '"A text", max_new_tokens=40',
+        "image-classification": '"image.png"',
     }
-    return f"```json\n{json.dumps(rounded, indent=2, ensure_ascii=False, default=str)}\n```"
+    lines = ["from transformers import pipeline", "", f"pipe = pipeline({tag!r}, model={name!r})"]
+    module = type(model).__module__
+    if module.startswith("hf_lsam_recipes."):
+        # Importing an architecture of the recipes makes it known to transformers.
+        lines.insert(0, f"import {module}  # {type(model).__name__}, from pip install 'hf-lsam[recipes]'")
+    return "\n".join([*lines, f"print(pipe({inputs[tag]}))"])
+
+
+def _table(title: str, values: dict[str, Any]) -> str:
+    """Names and values, these as in a YAML of settings: `null` is "not set"."""
+    return markdown_table([{title: name, "value": _shown(value)} for name, value in values.items()])
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str):
+        return value.value if isinstance(value, Enum) else value
+    return json.dumps(_rounded(value), ensure_ascii=False, default=str)
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) and math.isfinite(value) else value

@@ -18,6 +18,7 @@ import pytest
 import tomli
 import transformers
 import yaml
+from cards import tables_in
 from packaging import version
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -199,7 +200,7 @@ def test_a_recipe_of_the_wheel_trains_by_the_name_of_a_yaml(installed, tmp_path)
     argv = ["glue", "rte", *rte(model, data, tmp_path / "out")]
     run_installed(installed, "-c", COMMAND, *argv, cwd=tmp_path)
     assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["global_step"] == 2
-    assert f'"hf-lsam": "{hf_lsam.__version__}"' in (tmp_path / "out" / "README.md").read_text()
+    assert tables_in(tmp_path / "out")[0]["hf-lsam"] == hf_lsam.__version__
 
 
 @RECIPES

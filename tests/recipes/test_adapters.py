@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cards import tables_of
 from peft import PeftModel
 from test_run_glue import RECIPES, read_predictions
 from tiny_glue import QUICK, files_in, rte, save_bert, save_decoder, save_tokenizer, write_rows
@@ -183,7 +184,7 @@ def test_an_interrupted_run_resumes_to_the_same_adapter(lora_run, bert, glue, tm
 def test_model_card_of_an_adapter(lora_run, bert):
     card = (lora_run[0] / "README.md").read_text()
     assert "library_name: peft" in card and "A text classification adapter, fine-tuned with layer-wise SAM" in card
-    assert '"lora_r": 2' in card
+    assert tables_of(card)[0]["lora_r"] == 2
 
 
 # Errors

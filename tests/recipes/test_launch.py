@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin, patch_environment
 from accelerate.utils.launch import prepare_multi_gpu_env
+from cards import tables_in
 from safetensors.torch import load_file
 from tiny import bert, llama
 from tiny_glue import save_bert, write_task
@@ -98,7 +98,7 @@ def launched(tmp_path_factory) -> Path:
 
 def card(folder: Path) -> dict:
     """The training settings in a model card."""
-    return json.loads(re.search(r"^```json\n(.*?)\n```$", (folder / "README.md").read_text(), re.M | re.S).group(1))
+    return tables_in(folder)[0]
 
 
 @pytest.mark.parametrize("name", LAUNCHES)

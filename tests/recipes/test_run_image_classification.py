@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from cards import tables_of
 from tiny import largest_difference, weights
 from tiny_glue import files_in
 from tiny_images import CLASSES, QUICK, SMALL, save_vit, write_folder, write_hub
@@ -218,8 +219,8 @@ def test_predictions_are_those_of_the_saved_model(trained, images):
 def test_model_card_tells_how_it_was_trained(trained):
     card = (trained / "README.md").read_text()
     assert "# An image classification model, trained with layer-wise SAM" in card
-    assert "Made by the recipe `run_image_classification.py`" in card
-    training, lsam, results = map(json.loads, re.findall(r"^```json\n(.*?)\n```$", card, re.MULTILINE | re.DOTALL))
+    assert "Trained by the recipe `run_image_classification.py`" in card
+    training, lsam, results = tables_of(card)
     assert (training["model"], training["optim"], training["optim_args"]) == ("ResNet-8", "sgd", "momentum=0.9")
     assert lsam == dataclasses.asdict(LSAMConfig(rho=0.1)) and results["test_accuracy"] >= 0.9
     header = yaml.safe_load(card.split("---\n")[1])

@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from hf_lsam_recipes.support.comparison.plan import CompareError, Comparison
+from hf_lsam_recipes.support.metric_names import find_score
 from hf_lsam_recipes.support.shipped import RECIPES, did_you_mean
 
 # What each recipe reports of every split, and of the training.
@@ -81,7 +82,7 @@ def _problems_of(recipe: str, kinds: Sequence[type], run: dict[str, Any]) -> lis
     metric, names = run["metric"], reported(recipe, parsed)
     if metric in names:
         return []
-    scores = sorted(filter(_is_score, names))
+    scores = sorted(filter(find_score, names))
     near = did_you_mean(metric, scores)
     return [
         f"{recipe}.py reports no {metric} with these settings, but {', '.join(scores) or 'nothing of the kind'}. Set "
@@ -135,13 +136,6 @@ def reported(recipe: str, settings: dict[str, Any]) -> set[str]:
         splits |= {"eval_mm": settings["do_eval"] and mnli and not drawn, "predict_mm": labelled and mnli}
     names = {f"{split}_{figure}" for split, wanted in splits.items() if wanted for figure in (*figures, *COMMON)}
     return names | {f"train_{figure}" for figure in TRAINING} | {"epoch", "total_flos"}
-
-
-def _is_score(name: str) -> bool:
-    """Whether a figure says how good a model is, not how much was done how fast."""
-    return not name.startswith(("train_", "epoch", "total_")) and not name.endswith(
-        ("runtime", "samples", "_per_second", "tokens", "truncated", "dropped")
-    )
 
 
 def _some(names: Sequence[str]) -> str:
