@@ -9,8 +9,9 @@ from tiny_clm import questions_argv, save_model, write_questions
 from tiny_images import QUICK, SMALL, write_folder
 
 from hf_lsam_recipes import compare, run_clm, run_glue, run_image_classification
-from hf_lsam_recipes.support.comparison.check import find_problems, reported
+from hf_lsam_recipes.support.comparison.check import find_problems, is_reported, reported
 from hf_lsam_recipes.support.comparison.config import read_comparison
+from hf_lsam_recipes.support.metric_names import find_score
 from hf_lsam_recipes.support.shipped import RECIPES
 
 pytest_plugins = ["glue_fixtures"]
@@ -26,6 +27,7 @@ def problems(metric: str = "eval_accuracy", **changes) -> list[str]:
 def test_what_a_run_would_do_has_no_problem():
     assert problems() == problems(rho=0.1, report_to="none") == problems("train_loss") == []
     assert problems("predict_accuracy", validation_fraction=0.1) == []
+    assert problems("eval_mm_accuracy", task_name="mnli") == []
 
 
 @pytest.mark.parametrize(
@@ -53,11 +55,18 @@ def test_settings_that_the_recipe_refuses_are_named(changes, message):
         # The labels of GLUE's test data are hidden.
         ("predict_accuracy", {}, "reports no predict_accuracy"),
         ("predict_accuracy", {"validation_fraction": 0.1, "do_predict": "false"}, "reports no predict_accuracy"),
+        ("eval_mm_f1", {"task_name": "mnli"}, "reports no eval_mm_f1"),
+        ("evalaccuracy", {}, "reports no evalaccuracy"),
     ],
 )
 def test_metrics_that_the_recipe_does_not_report_are_named(metric, changes, message):
     [problem] = problems(metric, **changes)
     assert message in problem
+
+
+def test_a_script_that_takes_no_settings_is_no_recipe():
+    [problem] = find_problems("plot", [{"name": "T, A", "settings": SETTINGS, "metric": "eval_loss"}])
+    assert problem.startswith("- recipe=plot.py takes no YAML of settings: set it to a script that trains")
 
 
 def test_a_problem_of_many_runs_is_told_once():
@@ -112,14 +121,10 @@ def check_names(module, run, folder: Path) -> None:
         if item.name.endswith("args")
         for name, value in vars(getattr(run, item.name)).items()
     }
+    known = reported(module.__name__.rpartition(".")[2], settings)
     names = json.loads((folder / "all_results.json").read_text()).keys()
-    assert names - reported(module.__name__.rpartition(".")[2], settings) == set()
-    missing = {name for name in reported(module.__name__.rpartition(".")[2], settings) if name not in names}
-    assert {name for name in missing if not name.endswith("samples")} <= {
-        "total_flos",
-        "train_truncated",
-        "train_dropped",
-    }
+    assert [name for name in names if not is_reported(name, known)] == []
+    assert {name for name in known - names if find_score(name)} == set()
 
 
 @pytest.mark.parametrize("task", ["mnli", "stsb", "mrpc"])

@@ -13,7 +13,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,11 @@ def find_problems(recipe: str, runs: Sequence[dict[str, Any]]) -> list[str]:
         recipe (`str`): The module of the recipe, as `run_glue`.
         runs (`list[dict]`): For each run its `name`, `settings` and `metric`.
     """
-    kinds = importlib.import_module(f"hf_lsam_recipes.{recipe}").SETTINGS
+    kinds = getattr(importlib.import_module(f"hf_lsam_recipes.{recipe}"), "SETTINGS", None)
+    if kinds is None:
+        return [
+            f"- recipe={recipe}.py takes no YAML of settings: set it to a script that trains, such as run_glue.py."
+        ]
     found: dict[str, dict[str, None]] = {}
     for run in runs:
         for problem in _problems_of(recipe, kinds, run):
@@ -80,7 +84,7 @@ def _problems_of(recipe: str, kinds: Sequence[type], run: dict[str, Any]) -> lis
     except ValueError as error:
         return [str(error)]
     metric, names = run["metric"], reported(recipe, parsed)
-    if metric in names:
+    if is_reported(metric, names):
         return []
     scores = sorted(filter(find_score, names))
     near = did_you_mean(metric, scores)
@@ -106,9 +110,17 @@ def _parse(kinds: Sequence[type], settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for part in parsed for name, value in vars(part).items()}
 
 
+def is_reported(metric: str, names: Iterable[str]) -> bool:
+    """Whether `metric` is one of `names`, or that of a part of the split: `eval_mm_accuracy` for `eval_accuracy`."""
+    ends = [name.partition("_") for name in names]
+    return metric in names or any(
+        metric.startswith(f"{split}_") and metric.endswith(f"_{end}") for split, _, end in ends
+    )
+
+
 def reported(recipe: str, settings: dict[str, Any]) -> set[str]:
     """
-    Names of the figures in the `all_results.json` of a run.
+    Names of the figures in the `all_results.json` of a run, but for those of a part of a split.
 
     Args:
         recipe (`str`): The module of the recipe.
@@ -128,12 +140,9 @@ def reported(recipe: str, settings: dict[str, Any]) -> set[str]:
     else:
         task = settings["task_name"]
         figures = METRICS[task or ("regression" if settings.get("regression") else "classification")]
-        # Data held out of the training part is validated with, and GLUE's own validation data takes the place of its
-        # test data, whose labels are hidden. That of MNLI has a mismatched part as well.
-        drawn, mnli = settings["validation_fraction"] > 0, task == "mnli"
-        labelled = predicts and (task is None or drawn)
-        splits = {"eval": settings["do_eval"], "predict": labelled}
-        splits |= {"eval_mm": settings["do_eval"] and mnli and not drawn, "predict_mm": labelled and mnli}
+        # The test data of GLUE has no labels. With validation_fraction, its validation data takes its place.
+        labelled = task is None or settings["validation_fraction"]
+        splits = {"eval": settings["do_eval"], "predict": predicts and labelled}
     names = {f"{split}_{figure}" for split, wanted in splits.items() if wanted for figure in (*figures, *COMMON)}
     return names | {f"train_{figure}" for figure in TRAINING} | {"epoch", "total_flos"}
 
