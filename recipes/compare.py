@@ -1,10 +1,10 @@
 """
-Compare methods: each on every task with every seed, and settings chosen with equal effort before.
+Compare methods: tune each with equal effort, then run each on every task with every seed.
 
     python recipes/compare.py recipes/compare/glue_small.yaml --set data_dir=path/to/glue
 
-Each run is a process of its own, several at a time. Runs of one seed have the same data in the same order and the same
-initial head. Finished runs are kept, so the same command goes on where it was stopped.
+Each run is a separate process; several run in parallel. Runs with the same seed see the same data in the same order
+and start from the same head. Finished runs are kept, so the same command resumes a comparison that was stopped.
 """
 
 import argparse
@@ -25,12 +25,12 @@ from hf_lsam_recipes.support.comparison.plan import CompareError, Comparison, Ru
 from hf_lsam_recipes.support.comparison.runs import run_all
 from hf_lsam_recipes.support.shipped import RECIPES, find_yaml
 
-# Options that each have results of their own, in a folder of their own.
+# Options that change the data: each value has its results in a separate folder.
 DATA_CHANGES = ("label_noise", "train_fraction")
 
 
 def compare(comparison: Comparison) -> list[str]:
-    """Run what has no result yet: first what settings are chosen by. Returns what went wrong."""
+    """Run what has no result yet, tuning runs first; returns the problems."""
     problems: list[str] = []
     stamp: dict[str, Any] = {}
     try:
@@ -39,10 +39,10 @@ def compare(comparison: Comparison) -> list[str]:
         raise CompareError(
             f"output_dir={comparison.output_dir} cannot be made ({error.strerror}): name another folder."
         ) from error
-    # A result of other settings is found here, before hours of work.
+    # Results of other settings are refused here, before hours of work.
     for run in comparison.final_runs():
         run.result()
-    for stage, plan in (("Choosing settings", comparison.tuning_runs), ("Comparing", comparison.final_runs)):
+    for stage, plan in (("Tuning", comparison.tuning_runs), ("Comparing", comparison.final_runs)):
         runs = plan()
         missing = [run for run in runs if run.result() is None]
         if missing:
@@ -56,7 +56,7 @@ def compare(comparison: Comparison) -> list[str]:
 def run_stage(
     stage: str, missing: Sequence[Run], count: int, comparison: Comparison, stamp: dict[str, Any]
 ) -> list[str]:
-    """Run those that are missing, with a bar that estimates the time that is left; returns what went wrong."""
+    """Run those that are missing, with a progress bar; returns the problems."""
     problems: list[str] = []
     there = count - len(missing)
     with tqdm(total=count, initial=there, desc=stage, unit="run", smoothing=0) as bar:
@@ -75,7 +75,7 @@ def make_stamp() -> dict[str, Any]:
     """
     Commit, versions and machine.
 
-    By a process of its own: with torch in this one, its memory would count into the peak of those that it starts.
+    By a separate process: torch in this one would add to the peak memory of the processes that it starts.
     """
     command = [sys.executable, str(RECIPES / "support" / "stamp.py")]
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
@@ -84,30 +84,32 @@ def make_stamp() -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv`; returns 1 if a run is missing in the end, else 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").strip().partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("config", help="YAML of tasks, methods and seeds, or the name of one that ships")
-    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the recipe, for all")
-    parser.add_argument("--label_noise", metavar="P", help="make this share of the training labels wrong")
+    parser.add_argument("config", help="YAML of tasks, methods and seeds, or the name of a shipped one")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the recipe for all runs"
+    )
+    parser.add_argument("--label_noise", metavar="P", help="flip this share of the training labels")
     parser.add_argument("--train_fraction", metavar="P", help="train on this share of the training data")
-    parser.add_argument("--recipe", help="script of each run; the YAML can only name one in this folder")
+    parser.add_argument("--recipe", help="script of each run; a YAML can only name one of this folder")
     parser.add_argument("--output_dir", help="folder of the runs and the report")
     parser.add_argument("--seeds", nargs="+", help="seeds of the compared runs")
-    parser.add_argument("--processes", help="how many runs go on at once")
-    parser.add_argument("--threads", help="how many threads each run gets")
-    parser.add_argument("--report_only", action="store_true", help="run nothing, report what is there")
+    parser.add_argument("--processes", help="number of parallel runs")
+    parser.add_argument("--threads", help="threads of each run")
+    parser.add_argument("--report_only", action="store_true", help="run nothing, report the finished runs")
     args = parser.parse_args(argv)
     try:
         comparison = read_comparison(find_comparison(args.config), *read_overrides(args))
         if apart := [f"{name}-{getattr(args, name)}" for name in DATA_CHANGES if getattr(args, name) is not None]:
             comparison = dataclasses.replace(comparison, output_dir=comparison.output_dir / "_".join(apart))
         problems = [] if args.report_only else compare(comparison)
-        # Only here: memory of this process counts into the peak of those that it starts.
+        # Imported late: memory of this process adds to the peak of those that it starts.
         from hf_lsam_recipes.support.comparison.report import write_report
 
         missing = write_report(comparison)
     except CompareError as error:
         sys.exit(f"compare.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("\nStopped. Finished runs are kept; the same command goes on from there.")
+        sys.exit("\nStopped. Finished runs are kept; the same command resumes.")
     return 1 if missing or problems else 0
 
 
@@ -120,7 +122,7 @@ def find_comparison(name: str) -> Path:
 
 
 def read_overrides(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
-    """What replaces top-level names of the YAML, and settings of the recipe."""
+    """The command line's replacements of top-level names of the YAML, and of settings of the recipe."""
     settings: dict[str, str] = {}
     for item in args.set:
         name, sign, value = item.partition("=")
@@ -135,7 +137,7 @@ def read_overrides(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, 
 
 def script() -> None:
     """Run the command line, as the file and as `hf-lsam compare`."""
-    # Stopping this process must stop those that it waits for.
+    # Stopping this process must stop the runs that it waits for.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     sys.exit(main())

@@ -4,8 +4,8 @@ The figures of a comparison, a folder for each task, as SVG and PNG.
     python recipes/plot.py outputs/compare/glue_small figures/
 
 They are the paper's Figures 1 to 5 (gradient norms of the layers, landscapes of the layers, learning curves, gradient
-norm of the whole model, perturbations of each layer), and accuracy over cost. One that the results do not allow is
-left out, and the reason is said.
+norm of the whole model, perturbations of each layer), and accuracy over cost. A figure that the results do not allow
+is skipped, with the reason on stderr.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from hf_lsam_recipes.support.figures.comparison import (
 
 
 def draw(results: TaskResults, cost: str) -> dict[str, Figure]:
-    """Every figure of a task that the results allow, by its name; why the others are not drawn is said on stderr."""
+    """Every figure of a task that the results allow, by its name; the reasons for the others go to stderr."""
     figures: dict[str, Callable[[TaskResults], Figure]] = {
         "layer_gradient_norms": layer_gradient_norms,
         "layer_landscapes": layer_landscapes,
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line `argv`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").strip().partition("\n")[0], allow_abbrev=False)
     parser.add_argument("results", type=Path, help="output_dir of compare.py")
-    parser.add_argument("figures", type=Path, help="folder that the pictures go to")
+    parser.add_argument("figures", type=Path, help="folder for the pictures")
     parser.add_argument(
         "--cost",
         choices=list(COSTS),

@@ -1,1 +1,1 @@
-"""What `compare.py` plans, runs and reports."""
+"""The plan, the runs and the report of `compare.py`."""

@@ -18,7 +18,7 @@ from hf_lsam_recipes.support.comparison.plan import (
 from hf_lsam_recipes.support.shipped import RECIPES, did_you_mean
 from hf_lsam_recipes.support.yaml_text import read_yaml_text
 
-# What each run gets from `compare.py`.
+# Settings that `compare.py` sets for each run.
 OWN_SETTINGS = ("output_dir", "seed", "resume_from_checkpoint")
 # A name without a value.
 NOTHING = (None, "", "null", "~")
@@ -30,12 +30,12 @@ def read_comparison(path: Path, overrides: Mapping[str, Any], settings: Mapping[
 
     Args:
         path (`Path`): The YAML.
-        overrides (`dict`): What replaces it, name by name, such as `output_dir`. A `recipe` here is any script; that
-            of the YAML, which may come from elsewhere, is one of the recipes.
-        settings (`dict`): Settings of the recipe, for all runs, which replace those of the YAML and of its tasks.
+        overrides (`dict`): Replacements of its top-level names, such as `output_dir`. A `recipe` here may be any
+            script; that of the YAML, which may come from someone else, must be one of the recipes.
+        settings (`dict`): Settings of the recipe for all runs. They replace those of the YAML and of its tasks.
 
     Raises:
-        CompareError: naming what is wrong.
+        CompareError: for the first problem, with the way out.
     """
     content = _read_with_base(path) | dict(overrides)
     for name in ("recipe", "output_dir", "tasks", "methods", "seeds"):

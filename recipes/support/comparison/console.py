@@ -20,7 +20,7 @@ def show(sections: Sequence[tuple[str, str, list[dict[str, str]]]], notes: Seque
 
     Args:
         sections (`list[tuple]`): For each task its name, a caption, and the rows of its table.
-        notes (`list[str]`): What a reader has to know.
+        notes (`list[str]`): Caveats for the reader.
     """
     console = Console(highlight=False) if sys.stdout.isatty() else Console(width=_UNLIMITED)
     for note in notes:

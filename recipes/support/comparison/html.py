@@ -1,4 +1,4 @@
-"""The page of `compare.py`'s report: tables and pictures in one file, without a link to anything."""
+"""The report of `compare.py` as a page: tables and pictures in one self-contained file."""
 
 import io
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ def page(
     Args:
         sections (`list[tuple]`): For each task its name, a caption, and the rows of its table.
         pictures (`list[str]`): An SVG element for each of them.
-        notes (`list[str]`): What a reader has to know.
+        notes (`list[str]`): Caveats for the reader.
     """
     return PAGE.render(sections=list(zip(sections, pictures, strict=True)), notes=notes) + "\n"
 
@@ -75,7 +75,7 @@ def picture(comparison: Comparison, task: Task, rows: Sequence[Row], results: Se
     _differences(left, comparison, task, rows)
     _curves(right, comparison, task, results)
     file = io.StringIO()
-    # No date and no random ids: the same results give the same page.
+    # Without a date and random ids, the same results give the same page.
     with matplotlib.rc_context({"svg.hashsalt": task.name}):
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = file.getvalue()

@@ -1,4 +1,4 @@
-"""The plan of `compare.py`: tasks, methods and seeds, every run that they take, and where its result lies."""
+"""The plan of `compare.py`: tasks, methods, seeds, the runs that they need, and the folder of each."""
 
 import hashlib
 import itertools
@@ -12,24 +12,24 @@ Settings = dict[str, Any]
 
 
 class CompareError(Exception):
-    """Something in the way of the comparison; the message says what, and the way out."""
+    """A problem with the comparison; the message names it and the way out."""
 
 
 def is_greater_better(metric: str) -> bool:
-    """Whether more of `metric` is better: all but losses and perplexities, as for `metric_for_best_model`."""
+    """Whether higher is better: for all metrics but losses and perplexities, as for `metric_for_best_model`."""
     return not metric.endswith(("loss", "perplexity"))
 
 
 @dataclass(frozen=True)
 class Task:
     """
-    What is learned, and how it is judged.
+    A task: its settings and its metrics.
 
     Args:
         name (`str`): Its name in the report.
-        metric (`str`): Name of the compared figure in the recipe's `all_results.json`.
-        tuning_metric (`str` or `None`): Name of the one that settings are chosen by.
-        greater_is_better (`bool`): Whether more of the metric is better.
+        metric (`str`): Name of the compared metric in the recipe's `all_results.json`.
+        tuning_metric (`str` or `None`): Name of the metric that settings are chosen by.
+        greater_is_better (`bool`): Whether higher is better, for `metric`.
         settings (`dict`): Settings of the recipe.
     """
 
@@ -41,18 +41,18 @@ class Task:
 
     @property
     def tunes_by_the_same(self) -> bool:
-        """Whether both metrics are one figure of two splits, such as `predict_f1` and `eval_f1`."""
+        """Whether both metrics are the same one on two splits, such as `predict_f1` and `eval_f1`."""
         return _figure(str(self.tuning_metric)) == _figure(self.metric)
 
     @property
     def tuning_greater_is_better(self) -> bool:
-        """Of the tuning metric: as for the metric if they are the same figure, else by its own name."""
+        """Whether higher is better, for the tuning metric: as for `metric` if it is the same one, else by its name."""
         return self.greater_is_better if self.tunes_by_the_same else is_greater_better(str(self.tuning_metric))
 
 
 @dataclass(frozen=True)
 class Method:
-    """Settings of the recipe, and for some of them the values to choose from."""
+    """A method: settings of the recipe, and a grid of values to choose from."""
 
     name: str
     settings: Settings
@@ -60,19 +60,19 @@ class Method:
 
     @property
     def candidates(self) -> list[Settings]:
-        """The settings to choose from: every combination of the grid, or nothing but the empty one."""
+        """The settings to choose from: every combination of the grid; a single empty one without a grid."""
         return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
 
 
 @dataclass(frozen=True)
 class Run:
     """
-    One training: a process of its own, in a folder of its own.
+    One training run, in a separate process and folder.
 
     Args:
-        chosen (`dict`): The values from the method's grid.
-        tuning (`bool`): Whether it is there to choose them by.
-        settings (`dict`): All settings of the recipe but the output directory.
+        chosen (`dict`): Values from the method's grid.
+        tuning (`bool`): Whether it is a tuning run, by which they are chosen.
+        settings (`dict`): All settings of the recipe except the output directory.
     """
 
     task: str
@@ -85,13 +85,13 @@ class Run:
 
     @property
     def name(self) -> str:
-        """How messages call it."""
+        """Its name in messages."""
         chosen = "".join(f", {name}={value}" for name, value in self.chosen.items()) if self.tuning else ""
         return f"{self.task}, {self.method}{chosen}, {'tuning ' * self.tuning}seed {self.seed}"
 
     @property
     def digest(self) -> str:
-        """What its result is known by: a digest of everything that is set."""
+        """A digest of all settings, by which a stored result is recognised."""
         return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
 
     def result(self) -> dict[str, Any] | None:
@@ -130,9 +130,9 @@ class Comparison:
         tasks, methods (`list`): What is compared.
         baseline (`str`): The method that the others are compared with.
         seeds, tuning_seeds (`list[int]`): Those of the compared runs, and of the runs that settings are chosen by.
-        processes (`int`): How many runs go on at once.
-        threads (`int`): How many threads each gets.
-        keep_models (`bool`): Whether weights stay in the folders of the runs.
+        processes (`int`): Number of parallel runs.
+        threads (`int`): Threads of each run.
+        keep_models (`bool`): Whether to keep the weights in the folders of the runs.
     """
 
     recipe: Path
@@ -148,7 +148,7 @@ class Comparison:
     keep_models: bool = False
 
     def tuning_runs(self) -> list[Run]:
-        """Those that settings are chosen by: of each method that has several to choose from."""
+        """The runs by which settings are chosen, of each method with a grid."""
         return [
             self._run(task, method, seed, chosen, tuning=True)
             for seed in self.tuning_seeds
@@ -159,7 +159,7 @@ class Comparison:
         ]
 
     def final_runs(self) -> list[Run]:
-        """Those that are compared, seed by seed, of each method whose settings are known by now."""
+        """The compared runs, seed by seed, of each method whose settings are known by now."""
         return [
             self._run(task, method, seed, chosen, tuning=False)
             for seed in self.seeds
@@ -169,7 +169,7 @@ class Comparison:
         ]
 
     def possible_runs(self) -> list[Run]:
-        """One run of each task, method and candidate that may be tuned with or compared, whatever is chosen later."""
+        """One run of each kind that may come: every task, method and candidate, in tuning and in the comparison."""
         return [
             self._run(task, method, seeds[0], chosen, tuning)
             for task in self.tasks
@@ -203,7 +203,7 @@ class Comparison:
         settings = self.settings | task.settings | method.settings | chosen
         folder = self.output_dir / slug(task.name) / slug(method.name)
         if tuning:
-            # What is compared in the end is not looked at to choose by.
+            # Tuning must not see the data of the comparison.
             settings |= {"do_predict": "false"}
             folder = folder / "tuning" / tuning_folder(chosen)
         settings = {"recipe": self.recipe.name, **settings, "seed": seed}
@@ -211,7 +211,7 @@ class Comparison:
 
 
 def metric_of(result: dict[str, Any], name: str | None) -> float:
-    """A figure of a finished run; raises `CompareError` if it has none of that name."""
+    """A metric of a finished run; raises `CompareError` if it has none of that name."""
     metrics = result["metrics"]
     if name not in metrics:
         raise CompareError(
@@ -227,7 +227,7 @@ def _figure(metric: str) -> str:
 
 
 def tuning_folder(chosen: Settings) -> str:
-    """Where the runs lie that judge a candidate."""
+    """The folder of the tuning runs of a candidate."""
     return slug("-".join(f"{name}-{value}" for name, value in chosen.items()))
 
 

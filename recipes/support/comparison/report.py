@@ -50,7 +50,7 @@ def write_report(comparison: Comparison) -> list[str]:
 
 
 def markdown(sections: Sequence[tuple[str, str, list[dict[str, str]]]], notes: Sequence[str]) -> str:
-    """What a reader has to know, and for each task its name, a caption and its table."""
+    """Caveats for the reader, and for each task its name, a caption and its table."""
     parts = ["# Comparison", *(f"**{escape(note)}**" for note in notes)]
     for title, text, rows in sections:
         parts += [f"## {escape(title)}", escape(text), markdown_table(rows)]
@@ -58,7 +58,7 @@ def markdown(sections: Sequence[tuple[str, str, list[dict[str, str]]]], notes: S
 
 
 def caption(comparison: Comparison, task: Task) -> str:
-    """What the table of a task shows."""
+    """The caption of a task's table."""
     tuned = any(len(method.candidates) > 1 for method in comparison.methods)
     return (
         f"{task.metric}, {_better(task.greater_is_better)}: mean (range). Differences are "
@@ -88,7 +88,7 @@ def cells(row: Row) -> dict[str, str]:
 
 
 def write_csv(path: Path, comparison: Comparison, results: Sequence[dict[str, Any]]) -> None:
-    """One row a run, those that settings were chosen by included."""
+    """Write one row per run, tuning runs included."""
     tasks = {task.name: task for task in comparison.tasks}
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -116,7 +116,7 @@ def write_csv(path: Path, comparison: Comparison, results: Sequence[dict[str, An
 
 
 def _results(runs: Sequence[Run]) -> tuple[list[Run], list[dict[str, Any]]]:
-    """The finished ones of `runs`, and their results."""
+    """The finished runs among `runs`, and their results."""
     pairs = [(run, result) for run in runs if (result := run.result()) is not None]
     return [run for run, _ in pairs], [result for _, result in pairs]
 

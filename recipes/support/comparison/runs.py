@@ -1,4 +1,4 @@
-"""The runs of `compare.py`: started, several at a time, watched, stopped, gone on with, and their results written."""
+"""The runs of `compare.py`: starts, watches, stops and resumes them, and writes their results."""
 
 import contextlib
 import fcntl
@@ -21,13 +21,13 @@ from hf_lsam_recipes.support.comparison.plan import CompareError, Comparison, Ru
 from hf_lsam_recipes.support.json_files import read_json, write_json
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
-# Seconds between two looks at the running processes, and that a stopped one gets to end.
+# Seconds between polls of the running processes, and until one that does not stop is killed.
 LOOK, GRACE = 0.1, 10.0
 
 
 @dataclass
 class Running:
-    """A run whose process goes on; `log` holds the lock on its folder."""
+    """A run whose process is running; `log` holds the lock on its folder."""
 
     run: Run
     process: subprocess.Popen
@@ -45,8 +45,8 @@ def run_all(
     Args:
         runs (`list[Run]`): In the order in which they start.
         comparison (`Comparison`): How to run them.
-        stamp (`dict`): What every result carries: commit, versions and machine.
-        on_end (`Callable`): Is called with each run that ended, and with what went wrong, or `None`.
+        stamp (`dict`): Commit, versions and machine, written into every result.
+        on_end (`Callable`): Called with each run that has ended, and with its problem or `None`.
     """
     waiting, active = deque(runs), list[Running]()
     try:
@@ -74,10 +74,10 @@ def run_all(
 
 def start(run: Run, comparison: Comparison) -> Running | None:
     """
-    Start the process of a run, from its last checkpoint if one is left of the same settings; `None` if by now it has a
-    result.
+    Start the process of a run, from its last checkpoint if there is one with the same settings; `None` if the run has
+    a result by now.
 
-    The process inherits the lock on the log, so that a run whose `compare.py` was killed is not started twice.
+    The process inherits the lock on the log, so that a run is not started twice if its `compare.py` was killed.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     log = (run.folder / "log.txt").open("a", encoding="utf-8")
@@ -98,7 +98,7 @@ def start(run: Run, comparison: Comparison) -> Running | None:
         log.close()
         return None
     model, settings_file = run.folder / "model", run.folder / "settings.yaml"
-    # The name of the recipe is there to tell results apart.
+    # The name of the recipe only tells results apart.
     settings = {name: value for name, value in run.settings.items() if name != "recipe"}
     settings["output_dir"] = str(model)
     same = settings_file.exists() and yaml.safe_load(settings_file.read_text(encoding="utf-8")) == settings
@@ -114,14 +114,14 @@ def start(run: Run, comparison: Comparison) -> Running | None:
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
-        # A group of its own, so that all of its processes are stopped with it.
+        # A separate group, so that all of its processes are stopped with it.
         start_new_session=True,
     )
     return Running(run, process, log, resumed, time.perf_counter())
 
 
 def drop_half_made_checkpoints(model: Path) -> bool:
-    """Remove checkpoints that a killed run has not written to the end; whether a whole one is left."""
+    """Remove incomplete checkpoints of a killed run; returns whether a complete one is left."""
     left = False
     for checkpoint in model.glob("checkpoint-*"):
         try:
@@ -134,7 +134,7 @@ def drop_half_made_checkpoints(model: Path) -> bool:
 
 
 def finish(running: Running, comparison: Comparison, stamp: dict[str, Any]) -> str | None:
-    """Write the result of a run whose process has ended; returns what went wrong, or `None`."""
+    """Write the result of a run whose process has ended; returns the problem or `None`."""
     run, seconds = running.run, time.perf_counter() - running.start
     log = run.folder / "log.txt"
     if running.process.returncode != 0:
@@ -151,7 +151,7 @@ def finish(running: Running, comparison: Comparison, stamp: dict[str, Any]) -> s
         )
     state = read_json(model / "trainer_state.json") or {}
     history = state.get("log_history", [])
-    # Neither evaluation nor what is measured on the way is training.
+    # Evaluations and measurements during training do not count as training time.
     beside = sum(line.get(name, 0.0) for line in history for name in ("eval_runtime", "sharpness/seconds"))
     blocks = model / "lsam_blocks.jsonl"
     rows = blocks.read_text(encoding="utf-8").splitlines() if blocks.exists() else []
@@ -168,7 +168,7 @@ def finish(running: Running, comparison: Comparison, stamp: dict[str, Any]) -> s
         "threads": comparison.threads,
         "resumed": running.resumed,
         "metrics": metrics,
-        # Of a run in two parts, the Trainer knows the time of the second only.
+        # Of a resumed run, the Trainer only knows the time since it was resumed.
         "training_seconds": None if running.resumed else _less(metrics.get("train_runtime"), beside),
         "wall_seconds": None if running.resumed else seconds,
         "step_seconds": metrics.get("train_step_seconds"),
@@ -188,7 +188,7 @@ def finish(running: Running, comparison: Comparison, stamp: dict[str, Any]) -> s
 
 
 def stop(active: Sequence[Running]) -> None:
-    """End the processes, and those that they started; their checkpoints stay."""
+    """End the processes, and those that they started; checkpoints are kept."""
     for running in active:
         _signal(running, signal.SIGTERM)
     deadline = time.perf_counter() + GRACE

@@ -1,4 +1,4 @@
-"""What the results of a comparison hold of each training: gradient norms, losses and perturbations, over the steps."""
+"""Curves from the results of a comparison: gradient norms, losses and perturbations over the steps of each run."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ MEASURED = "sharpness/gradient_norm/"
 
 
 class ResultsError(Exception):
-    """Results that are not there, or not those of `compare.py`; the message says what, and the way out."""
+    """Results that are missing or not from `compare.py`; the message names the problem and the way out."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class TaskResults:
     Args:
         task (`str`): Its name.
         baseline (`str`): The method that the others are compared with.
-        metric (`str`): Name of the compared figure.
-        greater_is_better (`bool`): Whether more of it is better.
-        tuning_metric (`str` or `None`): Name of the one that settings were chosen by, if they were.
-        runs (`dict[str, list[dict]]`): Results by method, the baseline first, each sorted by seed. A method that has
-            no run of this task yet has none here.
+        metric (`str`): Name of the compared metric.
+        greater_is_better (`bool`): Whether higher is better.
+        tuning_metric (`str` or `None`): Name of the metric that settings were chosen by; `None` without tuning.
+        runs (`dict[str, list[dict]]`): Results by method, the baseline first, each sorted by seed. A method without a
+            run of this task has an empty list.
     """
 
     task: str
@@ -46,7 +46,7 @@ class TaskResults:
 
     @property
     def seeds(self) -> list[int]:
-        """Every seed that some method has."""
+        """The seeds of all methods together."""
         return sorted({run["seed"] for runs in self.runs.values() for run in runs})
 
     def measured(self) -> bool:
@@ -56,7 +56,7 @@ class TaskResults:
 
 @dataclass(frozen=True)
 class Band:
-    """The mean over seeds, and the range between them, at the places that all of them have."""
+    """Mean and range over the seeds, at the places that all of them have."""
 
     places: np.ndarray
     mean: np.ndarray
@@ -66,10 +66,10 @@ class Band:
 
 def read_results(folder: Path) -> list[TaskResults]:
     """
-    Read what `compare.py` left in its output directory.
+    Read the results in the output directory of `compare.py`.
 
     Raises:
-        ResultsError: if it is no such folder, or has no compared run yet.
+        ResultsError: if it is not such a folder, or holds no compared run yet.
     """
     path = folder / "results.json"
     try:
@@ -93,14 +93,14 @@ def read_results(folder: Path) -> list[TaskResults]:
         by_method = {method: [run for run in own if run["method"] == method] for method in methods}
         tuning_metric = metrics.get((task, "tuning"))
         metric = metrics[task, "compared"]
-        # Reports of old do not say it.
+        # Older reports do not hold it.
         better = content.get("greater_is_better", {}).get(task, is_greater_better(metric))
         found.append(TaskResults(task, baseline, metric, better, tuning_metric, by_method))
     return found
 
 
 def over_seeds(curves: Sequence[Mapping[float, float]]) -> Band:
-    """Mean and range of curves, one a seed; empty if there is none, or no place that all of them have."""
+    """Mean and range of curves, one per seed; empty without curves or without a place that all of them have."""
     places = sorted(set.intersection(*map(set, curves))) if curves else []
     if not places:
         return Band(*(np.array([]) for _ in range(4)))
@@ -109,7 +109,7 @@ def over_seeds(curves: Sequence[Mapping[float, float]]) -> Band:
 
 
 def curve_of(run: Run, name: str) -> Curve:
-    """A figure of the log, such as `loss` or `eval_accuracy`, by step."""
+    """A logged value, such as `loss` or `eval_accuracy`, by step."""
     return {line["step"]: line[name] for line in run["curve"] if name in line}
 
 
@@ -146,7 +146,7 @@ def block_norms(run: Run, measured: bool) -> dict[str, Curve]:
 
 
 def block_names(runs: Sequence[Run]) -> list[str]:
-    """The blocks that layer-wise methods chose among."""
+    """The blocks that layer-wise methods selected from."""
     return list(
         dict.fromkeys(name for run in runs for row in run["blocks"] for name in row["counts"] if name != "all")
     )

@@ -1,4 +1,4 @@
-"""The figures of a comparison: differences to the baseline with the same seed, and what each method costs."""
+"""The statistics of a comparison: differences to the baseline with the same seed, and the cost of each method."""
 
 import math
 import warnings
@@ -18,13 +18,13 @@ COSTS = {
     "flops": "FLOPs",
     "peak_memory_mib": "peak memory",
 }
-# Of many runs, the report names so many.
+# The report names at most so many runs.
 _NAMED = 4
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the ends of its 95 % interval, which a single value does not have."""
+    """A mean and the ends of its 95 % confidence interval, which is `None` for a single value."""
 
     mean: float
     ends: tuple[float, float] | None
@@ -42,9 +42,9 @@ class Row:
 
     Args:
         chosen (`dict`): The values chosen from its grid.
-        tried (`int`): How many settings there were to choose from.
+        tried (`int`): The number of settings to choose from.
         values (`dict[int, float]`): The metric, by seed.
-        differences (`dict[int, float]`): The metric less the baseline's with the same seed.
+        differences (`dict[int, float]`): The metric minus that of the baseline, by seed.
         difference (`Interval` or `None`): Their mean; `None` for the baseline, and where no seed has both.
         wins, losses (`int`): Seeds for which the method is better, or worse, than the baseline.
         costs (`dict[str, float | None]`): Means of the ratios to the baseline, by the names of `COSTS`.
@@ -62,8 +62,8 @@ class Row:
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """The mean with its 95 % interval by Student's t; a single value and values that are not all finite have none."""
-    # Not fmean where one is not finite: it raises for inf and -inf.
+    """The mean with its 95 % interval (Student's t), which is `None` for one value and where one is not finite."""
+    # fmean raises for inf and -inf.
     mean = fmean(values) if all(map(math.isfinite, values)) else sum(values) / len(values)
     if len(values) < 2 or not math.isfinite(mean):
         return Interval(mean, None)
@@ -112,7 +112,7 @@ def table(comparison: Comparison, task: Task, results: Sequence[dict[str, Any]])
 
 
 def remarks(comparison: Comparison, results: Sequence[dict[str, Any]], missing: Sequence[str]) -> list[str]:
-    """What a reader of the tables has to know."""
+    """Caveats for the reader of the tables."""
     found = []
     if missing:
         count = len(comparison.tasks) * len(comparison.methods) * len(comparison.seeds)
@@ -130,7 +130,7 @@ def remarks(comparison: Comparison, results: Sequence[dict[str, Any]], missing: 
         most = max(result["processes"] for result in results)
         found.append(f"Up to {most} runs shared the machine, which makes times less exact.")
     if any(result["resumed"] for result in results):
-        found.append("Training times leave out runs that were stopped and gone on with.")
+        found.append("Training times do not include runs that were stopped and resumed.")
     return found
 
 
@@ -147,7 +147,7 @@ def missing_runs(comparison: Comparison, finished: Sequence[Run]) -> list[str]:
 
 
 def not_finite(comparison: Comparison, results: Sequence[dict[str, Any]]) -> list[str]:
-    """Names of the runs whose metric is no finite number, with what it is."""
+    """Names of the runs whose metric is not finite, with its value."""
     found = []
     tasks = {task.name: task for task in comparison.tasks}
     for result in results:

@@ -1,1 +1,1 @@
-"""Pictures of comparisons, of the demo and of cost."""
+"""Figures of comparisons, of the demo and of cost."""

@@ -26,13 +26,13 @@ from hf_lsam_recipes.support.comparison.series import (
 from hf_lsam_recipes.support.comparison.statistics import COSTS, mean_interval
 from hf_lsam_recipes.support.figures.palette import style
 
-# Inches: as wide as a README is shown, letters of 9 points stay as large as its own.
+# Inches: at the width of a README, 9 points are as large as its text.
 WIDTH = 9.0
 LAYER_LINES = ("-", "--", "-.", ":")
 
 
 class NotDrawnError(Exception):
-    """Why a figure cannot be drawn from these results."""
+    """The reason why a figure cannot be drawn from these results."""
 
 
 def layer_gradient_norms(results: TaskResults) -> Figure:
@@ -46,7 +46,7 @@ def layer_gradient_norms(results: TaskResults) -> Figure:
         )
     figure, panels = _panels(list(shown), columns=3)
     blocks = list(next(iter(next(iter(shown.values())))))
-    # Dark to light, and light yellow left out: the order of the layers shows in any colour vision.
+    # From dark to light, without the light yellow: the order of the layers is visible with any colour vision.
     colours = matplotlib.colormaps["cividis"](np.linspace(0, 0.85, len(blocks)))
     for method, axes in panels.items():
         for index, block in enumerate(blocks):
@@ -80,7 +80,7 @@ def layer_landscapes(results: TaskResults) -> Figure:
 
 
 def learning_curves(results: TaskResults) -> Figure:
-    """The training loss, and the validation metric where the runs were evaluated on the way."""
+    """The training loss, and the validation metric of runs that were evaluated during training."""
     validation = results.tuning_metric or "eval_" + results.metric.partition("_")[2]
     runs = [run for of_method in results.runs.values() for run in of_method]
     names = [name for name in ("loss", validation) if any(curve_of(run, name) for run in runs)]
@@ -113,7 +113,7 @@ def gradient_norm(results: TaskResults) -> Figure:
 
 
 def perturbations(results: TaskResults) -> Figure:
-    """How often each layer was perturbed in a training, all methods."""
+    """How often each method perturbed each layer in a run."""
     blocks = block_names([run for of_method in results.runs.values() for run in of_method])
     if not blocks:
         raise NotDrawnError("no method chose among layers")
@@ -124,7 +124,7 @@ def perturbations(results: TaskResults) -> Figure:
     for place, (method, runs) in enumerate(shown.items()):
         counts = [dict(zip(places, perturbation_counts(run, blocks), strict=True)) for run in runs]
         band = over_seeds(counts)
-        # Beside each other: some methods perturb alike.
+        # Side by side: some methods have the same counts.
         x = band.places + (place - (len(shown) - 1) / 2) * 0.7 / len(shown)
         ends = np.array([band.mean - band.low, band.high - band.mean])
         drawn = style(_index(results, method)) | {"linewidth": 0.8, "elinewidth": 1, "markersize": 5}
@@ -171,7 +171,7 @@ def _draw_methods(axes: Axes, results: TaskResults, curve: Callable[[Run], Curve
     for index, (method, runs) in enumerate(results.runs.items()):
         band = over_seeds([curve(run) for run in runs])
         drawn = style(index) if markers else style(index) | {"marker": ""}
-        # Some 8 markers on each line, wherever its points are dense.
+        # About 8 markers on each line.
         _draw_band(axes, band, f" {method}", markersize=5, markevery=math.ceil(len(band.places) / 8) or 1, **drawn)
 
 
@@ -210,7 +210,7 @@ def _panels(names: Sequence[str], columns: int) -> tuple[Figure, dict[str, Axes]
 def _finish(
     figure: Figure, results: TaskResults, title: str, legend: str = "", spread: str = "mean and range"
 ) -> None:
-    """Title and legend: what the lines are, once for all panels."""
+    """Title and one legend for all panels."""
     seeds = results.seeds
     of_seeds = f"{spread} of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
     figure.suptitle(f"{title}: {results.task}, {of_seeds}", fontsize=11, parse_math=False)
@@ -226,5 +226,5 @@ def _finish(
 
 
 def _index(results: TaskResults, method: str) -> int:
-    """The place of a method among all, which its style goes by."""
+    """The position of a method, which determines its style."""
     return list(results.runs).index(method)

@@ -1,6 +1,6 @@
 """
-Pictures of the benchmark: cost over the first perturbed block, beside the bound and the peers; and what is measured
-above the bound as the model or the step grows.
+Figures of the benchmark: step time over the first perturbed block, with the bound and other implementations; and the
+difference of measured time and bound as the model or the step grows.
 """
 
 import json
@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 
 
 def read_runs(path: Path) -> list[dict[str, Any]]:
-    """The runs that a file of the benchmark holds; raises `ValueError` if it is none."""
+    """The runs in a file of the benchmark; raises `ValueError` if it is not one."""
     try:
         runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
     except (ValueError, KeyError, TypeError) as error:
@@ -28,7 +28,7 @@ def read_runs(path: Path) -> list[dict[str, Any]]:
 
 
 def draw_cost(runs: list[dict[str, Any]], path: Path) -> None:
-    """Draw those runs of a benchmark that hold times side by side; the suffix of `path` is the format."""
+    """Draw the runs with times side by side; the suffix of `path` is the format."""
     timed = [run for run in runs if any("ratio" in row for row in run["figures"].values())]
     if not timed:
         raise ValueError("There are no times to draw: rounds was 0.")
@@ -84,7 +84,7 @@ def _draw_run(axes: Axes, run: dict[str, Any]) -> None:
         label, dashes = f"bound, {k} block{'s' * (k != '1')}", {"1": ":", "2": "-", "4": "--"}[k]
         axes.plot(range(len(line)), line, label=label, color="#999999", lw=1.2, ls=dashes, zorder=1)
     placed = {name: row for name, row in figures.items() if row.get("first_block") is not None}
-    # What has no first block (one pass, or a peer) stands in a column of its own.
+    # Methods without a first block (one pass, other implementations) have a separate column.
     column = len(next(iter(run["bounds"].values()))) + 1
     rest = sorted((name for name in figures if name not in placed), key=lambda name: figures[name]["ratio"])
     for index, name in enumerate([*placed, *rest]):

@@ -1,4 +1,4 @@
-"""The picture of the demo: learning curves, what a step costs, and which blocks were perturbed when."""
+"""The picture of the demo: learning curves, cost, and which blocks were perturbed when."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from hf_lsam_recipes.support.figures.palette import style
 
 matplotlib.use("Agg")
 
-# What the picture takes from a run, and from a point of its curve.
+# What the picture needs of a run, and of a point of its curve.
 RUN = {"method", "seed", "curve", "blocks", "training_seconds", "step_seconds", "peak_memory_mib"}
 POINT = {"step", "accuracy", "loss"}
 
@@ -70,7 +70,7 @@ def _learning_curves(axes: Axes, runs: dict[str, list[dict]], metric: str):
 
 
 def _cost_bars(axes: Axes, runs: dict[str, list[dict]]):
-    """Training time over that of the first method, with the time of a median step and the peak memory beside."""
+    """Training time relative to the first method, labelled with that of a median step and the peak memory."""
     plain = {run["seed"]: run for run in next(iter(runs.values()))}
 
     def ratio(repeats: list[dict], time: str) -> float:

@@ -1,4 +1,4 @@
-"""Colours, lines and markers that all pictures share."""
+"""Colours, lines and markers of all figures."""
 
 from typing import Any
 
