@@ -44,12 +44,12 @@ def draw(results: TaskResults, cost: str) -> dict[str, Figure]:
     }
     drawn: dict[str, Figure] = {}
     if len(results.seeds) == 1:
-        _say(f"{results.task}: there is one seed, so nothing is said about the spread between seeds.")
+        _say(f"{results.task}: there is only one seed, so the figures show no spread between seeds.")
     if cost.endswith("seconds") and any(run["processes"] > 1 for runs in results.runs.values() for run in runs):
-        _say(f"{results.task}: several runs shared the machine, so times are rough. --cost flops does without them.")
+        _say(f"{results.task}: several runs shared the machine, so times are rough. --cost flops does not use them.")
     for method, runs in results.runs.items():
         if not all(math.isfinite(run["metrics"].get(results.metric, 0.0)) for run in runs):
-            _say(f"{results.task}: {results.metric} of {method} is no finite number, and is not drawn over cost.")
+            _say(f"{results.task}: {results.metric} of {method} is not finite, so it is not drawn over cost.")
     for name, figure in figures.items():
         try:
             drawn[name] = figure(results)

@@ -1,1 +1,1 @@
-"""What the evidence was made with: `evidence` holds the settings, `results` the figures."""
+"""The studies behind the evidence: `evidence` holds their settings, `results` their results."""

@@ -5,15 +5,16 @@ Two claims of the paper on the results of a comparison, with 95 % intervals over
 
 - Penalising a few layers lowers the gradient norm of the whole model: its mean over the last third of the training, as
   a ratio to the baseline with the same seed. Less than 1 supports the claim.
-- Layers with large gradients are the same ones throughout: of the layers' mean gradient norms in the first, second and
-  last third of the training, Kendall's W (1: one ranking in all three, 1/3: by chance), Spearman's rank correlation of
+- The layers with large gradients stay the same: for the layers' mean gradient norms in the first, second and last
+  third of the training, Kendall's W (1: one ranking in all three, 1/3: by chance), Spearman's rank correlation of
   the first with the last (by chance 0), and the share of the top k of the first that is in the top k of the last (by
   chance k / layers; with as few layers as k, or fewer, always 1).
 
-Set `gradient_norm_steps` in the comparison's settings: both are then about the plain loss on the same rows in every
-run. Without it, the first is about the gradients that the optimizer got, which SAM takes at perturbed weights, and the
-second about the perturbed steps of layer-wise methods. A method that has fitted the rows it is measured on, as plain
-training of small data soon does, has next to no gradient there: read the first beside the training loss.
+Set `gradient_norm_steps` in the comparison's settings: both claims are then tested on the gradients of the plain
+loss on the same rows in every run. Without it, the first uses the gradients that the optimizer received, which SAM
+computes at perturbed weights, and the second the perturbed steps of layer-wise methods. A method that has fitted the
+measured rows, as plain training on little data soon does, has almost no gradient there: read the first result beside
+the training loss.
 """
 
 import argparse
@@ -44,7 +45,7 @@ PARTS = 3
 
 @dataclass(frozen=True)
 class Consistency:
-    """How alike the layers' gradient norms rank in the parts of a training; see above."""
+    """Agreement of the rankings of the layers' gradient norms over the parts of a training; see above."""
 
     kendall_w: float
     spearman: float
@@ -74,8 +75,8 @@ def norm_ratios(results: TaskResults, method: str) -> dict[int, float]:
 
 def consistency(norms: dict[str, Curve], k: int) -> Consistency | None:
     """
-    Of the gradient norms of a training's layers; `None` where they have no ranking: with fewer than 2 layers, or a
-    step for each part, or if all are alike or one is no finite number.
+    Agreement of the rankings of a training's layers. `None` where there is no ranking: with fewer than 2 layers, fewer
+    steps than parts, equal norms, or a norm that is not finite.
     """
     steps = sorted(set.intersection(*map(set, norms.values()))) if norms else []
     if len(steps) < PARTS or len(norms) < 2:
@@ -95,7 +96,7 @@ def consistency(norms: dict[str, Curve], k: int) -> Consistency | None:
 
 
 def figures(results: TaskResults, k: int) -> list[dict[str, Any]]:
-    """A row for each run: its figures, `None` where it has none, and what it was made with."""
+    """One row per run: its results, `None` where there is none, and commit, machine and versions."""
     measured = results.measured()
     rows = []
     for method, runs in results.runs.items():
@@ -125,7 +126,7 @@ def table(results: TaskResults, rows: Sequence[dict[str, Any]], k: int) -> str:
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """All of `rows`, with an empty cell where a run has no such figure."""
+    """Write `rows`, with an empty cell for `None`."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -136,8 +137,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line `argv`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").strip().partition("\n")[0], allow_abbrev=False)
     parser.add_argument("results", type=Path, help="output_dir of compare.py")
-    parser.add_argument("--top_k", type=int, default=2, help="how many layers count as critical (default: 2)")
-    parser.add_argument("--csv", type=Path, help="file to write the figures of each run to")
+    parser.add_argument("--top_k", type=int, default=2, help="number of layers that count as critical (default: 2)")
+    parser.add_argument("--csv", type=Path, help="file for the results of each run")
     args = parser.parse_args(argv)
     if args.top_k < 1:
         parser.error(f"--top_k counts layers and must be at least 1, but is {args.top_k}.")

@@ -5,21 +5,21 @@ Does perturbing a few layers converge as fast as perturbing all of them? Rates o
 
 writes `convergence.json`, and the picture as SVG and PNG.
 
-The paper's theorem says that they do. A rate like it takes the standard assumptions of non-convex optimization:
+The paper's theorem says that it does. Such a rate needs the standard assumptions of non-convex optimization:
 
-- f is L-smooth. Here f(w) = mean of phi(x_j . w - y_j) over n rows, phi(t) = t^2 / (1 + t^2): regression that outliers
-  cannot spoil. phi'' = (2 - 6 t^2) / (1 + t^2)^3 lies between -1/2 and 2, so f is not convex, and
-  L = 2 * (largest eigenvalue of X^T X / n).
+- f is L-smooth. Here f(w) = mean of phi(x_j . w - y_j) over n rows, phi(t) = t^2 / (1 + t^2): regression that is
+  robust to outliers. phi'' = (2 - 6 t^2) / (1 + t^2)^3 lies between -1/2 and 2, so f is not convex, and L = 2 *
+  (largest eigenvalue of X^T X / n).
 - Stochastic gradients are unbiased, and their variance is at most sigma^2. Here batches of b rows are drawn with
   replacement, and |phi'| <= 9 / (8 sqrt(3)), so sigma^2 = 81 / 192 * (mean of ||x_j||^2) / b.
 - The step size is eta = c / (L sqrt(T)) and the perturbation rho = c' / sqrt(T) for T steps.
 
 The mean of ||grad f(w_t)||^2 over the T steps then falls like 1 / sqrt(T): for SGD it is at most
 2 f(w_0) / (eta T) + eta L sigma^2, while eta <= 1 / L. Perturbed by rho, whichever layers it moves, a gradient changes
-by no more than a smoothness constant times rho, which is why the rate should stay. What the paper assumes of rho in
-detail was not at hand: c' / sqrt(T) is the usual choice.
+by no more than a smoothness constant times rho, which is why the rate should stay. The paper's exact
+assumption about rho was not available: c' / sqrt(T) is the usual choice.
 
-Weights are in N layers, groups of features of different scale. Each step is `LSAMStep`, the one that the trainer runs.
+The weights form N layers, groups of features of different scale. Each step is the trainer's own `LSAMStep`.
 """
 
 import argparse
@@ -47,7 +47,7 @@ from hf_lsam_recipes.support.stamp import stamp
 
 @dataclass(frozen=True)
 class Settings:
-    """The function, and how it is descended."""
+    """The function, and the settings of the optimization."""
 
     rows: int = 512
     layers: int = 6
@@ -60,7 +60,7 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
 
     def methods(self, steps: int) -> dict[str, LSAMConfig]:
-        """The three that are compared, for a training of so many steps."""
+        """The three compared methods, for a training of `steps` steps."""
         rho, k = self.c_rho / steps**0.5, self.perturbed_layers
         partial = LSAMConfig(block_selection="top_k", num_perturbed_blocks=k, rho=rho)
         return {
@@ -71,7 +71,7 @@ class Settings:
 
 
 class Layer(nn.Module):
-    """Adds the part of the prediction that its features make."""
+    """Adds the contribution of its features to the prediction."""
 
     def __init__(self, weight: Tensor):
         super().__init__()
@@ -98,7 +98,7 @@ class Model(nn.Module):
 
 @dataclass(frozen=True)
 class Problem:
-    """The rows, and with them the constants."""
+    """The data, which determine the constants."""
 
     inputs: Tensor
     targets: Tensor
@@ -106,7 +106,7 @@ class Problem:
 
     @classmethod
     def of(cls, settings: Settings) -> "Problem":
-        """Rows around a plane, a fifth of them far off; the features of the first layer are the largest."""
+        """Rows around a plane, one in five an outlier; the features of the first layer have the largest scale."""
         draws = torch.Generator().manual_seed(0)
         width = settings.layers * settings.features
         scales = torch.logspace(0, -0.5, settings.layers, dtype=torch.float64).repeat_interleave(settings.features)
@@ -127,7 +127,7 @@ class Problem:
         return 81 / 192 * float(self.inputs.square().sum(1).mean()) / self.batch_size
 
     def bound(self, settings: Settings, steps: int, seed: int) -> float:
-        """What the mean of ||grad f||^2 of SGD is at most, in expectation."""
+        """Upper bound on the expected mean of ||grad f||^2 of SGD."""
         eta = settings.c / (self.smoothness * steps**0.5)
         return 2 * self.loss(start_of(settings, seed)) / (eta * steps) + eta * self.smoothness * self.variance
 
@@ -143,13 +143,13 @@ class Problem:
 
 
 def start_of(settings: Settings, seed: int) -> Tensor:
-    """Where every method starts with this seed."""
+    """The initial weights of every method with this seed."""
     draws = torch.Generator().manual_seed(seed)
     return 0.1 * torch.randn(settings.layers * settings.features, generator=draws, dtype=torch.float64)
 
 
 def mean_squared_norm(problem: Problem, settings: Settings, config: LSAMConfig, steps: int, seed: int) -> float:
-    """The mean of ||grad f||^2 over the steps of a training; batches are those of every method."""
+    """The mean of ||grad f||^2 over the steps of a training; every method gets the same batches."""
     model = Model(start_of(settings, seed), settings.layers)
     optimizer = torch.optim.SGD(model.parameters(), lr=settings.c / (problem.smoothness * steps**0.5))
     step = LSAMStep(model, config, steps)
@@ -172,7 +172,7 @@ def mean_squared_norm(problem: Problem, settings: Settings, config: LSAMConfig, 
 
 
 def fitted_slope(steps: Sequence[int], values: Sequence[float]) -> float:
-    """The exponent of the power law that fits best: -1/2 is the rate of the theorem."""
+    """The exponent of the best-fitting power law; the rate of the theorem is -1/2."""
     return float(stats.linregress(np.log(steps), np.log(values)).slope)
 
 

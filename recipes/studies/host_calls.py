@@ -1,11 +1,11 @@
-"""Python calls by what they are for: by the file that made them, and by the part of a pass that needed them."""
+"""Counts of Python calls: by the file that made them, and by the part of a pass that they belong to."""
 
 from collections import Counter
 from pathlib import Path
 from types import CodeType, FrameType
 
-# What calls are made for: the end of a file's name, the beginning of the function's, and the part. The first that
-# fits counts; what lies in no part is the loop's.
+# Parts of a pass: the end of a file's name, the beginning of a function's name, and the part. The first match counts;
+# calls without a match belong to the loop.
 PARTS = (
     ("hf_lsam/held.py", "RandomState", "random states"),
     ("hf_lsam/pass_state.py", "", "snapshots"),
@@ -39,7 +39,7 @@ PARTS = (
 
 
 class CallCounter:
-    """For `sys.setprofile`: counts calls by the file that made them and by the part that they were made for."""
+    """For `sys.setprofile`: counts calls by the file that made them and by the part that they belong to."""
 
     def __init__(self):
         self.total = 0
@@ -67,7 +67,7 @@ class CallCounter:
         while frame is not None:
             code = frame.f_code
             if code not in self._part_of:
-                # Before Python 3.11 there is the name alone, and what a class tells apart is told together.
+                # Before Python 3.11, code objects have no qualified name, so the classes of a file are not told apart.
                 path, own = Path(code.co_filename).as_posix(), getattr(code, "co_qualname", code.co_name)
                 found = (part for end, name, part in PARTS if _fits(path, end) and own.startswith(name))
                 self._part_of[code] = next(found, None)

@@ -1,18 +1,18 @@
 """
-What each method costs the host: a model so small that only Python and the launching of operations count.
+The host cost of each method: a model so small that only Python and the launching of operations take time.
 
     python recipes/studies/host_cost.py
     python recipes/studies/host_cost.py --methods plain,sam,sam-by-hand --rounds 40 --output_file host.json
 
-On a GPU that waits for its host, as in GLUE's small batches, this is what a step costs. It is measured on a CPU, in
-one thread: CPU time of that thread for an optimizer step, the whole of the Trainer's loop, over that of the plain
-Trainer in the same round. The methods take turns, a few steps each, and each has a training of its own, which goes on
-where it was: what a second pass looks at and compares in its first steps is over by then. At steps 1, 2, 4, 8, ... it
-looks at everything again, so these count for no method. Each turn has one log line.
+On a GPU that waits for its host, as with GLUE's small batches, this is the cost of a step. It is measured on a CPU, in
+one thread: the CPU time of that thread for an optimizer step, with the Trainer's whole loop, relative to the plain
+Trainer in the same round. The methods take turns of a few steps. Each has a separate training, which continues at its
+next turn, so the checks in the first steps of a second pass are over by then. The second pass repeats them at steps 1,
+2, 4, 8, ..., so these steps count for no method. Each turn has one log line.
 
-Calls of Python functions and of C functions from Python are counted in one more turn, the same at every run. Where
-they come from is told twice: by the file that made them, and by the part of a pass (the innermost of `PARTS` on the
-stack, see `host_calls.py`) that they were made for.
+Calls of Python functions, and of C functions from Python, are counted in one more turn, with the same result in every
+run. They are reported by the file that made them, and by the part of a pass that they belong to (the innermost of
+`PARTS` on the stack, see `host_calls.py`).
 """
 
 import gc
@@ -52,7 +52,7 @@ _VOCABULARY = 100
 
 @dataclass
 class HostArguments:
-    """What is measured."""
+    """Methods and sizes of the measurement."""
 
     methods: str = field(
         default=f"plain,off,one-pass-2,last-1,last-2,top-2,sam,{IN_TRAINER}",
@@ -80,7 +80,7 @@ class HostArguments:
 
 class Contender(TrainerCallback):
     """
-    A method's training, in a thread of its own, which goes a few steps whenever it is its turn and waits otherwise.
+    The training of a method in a separate thread, which runs a few steps in each of its turns and waits otherwise.
 
     Args:
         name: The method.
@@ -102,10 +102,10 @@ class Contender(TrainerCallback):
         self._thread = threading.Thread(target=self._train, name=name, daemon=True)
 
     def go(self, steps: int, counts: bool = False) -> None:
-        """Go on by `steps` steps, and time them or count their calls (each without those that are powers of two)."""
+        """Run `steps` more steps, and time them or count their calls (not those whose number is a power of two)."""
         self.seconds, self._left, self._counts = [], steps, counts
         if self._thread.ident is None:
-            # Not earlier: to make a Trainer changes what another one that begins to train reads.
+            # Not earlier: making a Trainer changes global state that another one reads when it begins to train.
             self._thread.start()
         self._turn.release()
         self._done.acquire()
@@ -120,7 +120,7 @@ class Contender(TrainerCallback):
             self._thread.join()
 
     def _train(self) -> None:
-        # Each thread has a number of its own.
+        # The number of threads is a setting of each thread.
         torch.set_num_threads(1)
         try:
             self._trainer.train()
@@ -165,7 +165,7 @@ def _make_trainer(name: str, args: HostArguments, folder: str) -> Trainer:
         intermediate_size=4 * args.hidden_size,
         max_position_embeddings=args.sequence_length,
     )
-    # Up to the counted turn, and one step more: it ends where it is told to, and within one epoch.
+    # Up to the counted turn, and one step more, so that the training ends when told to, within one epoch.
     steps = args.warm_up + (args.rounds + 1) * args.steps + 1
     tokens = torch.randint(1, _VOCABULARY, (steps * args.batch_size, args.sequence_length))
     rows = [
@@ -210,7 +210,7 @@ def measure(args: HostArguments) -> dict[str, dict[str, Any]]:
         try:
             for contender in contenders:
                 contender.go(args.warm_up)
-            # What was imported, and lasts, is not looked through each time that the garbage of steps is collected.
+            # Keeps the garbage collection of steps from going through everything that was imported.
             gc.collect()
             gc.freeze()
             for _ in tqdm(range(args.rounds), unit="round"):
@@ -242,7 +242,7 @@ def measure(args: HostArguments) -> dict[str, dict[str, Any]]:
 
 
 def tables(figures: dict[str, dict[str, Any]]) -> str:
-    """The figures as Markdown: one table of methods, and two of what each adds to the plain calls."""
+    """The results as Markdown: one table of methods, and two of the calls that each adds to the plain ones."""
     parts = [
         markdown_table(
             [
@@ -273,7 +273,7 @@ def tables(figures: dict[str, dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Measure, print the tables, and write the file that is named."""
+    """Measure, print the tables, and write the output file if one is named."""
     (args,) = parse_arguments((HostArguments,), sys.argv[1:] if argv is None else argv, __doc__ or "")
     check_output_file("output_file", args.output_file)
     logging.set_verbosity_error()

@@ -1,6 +1,6 @@
 """
-Pictures of the benchmark: cost over the first perturbed block, beside the bound and the peers; and what is measured
-above the bound as the model or the step grows.
+Figures of the benchmark: step time over the first perturbed block, with the bound and other implementations; and the
+difference of measured time and bound as the model or the step grows.
 
     python recipes/studies/plot_cost.py recipes/studies/results/cost_12_blocks.json cost.svg
     python recipes/studies/plot_cost.py recipes/studies/results/growth.json growth.svg --over num_hidden_layers

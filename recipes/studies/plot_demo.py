@@ -1,5 +1,5 @@
 """
-The picture of the demo: learning curves, what a step costs, and which blocks were perturbed when.
+The picture of the demo: learning curves, cost, and which blocks were perturbed when.
 
     python recipes/studies/plot_demo.py demo/results.json demo/results.png
 """

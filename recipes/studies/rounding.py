@@ -1,10 +1,10 @@
 """
-How much of a perturbation is left in 16-bit weights, rounded to the nearest or stochastically.
+How much of a perturbation survives in 16-bit weights, with rounding to nearest or stochastic rounding.
 
     python recipes/studies/rounding.py --models path/to/MiniLM-L6,path/to/SmolLM2-135M --text_file path/to/sst2/dev.tsv
 
-The weights start on the grid of the dtype. The gradient and the losses are computed in float32, so that the rounding
-of the moved weights is all that differs from a perturbation in float32.
+The weights start on the grid of the dtype. Gradients and losses are computed in float32, so that only the rounding of
+the moved weights differs from a perturbation in float32.
 """
 
 import csv
@@ -47,7 +47,7 @@ RHOS = (0.05, 0.1, 0.5, 1.0)
 
 @dataclass
 class RoundingArguments:
-    """What to measure on."""
+    """Models, data and output of the measurement."""
 
     models: str = field(metadata={"help": "Folders of models; the last part of a folder is the name in the table."})
     text_file: str = field(metadata={"help": "A TSV with the columns sentence and label."})
@@ -76,7 +76,7 @@ def stochastic(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def read_rows(args: RoundingArguments) -> list[dict[str, str]]:
-    """The first rows of the text file; raises `ValueError` if they are none with a sentence and a label."""
+    """The first rows of the text file; raises `ValueError` unless each has a sentence and a label."""
     try:
         with open(args.text_file, encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[: args.rows]

@@ -4,8 +4,9 @@ Long training of a tiny model with features toggled at random: does memory grow,
     python recipes/studies/soak.py --steps 20000 --output_file recipes/studies/results/soak.json
 
 The steps come in stretches of a few hundred. Each stretch draws its settings, and a twin of the model makes the same
-steps by `hf_lsam/reference.py`, from the same weights, batches and random numbers, in float64. At its end the two are
-compared, and the memory of the process and its living objects are counted. Ends with an error if weights drifted.
+steps with `hf_lsam/reference.py`, from the same weights, batches and random numbers, in float64. At the end of each
+stretch, the two are compared, and the memory and the live objects of the process are counted. Exits with an error if
+the weights have drifted.
 """
 
 import dataclasses
@@ -45,7 +46,7 @@ LARGEST_DIFFERENCE = 1e-9
 
 @dataclass
 class SoakArguments:
-    """How long, and from which draws."""
+    """Length and seed of the soak."""
 
     steps: int = field(default=20_000, metadata={"help": "Optimizer steps, over all stretches."})
     seed: int = field(default=0, metadata={"help": "Of the settings that are drawn, the model and its batches."})
@@ -61,7 +62,7 @@ class SoakArguments:
 
 
 class InjectedError(Exception):
-    """What a pass of the soak raises, and its Trainer survives."""
+    """Raised in a pass of the soak on purpose; the Trainer has to survive it."""
 
 
 class SoakTrainer(LSAMTrainer):
@@ -102,7 +103,7 @@ class SoakTrainer(LSAMTrainer):
 
 
 def set_up(model: nn.Module, stretch: Stretch) -> torch.optim.Optimizer:
-    """Freeze what the stretch freezes, set the dropout, and make an optimizer."""
+    """Freeze layers and set the dropout as the stretch asks, and make an optimizer."""
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     layers: Any = model.layers
@@ -119,7 +120,7 @@ def set_up(model: nn.Module, stretch: Stretch) -> torch.optim.Optimizer:
 
 
 def run(model: nn.Module, twin: nn.Module, rows: Rows, stretch: Stretch, draws: random.Random) -> dict[str, Any]:
-    """Train `model` by the trainer and `twin` by the reference; the figures of the stretch."""
+    """Train `model` with the trainer and `twin` with the reference; returns the results of the stretch."""
     twin.load_state_dict(model.state_dict())
     optimizer, callback = set_up(model, stretch), Twin(twin, stretch, set_up(twin, stretch))
     # Reentrant checkpointing finds no gradient where nothing before it is trained.
@@ -185,9 +186,9 @@ def memory() -> dict[str, float]:
 
 def growth(stretches: list[dict[str, Any]], name: str) -> dict[str, float]:
     """
-    A line through a figure, per 1,000 steps, with its standard error.
+    The slope of a line through the values of `name`, per 1,000 steps, with its standard error.
 
-    Of the second half of the stretches: what a feature allocates when it is first used is no growth.
+    Over the second half of the stretches: what a feature allocates at its first use is no growth.
     """
     rest = stretches[len(stretches) // 2 :]
     if len(rest) < 3:
@@ -203,7 +204,7 @@ def growth(stretches: list[dict[str, Any]], name: str) -> dict[str, float]:
 
 
 def soak(args: SoakArguments, say: Callable[..., None] = print) -> dict[str, Any]:
-    """All stretches; their figures, and how memory grew."""
+    """Run all stretches; returns their results, and the growth of memory."""
     torch.set_num_threads(1)
     draws, rows = random.Random(args.seed), Rows(args.seed)
     model, twin = build(args.seed), build(args.seed)
@@ -231,7 +232,7 @@ def soak(args: SoakArguments, say: Callable[..., None] = print) -> dict[str, Any
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Soak, print a line a stretch and the whole, and write the file, if one is named."""
+    """Run the soak, print a line per stretch and a summary, and write the output file if one is named."""
     try:
         (args,) = parse_arguments((SoakArguments,), sys.argv[1:] if argv is None else argv, __doc__ or "")
     except ValueError as error:

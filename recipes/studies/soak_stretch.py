@@ -1,4 +1,4 @@
-"""What the soak trains, and the settings of a stretch of it."""
+"""The model and data of the soak, and the settings of a stretch."""
 
 import random
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ BLOCKS, WIDTH, VOCABULARY, BATCH, ROWS = 4, 8, 32, 2, 512
 
 @dataclass
 class Stretch:
-    """What a stretch does; `fault` is what happens to `fault_rate` of the steps of its second half."""
+    """The settings of a stretch; `fault` is injected into a share `fault_rate` of the steps of its second half."""
 
     steps: int
     config: dict[str, Any]

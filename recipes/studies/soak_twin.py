@@ -1,4 +1,4 @@
-"""The twin of the soak: the steps that the trainer has made, made again by the reference."""
+"""The twin of the soak: repeats the steps of the trainer with the reference."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from hf_lsam_recipes.studies.soak_stretch import BLOCKS, Stretch
 
 
 class Seeded(nn.Module):
-    """The model, whose passes over a micro-batch draw the random numbers that its first one drew."""
+    """The model; every pass over a micro-batch starts from the random state of its first pass."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -24,7 +24,7 @@ class Seeded(nn.Module):
 
 
 class Twin(TrainerCallback):
-    """Makes each step that the trainer has made by the reference, on a model of its own."""
+    """Repeats each step of the trainer with the reference, on a separate model."""
 
     def __init__(self, model: nn.Module, stretch: Stretch, optimizer: torch.optim.Optimizer):
         self.model, self.stretch, self.optimizer = Seeded(model).train(), stretch, optimizer
@@ -60,7 +60,7 @@ class Twin(TrainerCallback):
         return (reference.last if config.block_selection == "last" else reference.top_k)(k or BLOCKS)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Make the same step, and leave the random state as it is."""
+        """Make the same step, without changing the random state."""
         soak = self.trainer.soak
         window, soak.window = soak.window, []
         self.faults += soak.fault != "none"

@@ -1,13 +1,12 @@
 """
-Why one pass is not two: how much of the ascent is left in the gradient of the step before.
+Why one pass is no substitute for two: how much of the ascent is left in the gradient of the previous step.
 
     python recipes/studies/staleness.py recipes/glue/sst2.yaml --max_steps 75 --output_file staleness.json
 
-Trains plainly with the settings of `run_glue.py`. At every step, the loss of the step's batch (without dropout) is
-measured at weights moved by `rho` along three directions: the batch's own gradient, as two passes move them; the
-gradient of the batch before, at the weights as they are now; and the gradient that the step before had, as one pass
-moves them. Between the second and the third, only the age of the gradient differs; between the first and the second,
-only the batch.
+Trains without perturbation, with the settings of `run_glue.py`. At every step, the loss of the current batch (without
+dropout) is measured at weights moved by `rho` along three directions: the gradient of the same batch, as with two
+passes; the gradient of the previous batch at the current weights; and the gradient of the previous step, as with one
+pass. The second and the third differ only in the age of the gradient, the first and the second only in the batch.
 """
 
 import argparse
@@ -36,7 +35,7 @@ DIRECTIONS = ("own", "other batch", "step before")
 
 
 class Probe:
-    """Takes the place of a Trainer's `training_step`, and measures after each of its steps."""
+    """Replaces a Trainer's `training_step`, and measures after each of its steps."""
 
     def __init__(self, trainer: LSAMTrainer):
         self.trainer = trainer
@@ -79,7 +78,7 @@ class Probe:
         return rows
 
     def _ascents_of(self, model, inputs) -> dict[str, Ascent]:
-        """Those of a batch at the weights as they are, in training mode; neither gradients nor random state change."""
+        """The ascents of a batch at the current weights, in training mode; gradients and random state stay."""
         with torch.random.fork_rng():
             self.trainer.compute_loss(model, dict(inputs)).backward()
         ascents = self._ascents()
@@ -87,7 +86,7 @@ class Probe:
         return ascents
 
     def _ascents(self) -> dict[str, Ascent]:
-        """One of each selection, along a copy of the gradients in `.grad`."""
+        """One ascent per selection, along a copy of the gradients in `.grad`."""
         found = {name: find_ascent(step.candidates, step.costs, step.config) for name, step in self.steps.items()}
         ascents = {name: ascent for name, ascent in found.items() if isinstance(ascent, Ascent)}
         for ascent in ascents.values():
@@ -104,7 +103,7 @@ def _parts(ascent: Ascent) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each selection and direction: the median cosine with the own gradient, and mean rises over the own one's."""
+    """For each selection and direction: the median cosine with the own gradient, and mean rises relative to its."""
     lines = []
     for name in SELECTIONS:
         own = [row for row in rows if row["selection"] == name and row["direction"] == "own"]
@@ -120,7 +119,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
-    """Train and measure, print a table, and write the file that is named."""
+    """Train and measure, print a table, and write the output file if one is named."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--output_file", type=Path)
     own, rest = parser.parse_known_args(argv)

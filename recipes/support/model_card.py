@@ -127,7 +127,7 @@ def write_model_card(
     """
     args, lsam_config = trainer.args, trainer.lsam_config
     on_hub = not Path(model_name).is_dir()
-    # Folders of this machine are nobody else's business.
+    # The folders of this machine are not published.
     shown_name = model_name if on_hub else Path(model_name).name
     output = Path(args.output_dir)
     own_name = trainer.hub_model_id if args.push_to_hub else f"path/to/{output.resolve().name}"
@@ -227,7 +227,7 @@ def usage(model: PreTrainedModel, name: str, base: str, subject: Subject, is_ada
     lines = ["from transformers import pipeline", "", f"pipe = pipeline({tag!r}, model={name!r})"]
     module = type(model).__module__
     if module.startswith("hf_lsam_recipes."):
-        # Importing an architecture of the recipes makes it known to transformers.
+        # Importing the module registers the architecture with transformers.
         lines.insert(0, f"import {module}  # {type(model).__name__}, from pip install 'hf-lsam[recipes]'")
     return "\n".join([*lines, f"print(pipe({inputs[tag]}))"])
 

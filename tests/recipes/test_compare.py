@@ -101,7 +101,7 @@ def test_a_run_that_fails_stops_no_other_and_is_missing_in_the_report(config, tm
     assert compare.main([str(path)]) == 1
     out, err = capsys.readouterr()
     assert re.search(r"(?s)T, bad, seed 0 failed \(exit code 1\):.*no luck.*log\.txt", err)
-    assert "Runs that are missing, of 3: T, bad, seed 0." in out
+    assert "Missing runs, of 3: T, bad, seed 0." in out
     rows = table_in(tmp_path / "out")
     assert [row[:4] for row in rows if row[0] == "bad"] == [["bad", "", "1", "missing"]]
     assert [row[0] for row in rows[2:]] == ["A", "bad", "B"]
@@ -114,7 +114,7 @@ def test_a_run_that_fails_stops_no_other_and_is_missing_in_the_report(config, tm
     many = config(methods={"A": {"value": 1}, "B": {"value": 3}}, seeds=list(range(5)))
     assert compare.main([str(many), "--report_only"]) == 1
     named = "T, A, seed 1; T, A, seed 2; T, A, seed 3; T, A, seed 4; and 4 more"
-    assert f"Runs that are missing, of 10: {named}." in capsys.readouterr().out
+    assert f"Missing runs, of 10: {named}." in capsys.readouterr().out
 
 
 def test_a_metric_that_the_recipe_lacks_is_named(config, capsys):

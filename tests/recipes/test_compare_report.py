@@ -175,7 +175,7 @@ def test_a_figure_that_is_no_number_loses_nothing_of_the_report(config, tmp_path
     path.write_text(json.dumps(result))
     capsys.readouterr()
     assert compare.main([str(config()), "--report_only"]) == 0
-    note = f"no finite numbers, and leave no interval: predict_accuracy of T, B, seed 1 is {value}."
+    note = f"Metrics that are not finite, which leaves no interval: predict_accuracy of T, B, seed 1 is {value}."
     text = (tmp_path / "out" / "report.md").read_text()
     assert note in text and note in capsys.readouterr().out
     [row] = [line.split("|")[1:6] for line in text.splitlines() if line.startswith("| B ")]

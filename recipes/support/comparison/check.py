@@ -1,8 +1,8 @@
 """
-Whether a recipe takes the settings of a comparison and reports its metrics, before anything is trained.
+Checks that the recipe accepts all settings of a comparison and reports its metrics, before anything is trained.
 
-In a process of its own, `check_comparison` and this module as a script: parsing settings imports torch, whose memory
-would count into the peak of the runs that `compare.py` starts.
+`check_comparison` runs this module in a separate process: parsing settings imports torch, whose memory would add to
+the peak memory of the runs that `compare.py` starts.
 """
 
 import contextlib
@@ -23,18 +23,18 @@ from hf_lsam_recipes.support.comparison.plan import CompareError, Comparison
 from hf_lsam_recipes.support.metric_names import find_score
 from hf_lsam_recipes.support.shipped import RECIPES, did_you_mean
 
-# What each recipe reports of every split, and of the training.
+# What each recipe reports for every split, and for the training.
 COMMON = ("loss", "runtime", "samples", "samples_per_second", "steps_per_second")
 TRAINING = (*COMMON, "step_seconds", "peak_memory_mib", "truncated", "dropped")
-# Of many runs with the same problem, so many are named.
+# At most so many runs with the same problem are named.
 _NAMED = 2
 
 
 def check_comparison(comparison: Comparison) -> None:
     """
-    Raise `CompareError` with all that is wrong with the settings and metrics of the runs.
+    Raise `CompareError` with all problems of the settings and metrics of the runs.
 
-    A recipe that lies elsewhere is not checked: what it takes is not known.
+    A recipe outside this folder is not checked: its settings are not known.
     """
     if comparison.recipe.parent != RECIPES:
         return
@@ -56,7 +56,7 @@ def check_comparison(comparison: Comparison) -> None:
 
 def find_problems(recipe: str, runs: Sequence[dict[str, Any]]) -> list[str]:
     """
-    What is wrong with runs, each problem once, with the names of the first runs that have it.
+    The problems of runs, each once, with the names of the first runs that have it.
 
     Args:
         recipe (`str`): The module of the recipe, as `run_glue`.
@@ -120,7 +120,7 @@ def is_reported(metric: str, names: Iterable[str]) -> bool:
 
 def reported(recipe: str, settings: dict[str, Any]) -> set[str]:
     """
-    Names of the figures in the `all_results.json` of a run, but for those of a part of a split.
+    Names of the metrics in the `all_results.json` of a run, without those of a part of a split.
 
     Args:
         recipe (`str`): The module of the recipe.

@@ -116,19 +116,19 @@ def remarks(comparison: Comparison, results: Sequence[dict[str, Any]], missing: 
     found = []
     if missing:
         count = len(comparison.tasks) * len(comparison.methods) * len(comparison.seeds)
-        found.append(f"Runs that are missing, of {count}: {_some(missing)}.")
+        found.append(f"Missing runs, of {count}: {_some(missing)}.")
     tried = {method.name: len(method.candidates) for method in comparison.methods}
     if len(set(tried.values())) > 1:
         counts = ", ".join(f"{name} {count}" for name, count in tried.items())
         found.append(f"Methods were not tuned with equal effort. Settings tried: {counts}.")
     if broken := not_finite(comparison, results):
-        found.append(f"Figures that are no finite numbers, and leave no interval: {_some(broken)}.")
+        found.append(f"Metrics that are not finite, which leaves no interval: {_some(broken)}.")
     made_with = {str((result["commit"], result["versions"], result["machine"])) for result in results}
     if len(made_with) > 1:
         found.append(f"Runs were made with {len(made_with)} different states of code, versions or machines.")
     if any(result["processes"] > 1 for result in results):
         most = max(result["processes"] for result in results)
-        found.append(f"Up to {most} runs shared the machine, which makes times less exact.")
+        found.append(f"Up to {most} runs shared the machine, which makes times less accurate.")
     if any(result["resumed"] for result in results):
         found.append("Training times do not include runs that were stopped and resumed.")
     return found
