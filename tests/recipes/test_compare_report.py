@@ -197,7 +197,7 @@ SECTIONS = [
             }
             | {"difference [95 %]": "", "wins / losses": "", "training time": "1.00x"}
             | {"median step": "", "FLOPs": "", "peak memory": "", "n": "3"},
-            {"method": "LSAM, top 2 (the paper's rule)", "chosen": "", "tried": "3", "mean (range)": "missing"}
+            {"method": "LSAM, top 2 (the paper's rule)", "chosen": "rho=0.1", "tried": "3", "mean (range)": "missing"}
             | {"difference [95 %]": "+0.0319 [-0.2719, +0.3358]", "wins / losses": "1 / 2", "training time": "1.24x"}
             | {"median step": "", "FLOPs": "", "peak memory": "", "n": "0"},
         ],
@@ -209,20 +209,20 @@ def test_the_console_shows_text_as_it_is_a_row_a_line_where_there_is_no_terminal
     show(SECTIONS, ["predict_accuracy [is] *nan*"])
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines[:2] == ["Note: predict_accuracy [is] *nan*", ""] and lines[2] == "T_1"
-    assert "method mean (range) difference [95 %] wins / losses n" in lines
+    assert "method chosen mean (range) difference [95 %] wins / losses n" in lines
     assert "[bold]A_b[/bold] | *c* 0.5881 (0.5242 to 0.6974) 3" in lines
-    assert "LSAM, top 2 (the paper's rule) missing +0.0319 [-0.2719, +0.3358] 1 / 2 0" in lines
+    assert "LSAM, top 2 (the paper's rule) rho=0.1 missing +0.0319 [-0.2719, +0.3358] 1 / 2 0" in lines
     # Costs are a table of their own; what is empty has no column.
     assert "method training time" in lines and "LSAM, top 2 (the paper's rule) 1.24x" in lines
 
 
 def test_the_tables_fit_into_the_terminal_and_break_no_number(capsys, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    for name, value in {"COLUMNS": "70", "TERM": "xterm"}.items():
+    for name, value in {"COLUMNS": "60", "TERM": "xterm"}.items():
         monkeypatch.setenv(name, value)
     show(SECTIONS, [])
     out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
-    assert max(map(len, out.splitlines())) <= 70
+    assert max(map(len, out.splitlines())) <= 60
     words = {word for line in out.splitlines() for word in line.split()}
     assert {"0.5881", "(0.5242", "0.6974)", "+0.0319", "[-0.2719,", "+0.3358]", "1.24x"} <= words
 
