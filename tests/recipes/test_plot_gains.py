@@ -207,6 +207,16 @@ def test_a_yaml_chooses_names_and_panels(tmp_path):
     assert (tmp_path / "gains.png").stat().st_size > 1000
 
 
+def test_a_method_that_is_the_baseline_of_a_task_has_no_mark_there(tmp_path):
+    write_runs(tmp_path / "one.csv", "T", pair(0.1))
+    write_runs(tmp_path / "two.csv", "T", [("SAM", "compared", 0, 0.5, 1.0), ("LSAM", "compared", 0, 0.51, 1.0)])
+    panels = {"A": {file: {"file": file, "task": "T"} for file in ("one.csv", "two.csv")}}
+    path = write_picture(tmp_path, {"full SAM": ["SAM"], "layer-wise": ["LSAM"]}, panels)
+    figure = plot_gains.draw_gains(gains.arranged(path), "flops")
+    assert sorted(gains_of(figure.axes[0])) == [1.0, 10.0]
+    assert "difference to SGD or SAM" in figure.axes[0].get_xlabel()
+
+
 def test_a_yaml_with_a_fault_is_refused(tmp_path):
     runs = write_runs(tmp_path / "runs.csv", "T", pair(0.1))
     write_runs(tmp_path / "loss.csv", "T", pair(0.1), metric="eval_loss")
