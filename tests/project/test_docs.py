@@ -15,7 +15,7 @@ import hf_lsam
 from hf_lsam.step_log import Perturbed, StepLog
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("recipes/*.md")])
 # Paths of this repository, as the documents write them.
 PATH = re.compile(r"`((?:hf_lsam|recipes|tests|docs|accelerate_configs)/[\w./-]+)(?:::([\w.]+))?`")
 
