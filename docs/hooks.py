@@ -1,0 +1,23 @@
+"""Renders what the docstrings write as those of transformers do: types like *optional*, and references [`LSAMConfig`]."""
+
+import re
+
+# The type in the brackets after an argument's name, and the default of the signature, which the docstring gives as well.
+TYPE = re.compile(r"\(<code>([^<]*`[^<]*)</code>(?:,\s*default:\s*<code>(?:(?!</code>).)*</code>)?\s*\)", re.DOTALL)
+REFERENCE = re.compile(r"\[<code>([\w.~]+)</code>\]")
+
+
+def on_page_content(html: str, **_) -> str:
+    """Types as code and text; references as links to where their target is on the same page, or as code."""
+    targets = {identifier.rpartition(".")[2]: identifier for identifier in re.findall(r'id="(hf_lsam[\w.]+)"', html)}
+
+    def write_type(found: re.Match) -> str:
+        text = re.sub("`([^`]*)`", r"<code>\1</code>", found[1].replace("*", ""))
+        return f"({text})"
+
+    def write_reference(found: re.Match) -> str:
+        name = found[1].lstrip("~").rpartition(".")[2]
+        code = f"<code>{name}</code>"
+        return f'<a href="#{targets[name]}">{code}</a>' if name in targets else code
+
+    return REFERENCE.sub(write_reference, TYPE.sub(write_type, html))
