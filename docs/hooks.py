@@ -1,9 +1,10 @@
-"""Renders what the docstrings write as those of transformers do: types like *optional*, and references [`LSAMConfig`]."""
+"""Renders the types and the references of the docstrings, which are written as those of transformers are."""
 
 import re
 
-# The type in the brackets after an argument's name, and the default of the signature, which the docstring gives as well.
+# The type of an argument, and the default of the signature, which the docstring gives as well.
 TYPE = re.compile(r"\(<code>([^<]*`[^<]*)</code>(?:,\s*default:\s*<code>(?:(?!</code>).)*</code>)?\s*\)", re.DOTALL)
+# Such as [`LSAMConfig`] or [`~transformers.Trainer`].
 REFERENCE = re.compile(r"\[<code>([\w.~]+)</code>\]")
 
 
