@@ -1,4 +1,4 @@
-"""Renders the types and the references of the docstrings, which are written as those of transformers are."""
+"""Renders types and references of the docstrings, which are written as those of transformers are, and long names."""
 
 import re
 
@@ -6,10 +6,15 @@ import re
 TYPE = re.compile(r"\(<code>([^<]*`[^<]*)</code>(?:,\s*default:\s*<code>(?:(?!</code>).)*</code>)?\s*\)", re.DOTALL)
 # Such as [`LSAMConfig`] or [`~transformers.Trainer`].
 REFERENCE = re.compile(r"\[<code>([\w.~]+)</code>\]")
+# Such as `hf_lsam/step.py::LSAMStep`.
+PLACE = re.compile(r"(<code>[\w/]+\.py)::")
 
 
 def on_page_content(html: str, **_) -> str:
-    """Types as code and text; references as links to where their target is on the same page, or as code."""
+    """
+    Types as code and text; references as links to where their target is on the same page, or as code; and places in
+    the code, which are long, may be broken before the name.
+    """
     targets = {identifier.rpartition(".")[2]: identifier for identifier in re.findall(r'id="(hf_lsam[\w.]+)"', html)}
 
     def write_type(found: re.Match) -> str:
@@ -21,4 +26,4 @@ def on_page_content(html: str, **_) -> str:
         code = f"<code>{name}</code>"
         return f'<a href="#{targets[name]}">{code}</a>' if name in targets else code
 
-    return REFERENCE.sub(write_reference, TYPE.sub(write_type, html))
+    return PLACE.sub(r"\1<wbr>::", REFERENCE.sub(write_reference, TYPE.sub(write_type, html)))
