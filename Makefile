@@ -5,6 +5,7 @@
 #             on the oldest Python at hand: OLDEST_PYTHON=PATH
 # make test-kernels  what compares numbers, with the kernels of other CPUs, on one thread and on two
 # make test-newest   the tests with the newest of everything, on the newest Python at hand: NEWEST_PYTHON=PATH
+# make docs   build the documentation site into site/; warnings are errors
 # make audit  look up what constraints.txt names in the database of known vulnerabilities
 # make clean  remove the environment and the caches, but not demo/
 # Environments are made in .venv with PYTHON (python3.11); nothing is installed outside of it.
@@ -26,7 +27,7 @@ KERNEL_TESTS = $(patsubst %,tests/library/test_%.py, \
 	second_pass_check second_pass_gradients selection split state step trainers untouched unusual_losses) \
 	$(patsubst %,tests/recipes/test_%.py,resnets sharpness staleness)
 
-.PHONY: help demo test test-oldest test-newest test-kernels audit format clean
+.PHONY: help demo test test-oldest test-newest test-kernels docs audit format clean
 
 help:
 	@sed -n '/^[^#]/q; s/^# //p' $(MAKEFILE_LIST)
@@ -63,6 +64,10 @@ test-kernels: .venv/.installed-test
 			$(KERNEL_TESTS); \
 	done; done
 
+docs: .venv/.installed-test
+	@test -e hf_lsam_recipes || ln -s recipes hf_lsam_recipes  # which an sdist lacks
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict
+
 audit:
 	'$(PYTHON)' -m venv .venv-audit
 	.venv-audit/bin/python -m pip install -qq --disable-pip-version-check pip-audit
@@ -82,4 +87,4 @@ format: .venv/.installed-test
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .venv-audit .venv-release .venv-wheel build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest .venv-newest .venv-audit .venv-release .venv-wheel build site *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -66,7 +66,7 @@ def test_is_refused_when_it_is_made(make, config, options, error, message):
 
 # The page
 
-PAGE = (Path(__file__).parents[2] / "docs" / "features.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "trainers.md").read_text()
 
 
 def test_the_loops_of_the_page_run():

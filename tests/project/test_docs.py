@@ -6,6 +6,9 @@ import importlib
 import inspect
 import pkgutil
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,6 +75,73 @@ def test_every_test_file_of_the_table_of_features_is_there():
     assert len(table) > 30
     for row in table:
         assert re.search(r"`tests/\w+/test_\w+\.py`", row), row
+
+
+def build_site(source: Path, site: Path) -> subprocess.CompletedProcess:
+    """What `make docs` runs, in the tree `source`."""
+    pytest.importorskip("mkdocs", reason="the oldest versions are tested without the documentation site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=source)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    built = build_site(ROOT, folder)
+    assert built.returncode == 0, built.stdout + built.stderr
+    return folder
+
+
+def test_make_docs_builds_a_page_of_each_file(site):
+    assert "-m mkdocs build --strict\n" in (ROOT / "Makefile").read_text()
+    pages = {path.relative_to(ROOT / "docs").with_suffix(".html").as_posix() for path in ROOT.glob("docs/**/*.md")}
+    assert pages | {"404.html"} == {path.relative_to(site).as_posix() for path in site.rglob("*.html")}
+    assert not (site / "hooks.py").exists()
+
+
+def test_a_page_of_the_site_loads_nothing_from_elsewhere(site):
+    for page in site.rglob("*.html"):
+        loaded = re.findall(
+            r"<(?:script|link|img|iframe|source)\b[^>]*?\b(?:src|href)=[\"']?([^\"'\s>]+)", page.read_text()
+        )
+        assert len(loaded) > 3 and [name for name in loaded if re.match(r"(\w+:)?//", name)] == [], page
+    for style in site.rglob("*.css"):
+        assert not re.search(r"@import|url\([\"']?(https?:)?//", style.read_text()), style
+
+
+def test_the_page_of_the_api_holds_every_public_name_and_argument(site):
+    page = (site / "api.html").read_text()
+    measuring = importlib.import_module("hf_lsam_recipes.support.sharpness")
+    names = [f"hf_lsam.{name}" for name in hf_lsam.__all__]
+    names += [f"{measuring.__name__}.{own.__name__}" for own in public(measuring)]
+    assert len(names) > 6
+    for name in names:
+        assert f'id="{name}"' in page, name
+    text = re.sub(r"<[^>]+>", "", page)
+    for field in dataclasses.fields(hf_lsam.LSAMConfig):
+        assert re.search(rf"\b{field.name}\s*\(\w+, optional", text), field.name
+    # What the docstrings mark is rendered, and the defaults are those of the docstrings.
+    assert "*optional*" not in text and "[LSAM" not in text and "HfArg" not in text
+
+
+@pytest.mark.parametrize(
+    ("page", "text", "message"),
+    [
+        ("quickstart.md", "[gone](gone.md)", "gone.md"),
+        ("quickstart.md", "[gone](cost.md#gone)", "gone"),
+        ("api.md", "::: hf_lsam.Gone", "hf_lsam.Gone"),
+        ("gone.md", "# In no menu", "gone.md"),
+    ],
+)
+def test_a_warning_of_the_build_is_an_error(page, text, message, tmp_path):
+    for name in ("docs", "hf_lsam", "recipes"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    (tmp_path / "hf_lsam_recipes").symlink_to("recipes")
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    with (tmp_path / "docs" / page).open("a") as file:
+        file.write(f"\n{text}\n")
+    built = build_site(tmp_path, tmp_path / "site")
+    assert built.returncode == 1 and message in built.stdout + built.stderr, built.stdout + built.stderr
 
 
 def test_the_walk_of_contributing_starts_from_the_code_as_it_is():

@@ -42,10 +42,12 @@ FILES = (
     "RELEASING.md",
     "constraints-oldest.txt",
     "constraints.txt",
+    "mkdocs.yml",
     "pyproject.toml",
 )
 # Requirements that are run, or that the Trainer imports by name, and no file here.
 TOOLS = {"mypy", "pre-commit", "pytest-xdist", "ruff", "setuptools", "trackio"}
+TOOLS |= {"mkdocs", "mkdocs-material", "mkdocstrings-python"}
 
 PROJECT = tomli.loads((ROOT / "pyproject.toml").read_text())["project"]
 
