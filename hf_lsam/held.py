@@ -1,5 +1,6 @@
 """Things that a pass may change: how each kind of them is copied, compared with its copy, and put back."""
 
+import array
 import collections
 import contextlib
 import inspect
@@ -171,7 +172,10 @@ def put_tensors(tensors: Sequence[Tensor], kept: Sequence[tuple[Tensor, Tensor, 
 
 
 MAPPING, LIST, SLOTS = Kind(dict, _put_mapping), Kind(list, _put_items), Kind(Attributes.read, Attributes.put)
-MODULE = Kind(_copy_module, _put_module)
+MODULE, SLICE = (
+    Kind(_copy_module, _put_module),
+    Kind(operator.itemgetter(slice(None)), lambda s, kept: s.__setitem__(slice(None), kept)),
+)
 # The copy of a tensor comes with the memory that it was copied from, to go back to where `.data` was set anew. Through
 # `.data`, values change and the version does not. Where a pass writes the same values, another may not.
 TENSOR = Kind(
@@ -184,6 +188,8 @@ KINDS: dict[type, Kind] = {
     list: LIST,
     collections.deque: LIST,
     set: Kind(list, _put_items),
+    bytearray: SLICE,
+    array.array: SLICE,
     Attributes: SLOTS,
     nn.Module: MODULE,
     Tensor: TENSOR,

@@ -69,6 +69,7 @@ class PassState:
         self.foreign: list[Tensor] = []  # parameters that others train, as those of a critic
         # What the micro-batches of this step began with, and what the last one left.
         self._window: list[Snapshot] = []
+        self._attributes: dict[tuple, Attributes] = {}
         # By their ids: what is copied at every step; modules that were visited, and tensors that did not change.
         self._changing: dict[int, tuple[str, Any]] = {}
         self._known: dict[int, weakref.ref] = {}
@@ -82,7 +83,7 @@ class PassState:
     def begin_step(self) -> None:
         """To be called before the first micro-batch of a step that is to be perturbed."""
         self.steps += 1
-        self._window = []
+        self._window, self._attributes = [], {}
 
     @property
     def looks(self) -> bool:
@@ -106,6 +107,7 @@ class PassState:
             out = [own[key] for key in _LEFT_OUT & own.keys()]
             self._seen.update(map(id, [root, *out, *(getattr(value, "optimizer", None) for value in out)]))
             self._hold(name, own)
+            self._visit_class(type(root))
             self._visit_all(name, [(key, value) for key, value in own.items() if not key.startswith("_lsam")])
         if self.looks:
             held = {id(entry.thing) for entry in self._now.entries}
@@ -168,6 +170,8 @@ class PassState:
 
     def _hold(self, name: str, thing: Any, always: bool = False) -> None:
         """Copy `thing`. What lies in a module, and tensors, are compared after pass 1, unless known to change."""
+        if isinstance(thing, Attributes):  # the same one in all micro-batches of a step
+            thing = self._attributes.setdefault((id(thing.owner), thing.names), thing)
         self._seen.add(id(thing))
         is_compared = (self._in_module or isinstance(thing, (Tensor, np.ndarray))) and id(thing) not in self._changing
         self._now.hold(name, thing, always or not is_compared)
@@ -211,15 +215,28 @@ class PassState:
             self._unheld[name] = thing
         else:
             slots = Attributes(thing, tuple(s for c in type(thing).__mro__ for s in vars(c).get("__slots__", ())))
-            for held in [slots] * bool(slots.names) + [own] * bool(own):
+            for held in [slots] * bool(slots.names) + [own] * hasattr(thing, "__dict__"):
                 self._hold(name, held)
+            self._visit_class(type(thing))
             self._visit_all(name, [*slots.read().items(), *own.items()])
         if not is_held and (isinstance(thing, io.IOBase) or hasattr(thing, "__next__")):
             self._unheld[name] = thing
 
+    def _visit_class(self, kind: type) -> None:
+        """What a user's class holds for all of its objects, such as a counter."""
+        for part in kind.__mro__:
+            if not (self._is_known(part) or part.__module__.partition(".")[0] in _LIBRARIES):
+                self._known[id(part)] = weakref.ref(part)
+                own = {name: v for name, v in vars(part).items() if name[:2] != "__" and not hasattr(v, "__get__")}
+                outer, self._in_module = self._in_module, True
+                self._hold(part.__qualname__, Attributes(part, tuple(own)))
+                self._visit_all(part.__qualname__, own.items())
+                self._in_module = outer
+
     def _visit_module(self, name: str, module: nn.Module) -> None:
         """Its tensors, its parts, and what a user's class has set on it."""
         self._known[id(module)] = weakref.ref(module)
+        self._visit_class(type(module))
         outer, self._in_module = self._in_module, True
         self._visit_all(name, [*module.named_buffers(recurse=False), *module.named_parameters(recurse=False)])
         self._visit_all(name, module.named_children())
@@ -280,7 +297,8 @@ def _is_opened(thing: Any) -> bool:
 def _parts(thing: Any) -> Iterable[Any]:
     """What lies in a function, or another thing without attributes of its own."""
     if isinstance(thing, types.FunctionType):
-        return (*(thing.__closure__ or ()), *(thing.__defaults__ or ()))
+        given = (*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values())
+        return (*(thing.__closure__ or ()), *given, vars(thing))
     if isinstance(thing, types.MethodType):
         return (thing.__self__,)
     if isinstance(thing, types.CellType):
