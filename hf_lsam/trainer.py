@@ -19,7 +19,7 @@ from .passes import backward_if_any, buffers_not_sent, copy_of, modes_kept
 from .search import set_up_trial
 from .state import load_state, save_state
 from .step import LSAMStep
-from .step_log import StuckWatch, append_row, drop_rows_after
+from .step_log import StuckWatch, announce, append_row, drop_rows_after
 
 if TYPE_CHECKING:
     from transformers import Trainer as _AnyTrainer
@@ -243,17 +243,10 @@ class LSAMMixin(_AnyTrainer):
             load_state(step, self._lsam_checkpoint)
         if not self.is_in_train:
             return
-        config = self.lsam_config
-        # One pass has nothing to climb in the first step.
-        if not any(map(step.perturbs, range(config.ascent_gradient == "previous", step.max_steps))):
-            logger.warning(
-                f"No step of the {step.max_steps} of this run is perturbed with perturb_start={config.perturb_start}, "
-                f"perturb_end={config.perturb_end}, perturb_interval={config.perturb_interval} and ascent_gradient="
-                f"{config.ascent_gradient!r}, so it is plain training. Set them otherwise, or train longer."
-            )
         logged = [line for line in self.state.log_history if "loss" in line]
         self._lsam_watch = StuckWatch(logged[0]["loss"] if logged else None)
         if self.is_world_process_zero():
+            announce(self.lsam_config, step.candidates, step.costs, step.max_steps)
             # Those after the last log line, since a checkpoint may have been saved between a step and its log line.
             drop_rows_after(self._get_output_dir(self._trial), logged[-1]["step"] if logged else 0)
 
