@@ -98,7 +98,10 @@ def test_what_cannot_be_written_is_left_alone(caplog):
     dict.__setitem__(owner.settings, "depth", 3)
     before.put()
     assert owner.teacher is teacher and loop["count"] == 1
-    assert owner.settings["depth"] == 3 and "owner.settings changes in both passes" in caplog.text
+    assert (
+        owner.settings["depth"] == 3
+        and "owner.settings cannot be restored after pass 1, so both passes change it" in caplog.text
+    )
 
 
 def test_datasets_are_not_looked_at():
@@ -117,7 +120,7 @@ def test_what_never_changes_is_not_copied_again():
     for state.steps in range(1, 8):
         before = state.before_pass_1()
         owner.mean += 1
-        assert state.learn(before) is None
+        assert state.keep_changes(before) is None
         held.append([entry.name for entry in before.entries if isinstance(entry.thing, torch.Tensor)])
     assert held == [["owner.mean"]] * 7
     state.steps = 7
@@ -132,7 +135,7 @@ def test_what_begins_to_change_is_told_once_and_held_from_then_on():
         before = state.before_pass_1()
         if state.steps > 2:
             owner.mean += 1
-        told.append(state.learn(before))
+        told.append(state.keep_changes(before))
         before.put()
     assert told == [None, None, "owner.mean", None, None, None, None]
     assert owner.mean[0] == 1
@@ -164,9 +167,9 @@ def test_what_does_not_want_to_be_looked_at_ends_nothing(caplog):
     for state.steps in (1, 2, 3):
         before = state.before_pass_1()
         owner.calls.append(1)
-        state.learn(before)
+        state.keep_changes(before)
         before.put()
-    assert owner.calls == [] and "owner.odd cannot be looked at" in caplog.text
+    assert owner.calls == [] and "owner.odd cannot be read, so it is not restored after pass 2" in caplog.text
 
 
 def test_a_weight_of_the_optimizer_is_not_held_though_it_is_frozen_for_now():

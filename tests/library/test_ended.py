@@ -64,7 +64,9 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(name, ended):
     assert not list(part.rglob("*.draft"))
     if name == "lsam_state.safetensors":
         assert "lsam_state.safetensors could not be written" in report["error"] and "File too large" in report["error"]
-        assert "See to it that there is room" in report["error"] and "resume from the one before" in report["error"]
+        assert (
+            "Check disk space and write access" in report["error"] and "resume from the one before" in report["error"]
+        )
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_once_there_is_room(ended):

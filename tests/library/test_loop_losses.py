@@ -159,3 +159,68 @@ def test_an_error_in_pass_1_is_the_callers_and_the_step_can_be_taken_again():
     assert_equal(weights(model), before)
     loop(model, optimizer, lsam, Examples(8), 2)
     assert lsam.step == 2 and lsam.log()["lsam/perturbation_norm"] == pytest.approx(0.1)
+
+
+def test_a_file_that_both_passes_write_is_warned_about(tmp_path, caplog):
+    """By what the loop has, and not once it is guarded."""
+    with open(tmp_path / "log.txt", "w") as file:
+
+        def writing(model, batch, lsam, always=True):
+            def compute_loss():
+                if always or not lsam.in_second_pass:
+                    file.write("a line\n")
+                return model(**batch).loss
+
+            return compute_loss
+
+        after(functools.partial(writing, always=False), steps=1)
+        assert "in_second_pass" not in caplog.text
+        after(writing, steps=1)
+    assert "Change it in pass 1 only: if not lsam.in_second_pass." in caplog.text
+    assert "trainer" not in caplog.text
+
+
+def losses_of(value, start=0, steps=24, stop=24, folder=None, config=None):
+    """Log each of the steps of a loop whose loss is `value(step)`; saves to `folder`, or loads if `start` is not 0."""
+    model, examples = bert().train(), Examples(steps * 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    lsam = LSAM(model, optimizer, config or LSAMConfig(rho=0.5), max_steps=steps)
+    if start:
+        lsam.load(str(folder))
+    for step in range(start, stop):
+        batch, target = examples.batch(step * 4, 4), value(step)
+
+        def compute_loss(batch=batch, target=target):
+            loss = model(**batch).loss
+            return (loss - loss.detach() + target) / 2
+
+        for is_last in (False, True):
+            lsam.backward(compute_loss, is_last=is_last)
+        optimizer.step()
+        optimizer.zero_grad()
+        lsam.log()
+    if folder is not None and not start:
+        lsam.save(str(folder))
+
+
+@pytest.mark.parametrize(
+    "value, config, warns",
+    [
+        (lambda step: 2.2, LSAMConfig(rho=0.5), True),
+        (lambda step: 2.2, LSAMConfig(rho=0.5, perturb_start=0.5), True),
+        (lambda step: 2.2, LSAMConfig(block_selection="none"), False),
+        (lambda step: 2.2 - step / 100, LSAMConfig(rho=0.5), False),
+        (lambda step: float("nan"), LSAMConfig(rho=0.5), False),
+    ],
+    ids=["stuck", "stuck and late", "plain", "falls", "not a number"],
+)
+def test_a_loop_whose_loss_stays_is_warned_about_once(value, config, warns, caplog):
+    losses_of(value, config=config)
+    assert caplog.text.count("The loss has stayed at its initial value (1.1)") == int(warns)
+    assert caplog.text.count("has stayed at its initial value") == int(warns)
+
+
+def test_a_resumed_loop_whose_loss_had_fallen_is_not_stuck(tmp_path, caplog):
+    losses_of(lambda step: 2.0 - step / 20, stop=12, folder=tmp_path)
+    losses_of(lambda step: 1.4, start=12, folder=tmp_path)
+    assert "has stayed at its initial value" not in caplog.text
