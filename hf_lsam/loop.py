@@ -14,7 +14,7 @@ from .given import Optimized, loop_roots
 from .passes import buffers_not_sent
 from .state import load_state, save_state
 from .step import LSAMStep
-from .step_log import StuckWatch, announce
+from .step_log import announce
 
 logger = logging.get_logger(__name__)
 
@@ -47,8 +47,6 @@ class LSAM:
         own, trained = utils.extract_model_from_parallel(self.model, keep_torch_compile=False), Optimized(self)
         config = self.config if self.config.enabled else LSAMConfig(rho=0.0, block_selection="all")  # fits any model
         self._lsam = LSAMStep(own, config, self.max_steps, self.scaler, self.model, trained, lambda: loop_roots(self))
-        self._lsam_watch = StuckWatch()
-        self._lsam_losses: tuple[Tensor | float, int] = (0.0, 0)  # sum and number since the last log
         self._lsam_is_main = not is_distributed() or distributed.get_rank() == 0
         if config.enabled and self._lsam_is_main:
             announce(config, self._lsam.candidates, self._lsam.costs, self.max_steps)
@@ -75,7 +73,6 @@ class LSAM:
         steps = is_last and (self.accelerator is None or self.accelerator.sync_gradients)
         loss = step(run, run, self.step, steps)
         self.step += steps
-        self._lsam_losses = self._lsam_losses[0] + loss.float(), self._lsam_losses[1] + 1
         return loss
 
     @property
@@ -84,11 +81,8 @@ class LSAM:
         return self._lsam.second_pass.running == 2
 
     def log(self) -> dict[str, float]:
-        """The `lsam/` figures since the last call, those of [`LSAMMixin`]; also warns of a loss that does not move."""
-        line, (total, count) = self._lsam.log.line(), self._lsam_losses
-        if count:
-            self._lsam_watch.see(float(total) / count, self._lsam.log.perturbed, self.step, self.max_steps)
-        self._lsam_losses = 0.0, 0
+        """The `lsam/` figures since the last call, those of [`LSAMMixin`]."""
+        line = self._lsam.log.line()
         self._lsam.reset_log()
         return line
 
@@ -99,4 +93,3 @@ class LSAM:
     def load(self, folder: str) -> None:
         """Continue from what `save` wrote to `folder`; `ValueError` if it is damaged or of another model."""
         self.step = load_state(self._lsam, folder)
-        self._lsam_watch.done = self.step > 0  # the initial loss is not known

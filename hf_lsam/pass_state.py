@@ -63,7 +63,6 @@ class PassState:
         self.device = compute_device(next(model.parameters()))
         self.steps = 0  # number of perturbed steps, this one included
         self.foreign: list[Tensor] = []  # parameters that another optimizer trains, such as those of a critic
-        self._attributes: dict[tuple, Attributes] = {}  # of this step: what its micro-batches share
         self._window: list[Snapshot] = []  # before each micro-batch of this step, and after the last
         self._changing: dict[int, tuple[str, Any]] = {}  # by id: what is copied at every step
         self._known: dict[int, weakref.ref] = {}  # by id: modules that were visited, and tensors that did not change
@@ -75,7 +74,7 @@ class PassState:
     def begin_step(self) -> None:
         """To be called before the first micro-batch of each perturbed step."""
         self.steps += 1
-        self._window, self._attributes = [], {}
+        self._window = []
 
     @property
     def copies_all(self) -> bool:
@@ -142,8 +141,8 @@ class PassState:
                 continue
             changed.append(entry)
             self._changing[id(entry.thing)] = entry[:2]
-            for former in self._window:  # it was the same before the earlier micro-batches of this step
-                former.entries.append(entry)
+            for former in self._window:  # before the earlier micro-batches of this step it was the same, if not held
+                former.entries.insert(0, entry)
         return changed
 
     def marks(self) -> dict[str, Any]:
@@ -160,8 +159,6 @@ class PassState:
 
     def _hold(self, name: str, thing: Any, always: bool = False) -> None:
         """Copy `thing`; tensors, and what belongs to a module, are kept only if pass 1 changes or has changed them."""
-        if isinstance(thing, Attributes):
-            thing = self._attributes.setdefault((id(thing.owner), thing.names), thing)
         self._seen.add(id(thing))
         is_compared = (self._in_module or isinstance(thing, (Tensor, np.ndarray))) and id(thing) not in self._changing
         self._now.hold(name, thing, always or not is_compared)
@@ -243,8 +240,12 @@ class PassState:
         if not tensor.is_leaf or self.is_trained(tensor) or isinstance(tensor, DTensor):
             return
         # The entries of an expanded tensor share memory, so they cannot be written.
-        is_written = not (tensor.is_meta or tensor.is_sparse or tensor.is_inference())
-        if not is_written or (0 in tensor.stride() and tensor.numel() > 1):
+        if (
+            tensor.is_meta
+            or tensor.is_sparse
+            or tensor.is_inference()
+            or (0 in tensor.stride() and tensor.numel() > 1)
+        ):
             return
         if tensor.requires_grad:
             self.foreign.append(tensor)
@@ -281,8 +282,7 @@ def _is_opened(thing: Any) -> bool:
 def _parts(thing: Any) -> Iterable[Any]:
     """The objects that a function, a class, a method, or another wrapper refers to."""
     if isinstance(thing, types.FunctionType):
-        given = (*(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values())
-        return (*(thing.__closure__ or ()), *given, vars(thing))
+        return (*(thing.__closure__ or ()), *(thing.__defaults__ or ()), vars(thing))
     if isinstance(thing, type):
         own = [name for name, value in vars(thing).items() if name[:2] != "__" and not hasattr(value, "__get__")]
         return (Attributes(thing, tuple(own)), *map(vars(thing).get, own))

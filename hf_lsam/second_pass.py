@@ -59,8 +59,7 @@ class Attempt:
     @property
     def failure(self) -> str:
         """The error in one line."""
-        message, _, _ = str(self.error).partition("\n")
-        return f"{type(self.error).__name__}: {message}"
+        return f"{type(self.error).__name__}: {(str(self.error).splitlines() or [''])[0]}"
 
 
 class SecondPass:

@@ -61,7 +61,7 @@ class LSAMStep:
         has_begun: bool = False,
     ):
         self.model, self.config, self.max_steps, self.scaler = model, config, max_steps, scaler
-        self._candidate_settings = _candidate_settings(config)
+        self._selects_from = config.block_selection == "all", config.block_pattern
         self.sharded_modules = sharded_modules(model)
         reshard(self.sharded_modules)
         blocks = find_blocks(model)
@@ -97,7 +97,7 @@ class LSAMStep:
 
     def fits(self, config: LSAMConfig) -> bool:
         """Whether `config` selects from the same modules; all other settings may change between steps."""
-        return _candidate_settings(config) == self._candidate_settings
+        return self._selects_from == (config.block_selection == "all", config.block_pattern)
 
     @property
     def frees_gradients(self) -> bool:
@@ -295,8 +295,3 @@ class LSAMStep:
         first = min((self.candidates[index] for index in ascent.chosen), key=self.costs.start).first_block
         length = ascent.length(self.config.rho) if self.config.adaptive else self.config.rho
         self.log.add(Perturbed(applied, ascent.chosen, ascent.squares, ascent.counts, length, first, self.overhead))
-
-
-def _candidate_settings(config: LSAMConfig) -> tuple[bool, str | None]:
-    """The settings that determine the candidates."""
-    return config.block_selection == "all", config.block_pattern

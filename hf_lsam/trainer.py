@@ -266,8 +266,6 @@ class LSAMTrainer(LSAMMixin, Trainer):
     Example:
 
     ```python
-    >>> config = LSAMConfig(block_selection="last", perturb_start=0.3)
-    >>> trainer = LSAMTrainer(model, args, train_dataset=train_dataset, lsam_config=config)
-    >>> trainer.train()
+    >>> trainer = LSAMTrainer(model, args, train_dataset=data, lsam_config=LSAMConfig(block_selection="last"))
     ```
     """

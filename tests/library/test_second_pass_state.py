@@ -240,7 +240,7 @@ KEPT = {
 def counting():
     """A function that counts its calls in its own attribute, and in a default."""
 
-    def count(*, memo=[0]):  # noqa: B006
+    def count(memo=[0]):  # noqa: B006
         count.calls += 1
         memo[0] += 1
         return count.calls + memo[0]
