@@ -108,7 +108,7 @@ def _problems(trainer: Trainer, config: LSAMConfig) -> Iterator[str]:
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         yield "FSDP1 keeps all weights in flat tensors, which hold no blocks to perturb. Set fsdp_version: 2."
     if kind == DistributedType.FSDP and is_micro_batch:
-        yield "FSDP2 averages the gradients that sharpness_scope='micro_batch' needs by process. Set it to 'batch'."
+        yield "FSDP2 averages gradients that sharpness_scope='micro_batch' keeps apart. Set sharpness_scope='batch'."
     is_uneven = not accelerator.even_batches and not args.dataloader_drop_last
     if is_distributed() and is_uneven and is_micro_batch and args.gradient_accumulation_steps > 1:
         yield (

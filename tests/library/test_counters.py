@@ -75,7 +75,7 @@ class Holder:
 
 
 def state_of(owner):
-    """A state that holds what lies in `owner`."""
+    """A `PassState` that copies what `owner` refers to."""
     return PassState(torch.nn.Linear(2, 2), lambda: {"owner": owner}, lambda tensor: tensor.requires_grad)
 
 
@@ -155,13 +155,13 @@ def test_what_lies_in_a_circle_is_gone_through_once():
 
 
 class Odd(dict):
-    """Does not want to be looked at."""
+    """Raises an error when it is read."""
 
     def __len__(self):
         raise RuntimeError("no length")
 
 
-def test_what_does_not_want_to_be_looked_at_ends_nothing(caplog):
+def test_an_object_that_cannot_be_read_does_not_end_the_run(caplog):
     owner = Holder(odd=Odd(a=1), calls=[], mixed=np.array([np.zeros(2), np.zeros(3)], dtype=object))
     state = state_of(owner)
     for state.steps in (1, 2, 3):
@@ -200,7 +200,7 @@ def test_a_single_draw_on_the_host_is_seen(draw):
 
 @pytest.mark.parametrize("selection", ["all", "last"])
 def test_what_a_loss_logs_is_logged_once_where_pass_1_runs_again(selection, tmp_path):
-    """SAM lets go of the gradient of pass 1, so where that of pass 2 is not finite, a third pass makes it anew."""
+    """SAM frees the gradient of pass 1, so if that of pass 2 is not finite, a third pass computes it again."""
 
     class Logging(LSAMTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -84,7 +84,7 @@ def test_rows_that_cannot_be_written_do_not_end_the_run(ended):
     assert files(part / "checkpoint-6") == files(folder / "whole" / "checkpoint-6")
     log = (folder / "log.txt").read_text()
     assert log.count("lsam_blocks.jsonl cannot be written ([Errno 13] Permission denied") == 2
-    assert log.count("so it lacks rows. Training goes on without them.") == 3
+    assert log.count("Training continues, and the file will lack rows.") == 3
 
 
 def test_an_output_directory_that_is_read_only_ends_the_run_at_its_first_checkpoint(ended):

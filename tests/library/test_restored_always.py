@@ -28,7 +28,7 @@ from hf_lsam_recipes.studies.soak_twin import Seeded
 
 
 class Run:
-    """A model with its steps; copies of it go on from where it stands."""
+    """A model with its steps; copies of it continue from its current state."""
 
     def __init__(self, case: Case):
         torch.manual_seed(case.seed)

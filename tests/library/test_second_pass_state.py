@@ -11,8 +11,8 @@ from literal_step import WAYS, alike, assert_as_plain, assert_literal, assert_ri
 from situations import LAST, Situation, follow
 from torch import nn
 
-# What a warning says of a step that is plain for want of a second pass that repeats the first.
-PLAIN = r"pass 2|second pass|repeat|plain"
+# Warnings about a step that is plain because pass 2 does not repeat pass 1.
+PLAIN = r"pass 2|second pass|repeat|not perturbed"
 
 
 class Weighs(Situation):
