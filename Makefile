@@ -1,26 +1,26 @@
 # make demo   fine-tune a real model on real text with AdamW, SAM and LSAM; a table and a picture in demo/
 #             more seeds: make demo SEEDS='0 1 2'; without downloads: make demo DEMO_MODEL=PATH DEMO_REVIEWS=PATH
-# make test   lint, types and tests, as the continuous integration runs them
+# make test   lint, types and tests, as in the continuous integration
 # make test-oldest   the library's tests with the oldest torch, transformers and accelerate that pyproject.toml allows,
-#             on the oldest Python at hand: OLDEST_PYTHON=PATH
-# make test-kernels  what compares numbers, with the kernels of other CPUs, on one thread and on two
-# make test-newest   the tests with the newest of everything, on the newest Python at hand: NEWEST_PYTHON=PATH
+#             with the oldest Python that is installed: OLDEST_PYTHON=PATH
+# make test-kernels  the numerical tests with the kernels of other CPUs, with one thread and with two
+# make test-newest   the tests with the newest version of everything, with the newest Python: NEWEST_PYTHON=PATH
 # make docs   build the documentation site into site/; warnings are errors
-# make audit  look up what constraints.txt names in the database of known vulnerabilities
-# make clean  remove the environment and the caches, but not demo/
-# Environments are made in .venv with PYTHON (python3.11); nothing is installed outside of it.
+# make audit  check the packages of constraints.txt against the database of known vulnerabilities
+# make clean  remove the environments and the caches, but not demo/
+# The environment is .venv, made with PYTHON (python3.11); nothing is installed outside of the environments.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
 PYTHON ?= python3.11
-# The first that there is.
+# The first interpreter that is installed.
 at_hand = $(firstword $(foreach python,$(1),$(shell $(python) -c 'import sys; print(sys.executable)' 2>/dev/null)))
 OLDEST_PYTHON ?= $(call at_hand,python3.10 python3.11 python3.12)
 NEWEST_PYTHON ?= $(call at_hand,python3.13 python3.12 python3.11 python3.10)
 SEEDS ?= 0 1
 DEMO_DIR ?= demo
 
-# What compares one computation with another in its own process: not recipes, launches and other libraries' trainers.
+# Tests that compare two computations in one process: no recipes, launches, or trainers of other libraries.
 KERNEL_TESTS = $(patsubst %,tests/library/test_%.py, \
 	16_bit_weights batches_and_buffers changes compile counters faults honest life off peft perturbation \
 	precision quantised replay replayed_steps restored restored_always right savers second_pass_blocks \
@@ -55,7 +55,7 @@ test-newest:
 		--editable '.[test]'
 	.venv-newest/bin/pytest -n 2 --dist loadfile
 
-# MKL chooses kernels by itself, and would not be told by the others.
+# MKL has a variable of its own.
 test-kernels: .venv/.installed-test
 	@for kernels in 'ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE' ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2; \
 	do for threads in 1 2; do \
@@ -77,7 +77,7 @@ format: .venv/.installed-test
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-# What is installed is kept until pyproject.toml or constraints.txt change (a stamp for each extra).
+# One stamp for each extra: it is installed again when pyproject.toml or constraints.txt change.
 .venv/.installed-%: pyproject.toml constraints.txt
 	@command -v '$(PYTHON)' >/dev/null || { echo "make: $(PYTHON) is not on the PATH. Install Python 3.11 or newer, \
 	or say which one to use: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }

@@ -1,4 +1,4 @@
-"""The direction to climb: which candidates, and along what; and what a step keeps of it for the next."""
+"""The ascent: which candidates are perturbed and in which direction, and what a step keeps for the next one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,52 +20,52 @@ from .step_log import StepLog
 
 @dataclass
 class Ascent:
-    """The selected candidates and what they climb."""
+    """The selected candidates and the direction in which they are moved."""
 
     chosen: list[int]  # indices of the selected candidates
-    squares: Tensor  # squared norm of each gradient (of `|w| g` if adaptive), on the CPU if blocks are selected by it
+    squares: Tensor  # squared norm of each gradient (of `|w| g` if adaptive), on the CPU where the selection reads it
     counts: list[int]  # how many of these each candidate has
-    norm: Tensor  # joint norm of the selected ones, the denominator of eps: one number, on the device
+    norm: Tensor  # joint norm of the selected ones, the denominator of eps: a scalar on the device
     weights: list[Tensor]  # parameters of the selected candidates that have a gradient
     gradients: list[Tensor]  # their gradients
-    direction: list[Tensor]  # what is added to them, times `rho / norm`: the gradients, or `w^2 g` if adaptive
-    spent: bool = False  # whether `direction` holds the moved weights by now (`spend`)
+    direction: list[Tensor]  # eps is `rho / norm` times this: the gradients, or `w^2 g` if adaptive
+    moved_in_place: bool = False  # whether `move_in_place` has written the moved weights over `direction`
 
     def scale(self, rho: float) -> Tensor:
-        """`rho / norm`; 0 where the norm is zero or not finite, so that nothing moves."""
+        """`rho / norm`, or 0 where the norm is zero or not finite, so that nothing moves."""
         return (rho / self.norm).nan_to_num(0.0, posinf=0.0)
 
     def length(self, rho: float) -> Tensor:
-        """How far the weights move, `||eps||`: not by `rho` where the move is adaptive."""
+        """`||eps||`, how far the weights move; if adaptive, that is not `rho`."""
         return joint_norm(self.direction) * self.scale(rho)
 
     def release(self) -> None:
-        """Let go of the gradients: those of pass 2 are about to take as much memory."""
+        """Free the gradients, since those of pass 2 take as much memory."""
         self.gradients, self.direction = [], []
         for weight in self.weights:
             weight.grad = None
 
     @torch.no_grad()
-    def spend(self, rho: float) -> None:
-        """Write the moved weights, `w + rho / norm * direction`, over the direction, if that can be done."""
-        # It takes half the time of writing them elsewhere. FSDP2 wants sharded weights where they lie, and the move of
-        # 16-bit weights is compared with its direction. If this is interrupted, nothing is left to climb.
+    def move_in_place(self, rho: float) -> None:
+        """Overwrite the direction with the moved weights, `w + rho / norm * direction`, where that is possible."""
+        # Half the time of writing them to other memory, but FSDP2 needs sharded weights at their own address, and the
+        # move of 16-bit weights is compared with its direction. If interrupted, nothing is left to perturb.
         weights, direction = self.weights, self.direction
         kinds = {tensor.dtype for tensor in (*weights, *direction)}
-        if self.spent or is_sharded(weights) or len(kinds) != 1 or any(map(is_coarse, kinds)):
+        if self.moved_in_place or is_sharded(weights) or len(kinds) != 1 or any(map(is_coarse, kinds)):
             return
         self.weights, self.direction = [], []
         add_into(direction, weights, direction, self.scale(rho), seed=0)
-        self.spent = True
+        self.moved_in_place = True
         self.weights, self.direction = weights, direction
 
 
 @dataclass
-class Kept:
-    """What an optimizer step begins with."""
+class StepState:
+    """What an optimizer step takes over from the steps before it."""
 
-    previous: Ascent | None  # what it climbs, found in the step before (one pass)
-    # Weights, and for each the orthogonal part of the last perturbed gradient, to reuse (LookSAM).
+    previous: Ascent | None  # one pass: its ascent, found in the step before
+    # LookSAM: weights, and for each the part of the last perturbed gradient that is orthogonal to the plain one.
     correction: tuple[list[Tensor], list[Tensor]] | None
     log: StepLog  # sums since the last log line
 
@@ -74,18 +74,18 @@ class Kept:
 def find_ascent(
     candidates: Sequence[Candidate], costs: CostModel, config: LSAMConfig, device: torch.device | None = None
 ) -> Ascent | str:
-    """
-    Select S on the gradients in `.grad`: `eps_i = rho * direction_i / norm` for i in S; or why nothing can be climbed.
+    """Select S by the gradients in `.grad`, for `eps_i = rho * direction_i / norm`; returns the reason if S is empty.
 
-    Norms that are selected on come to the host in one wait for the device. Processes, which meet on `device`, select
-    the same: in scope `micro_batch` on the mean of their squared norms, also one that has no gradient to climb.
+    Norms that the selection reads are copied to the host in one synchronisation. All processes select the same blocks.
+    With `sharpness_scope="micro_batch"` that is by the mean of their squared norms, communicated on `device`, in which
+    a process without any gradient takes part, too.
     """
     with_gradient = [[p for p in candidate.parameters if p.grad is not None] for candidate in candidates]
     counts = [len(parameters) for parameters in with_gradient]
     every: list[Tensor] = [p for parameters in with_gradient for p in parameters]
     apart = config.sharpness_scope == "micro_batch" and is_distributed()
     if not every and not apart:
-        return "nothing that may be perturbed is trained now: it is frozen, or not in the optimizer"
+        return "none of the candidate blocks is trained now: they are frozen, or not in the optimizer"
     scores = _gradients(every)
     if config.adaptive and every:
         scores = adaptive_scores(every, scores)

@@ -1,4 +1,4 @@
-"""Find the blocks of any model, and what in them is trained."""
+"""Find the blocks of a model, and their trainable parameters."""
 
 import re
 from collections import Counter
@@ -7,21 +7,18 @@ from dataclasses import dataclass
 
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import is_peft_available, logging
-
-logger = logging.get_logger(__name__)
+from transformers.utils import is_peft_available
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """
-    What may be perturbed as one: a transformer block, a module that `block_pattern` names, or everything.
+    """What is selected as a unit: a transformer block, a module that `block_pattern` matches, or the whole model.
 
     Attributes:
         name: Name of the module in the model, or `"all"`.
-        parameters: All its parameters, trained now or not, but for those that belong to a candidate before it.
-        blocks: Indices of the blocks that use one of them: every one, for weights that lie outside of the blocks.
-        size: Number of its weights that are trained and multiply; embeddings look up.
+        parameters: All its parameters, frozen ones included, except those that an earlier candidate shares.
+        blocks: Indices of the model's blocks that use one of them; all blocks, for parameters outside of the blocks.
+        size: Number of trainable weights that take part in matrix products, so not those of embeddings.
     """
 
     name: str
@@ -31,7 +28,7 @@ class Candidate:
 
     @property
     def first_block(self) -> int:
-        """Index of the first model block that uses one of the parameters."""
+        """Index of the first block of the model that uses one of the parameters."""
         return min(self.blocks, default=0)
 
     @property
@@ -41,12 +38,12 @@ class Candidate:
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """
-    The blocks of `model` by name, in the order of `model.named_modules()`.
+    """The blocks of `model` by name, in the order of `model.named_modules()`.
 
-    The outermost `GradientCheckpointingLayer`s that transformers marks, without those whose class and whose list hold
-    next to no parameters (Wav2Vec2's convolutions), beside the others or, if trained, beside the trained ones. If
-    there is none, the children of the outermost `ModuleList`s and `Sequential`s whose children are all of one class.
+    These are the outermost `GradientCheckpointingLayer`s of transformers. Left out are those whose class and whose
+    list hold less than a tenth of the parameters of the largest class or list (Wav2Vec2's convolutions). A model
+    without such layers has as blocks the children of its outermost `ModuleList`s and `Sequential`s that hold modules
+    of one class only.
     """
     if marked := dict(_outermost(model, lambda module: isinstance(module, GradientCheckpointingLayer))):
         trained = {name: m for name, m in marked.items() if any(p.requires_grad for p in m.parameters())}
@@ -62,12 +59,12 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
 def find_candidates(
     model: nn.Module, blocks: dict[str, nn.Module], pattern: str | None, may_be_frozen: bool = False
 ) -> list[Candidate]:
-    """What may be selected: `blocks`, or the outermost modules that `pattern` names; `ValueError` if too few train."""
+    """What is selected from: `blocks`, or the outermost matches of `pattern`; `ValueError` if too few are trained."""
     named = blocks
     if pattern is not None:
         names = {module: name for name, module in model.named_modules()}
         named = dict(_outermost(model, lambda module: module is not model and re.fullmatch(pattern, names[module])))
-    # Weights outside of the blocks may act before the first one.
+    # A parameter outside of the blocks may be used before the first one, so it counts as used by all.
     outside = outside_parameters(model, list(blocks.values()))
     uses = [{*block.parameters(), *outside} for block in blocks.values()]
     multiplied = multiplied_parameters(model)
@@ -83,18 +80,16 @@ def find_candidates(
     trained = candidates if may_be_frozen else [candidate for candidate in candidates if candidate.is_trained]
     if pattern is not None and not trained:
         raise ValueError(
-            f"block_pattern {pattern!r} matches no module with trainable parameters in {type(model).__name__}. It "
-            f"must match a module's whole name, as in model.named_modules(), for instance {_some_names(model)}."
+            f"block_pattern {pattern!r} matches no module with trainable parameters in {type(model).__name__}. Let it "
+            f"match a whole name of model.named_modules(), for instance {_some_names(model)}."
         )
     if pattern is None and len(trained) < 2:
         raise ValueError(
             f"{len(trained) or 'None'} of the {len(blocks)} blocks of {type(model).__name__} can be trained, and "
-            "layer-wise perturbation chooses among at least 2 (ALBERT shares a single block; prompt and prefix tuning "
-            "train vectors outside of the blocks). Train something in the blocks, such as LoRA adapters, name the "
-            f"modules to choose from with block_pattern, for instance {_some_names(model)}, or perturb all that is "
-            "trained with block_selection='all'."
+            "layer-wise perturbation selects from at least 2 (ALBERT shares a single block; prompt and prefix tuning "
+            "train vectors outside of the blocks). Train parameters in the blocks, such as LoRA adapters, name other "
+            f"modules with block_pattern, for instance {_some_names(model)}, or set block_selection='all'."
         )
-    logger.info(f"Layer-wise SAM chooses among {len(trained)} blocks: {', '.join(c.name for c in trained)}")
     return candidates
 
 
@@ -105,19 +100,19 @@ def everything(model: nn.Module, blocks: dict[str, nn.Module]) -> list[Candidate
 
 
 def outside_parameters(model: nn.Module, blocks: Sequence[nn.Module], without=()) -> dict[nn.Parameter, None]:
-    """The parameters of modules in no block, in their order, leaving out modules of the class `without`."""
+    """The parameters of modules outside of `blocks`, in order, except those of modules of the class `without`."""
     inside = {module for block in blocks for module in block.modules()}
     outside = [module for module in model.modules() if module not in inside and not isinstance(module, without)]
     return dict.fromkeys(parameter for module in outside for parameter in module.parameters(recurse=False))
 
 
 def multiplied_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters that some module other than an embedding holds; embeddings look up."""
+    """The parameters that take part in matrix products: those of all modules but embeddings, which look up rows."""
     return set(outside_parameters(model, [], nn.Embedding))
 
 
 def idle_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters that no pass uses: those of the originals that PEFT keeps beside the copies that it trains."""
+    """The parameters that no pass uses: the originals of modules that PEFT copies and trains (`modules_to_save`)."""
     if not is_peft_available():
         return set()
     from peft.utils import ModulesToSaveWrapper
@@ -127,7 +122,7 @@ def idle_parameters(model: nn.Module) -> set[nn.Parameter]:
 
 
 def _outermost(module: nn.Module, wanted, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of every `wanted` module below `module` (itself included) that lies in no other one."""
+    """Name and module of each `wanted` module in `module`, itself included, that is not inside another one."""
     if wanted(module):
         yield name, module
         return
@@ -136,14 +131,14 @@ def _outermost(module: nn.Module, wanted, name: str = "") -> Iterator[tuple[str,
 
 
 def _is_homogeneous(module: nn.Module) -> bool:
-    """Whether `module` is a list of at least 2 modules of one class, with parameters."""
+    """Whether `module` is a list of at least 2 modules, all of one class and with parameters."""
     children = list(module.children())
     is_list = isinstance(module, (nn.ModuleList, nn.Sequential)) and len(children) >= 2
     return is_list and len(set(map(type, children))) == 1 and all(map(_size, children))
 
 
 def _major(modules: dict[str, nn.Module]) -> set[str]:
-    """The names of those whose class, or whose list, holds more than a tenth of what the largest one does."""
+    """The names of those whose class or list holds more than a tenth of the parameters of the largest one."""
     sizes: Counter[type | str] = Counter()
     for name, module in modules.items():
         sizes[type(module)] += _size(module)
@@ -157,7 +152,7 @@ def _size(module: nn.Module) -> int:
 
 
 def _some_names(model: nn.Module) -> str:
-    """Three names of trainable modules as an example for a pattern."""
+    """Three names of trainable modules, as examples of a pattern."""
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad and "." in name]
     names = list(dict.fromkeys(name.rpartition(".")[0] for name in trained))
     return ", ".join(repr(re.escape(name).replace(r"\_", "_")) for name in names[len(names) // 2 :][:3])

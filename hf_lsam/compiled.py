@@ -1,4 +1,4 @@
-"""What `torch.compile` asks of a second pass: nothing that differs from step to step may be seen from inside."""
+"""Modules that `torch.compile` has compiled, which recompile if what they see differs between steps."""
 
 from collections.abc import Iterable
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class CompiledRegions:
-    """Compiled modules. Weights of one are switched on and off together: another set would compile it anew."""
+    """The compiled modules of a model. All weights of one require gradients together: another subset recompiles it."""
 
     def __init__(self, called: nn.Module):
         compiled: dict[nn.Module, nn.Module] = {}
@@ -20,16 +20,16 @@ class CompiledRegions:
         self._callers = {module: caller for module, caller in compiled.items() if module not in self._inside}
         self._regions = [set(module.parameters()) for module in self._callers]
 
-    def hide(self, modules: Iterable[nn.Module]) -> bool:
-        """Whether one of `modules` is called from inside of a region, where its calls cannot be replaced."""
+    def contains_any(self, modules: Iterable[nn.Module]) -> bool:
+        """Whether one of `modules` is called inside a compiled one, where its `forward` cannot be replaced."""
         return not self._inside.isdisjoint(modules)
 
     def caller(self, module: nn.Module) -> nn.Module:
-        """What is called in the place of `module`."""
+        """The compiled copy of `module` that is called in its place, or `module` itself."""
         return self._callers.get(module, module)
 
-    def taken_with(self, weights: Iterable[Tensor]) -> set[Tensor]:
-        """`weights`, and every weight that is trained and takes a gradient together with one of them."""
+    def whole_regions(self, weights: Iterable[Tensor]) -> set[Tensor]:
+        """`weights`, and all trainable weights that are compiled together with one of them."""
         taken = set(weights)
         regions = (region for region in self._regions if not region.isdisjoint(taken))
         return taken.union(*({parameter for parameter in region if parameter.requires_grad} for region in regions))

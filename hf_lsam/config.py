@@ -1,4 +1,4 @@
-"""The settings of layer-wise SAM, one dataclass that `HfArgumentParser` reads beside any `TrainingArguments`."""
+"""The settings of layer-wise SAM: a dataclass for `HfArgumentParser`, next to any `TrainingArguments`."""
 
 import math
 import re
@@ -13,11 +13,10 @@ SHARPNESS_SCOPES = ("batch", "micro_batch")
 
 @dataclass
 class LSAMConfig:
-    r"""
-    How far, where and when [`LSAMTrainer`] perturbs the weights before it takes the gradient.
+    r"""How far, where and when [`LSAMTrainer`] perturbs the weights.
 
-    The gradient that the optimizer gets is, for the selected blocks S and for all the others (Lee, KDD 2024, arXiv
-    2503.14205, with `alpha` = lambda / rho):
+    With `alpha` = lambda / rho, the gradient that the optimizer gets for the selected blocks S, and for all others, is
+    (Lee, KDD 2024, arXiv 2503.14205):
 
         selected i:  (1 - alpha) * grad_i L(w) + alpha * grad_i L(w + eps)
         others:      grad_i L(w)
@@ -25,65 +24,65 @@ class LSAMConfig:
 
     Args:
         rho (`float`, *optional*, defaults to `0.05`):
-            Length of the perturbation in weight space (Euclidean norm over all selected weights); 0 is off. Default:
-            SAM's (Foret et al., ICLR 2021), by which no run with two blocks was kept at its start
-            (`docs/evidence.md`). Few blocks want 3 to 10 times what all the parameters want.
+            Length of the perturbation: the Euclidean norm of `eps` over all selected weights; 0 is off. Default: SAM's
+            (Foret et al., ICLR 2021), with which every run on two blocks trained (`docs/evidence.md`). A few blocks
+            need a `rho` 3 to 10 times larger than all parameters do.
         alpha (`float`, *optional*, defaults to `1.0`):
-            Share of the perturbed gradient in the mixed one, between 0 (plain training) and 1 (SAM). Default: SAM's.
+            Share of the perturbed gradient in the mixed one, from 0 (plain training) to 1 (SAM). Default: SAM's.
         adaptive (`bool`, *optional*, defaults to `False`):
-            ASAM's element-wise scaling (Kwon et al., ICML 2021): `eps = rho * w^2 g / || |w| g ||`. Every norm, that
-            of the selection included, is then that of `|w| g`. Wants a `rho` about 10 times larger.
+            ASAM's element-wise scaling (Kwon et al., ICML 2021): `eps = rho * w^2 g / || |w| g ||`. Blocks are then
+            selected by the norm of `|w| g`, too. Needs a `rho` about 10 times larger.
         block_selection (`str`, *optional*, defaults to `"top_k"`):
             `"top_k"`: the blocks with the largest gradient norm (the paper). `"last"`: the last ones. `"budget"`: of
-            all sets within `max_overhead`, the one that holds the most squared gradient norm. `"all"`: every trainable
-            parameter, embeddings and head included (SAM). `"none"`: plain training.
+            all sets within `max_overhead`, the one with the largest sum of squared gradient norms. `"all"`: every
+            trainable parameter, embeddings and head included (SAM). `"none"`: plain training.
         num_perturbed_blocks (`int`, *optional*, defaults to `2`):
-            How many blocks are selected, with `"budget"` at most. `None`: no limit. Default: ours; the paper's: 2, 4.
+            Number of selected blocks; for `"budget"`, the maximum. `None`: all. Default: ours (the paper: 2 or 4).
         block_pattern (`str`, *optional*):
-            Regular expression; the modules whose whole name it matches (`re.fullmatch`, names as in
-            `model.named_modules()`) are the candidates instead of the transformer blocks.
+            Regular expression. The modules whose whole name it matches (`re.fullmatch`, names as in
+            `model.named_modules()`) are the blocks to select from, instead of the transformer blocks.
         max_overhead (`float`, *optional*, defaults to `0.25`):
-            For `"budget"`: the most that the second pass may cost, in plain training steps. Default: ours.
+            For `"budget"`: the maximum cost of the second pass, as a share of a plain training step. Default: ours.
         ascent_gradient (`str`, *optional*, defaults to `"current"`):
-            `"current"`: from the same batch, in a first pass. `"previous"`: the gradient of the step before (AsyncSAM,
-            arXiv 2503.11147, with tau = 1), in a single pass at the perturbed weights, whose loss is the reported one.
-            Needs `alpha=1`.
+            `"current"`: that of the same batch, from a first pass. `"previous"`: that of the step before (AsyncSAM,
+            arXiv 2503.11147, with tau = 1). A step is then a single pass at the perturbed weights, and its loss is the
+            one that is logged. Needs `alpha=1`.
         sharpness_scope (`str`, *optional*, defaults to `"batch"`):
             `"batch"`: one perturbation for the whole optimizer step, over accumulation and ranks. `"micro_batch"`:
             each micro-batch is perturbed by its own gradient (m-sharpness).
         perturb_interval (`int`, *optional*, defaults to `1`):
-            Perturb at every n-th step.
+            Perturb every n-th step.
         reuse_correction (`float`, *optional*, defaults to `0.0`):
             LookSAM (Liu et al., CVPR 2022): at the steps between two perturbed ones, add the part of the last
             perturbed gradient that is orthogonal to the plain one, scaled to this share of the plain gradient's norm.
             The paper uses 0.7; 0 is off. Needs `perturb_interval > 1`.
         perturb_start (`float`, *optional*, defaults to `0.0`):
-            Share of the training steps before the first perturbed one. SAM during warm-up hurts adaptive optimizers,
-            and can keep a run with a fresh head at its starting point for good: 0.1 to 0.3 is a good start.
+            Share of the training steps before the first perturbed one. Perturbation during warm-up hurts adaptive
+            optimizers, and may keep a model with a new head at its initial loss; try 0.1 to 0.3.
         perturb_end (`float`, *optional*, defaults to `1.0`):
-            Share of the training steps after which none is perturbed any more.
+            Share of the training steps after which no step is perturbed.
 
     Raises:
-        ValueError: for a setting out of its range or at odds with another; the message names the way out.
+        ValueError: for a setting that is out of range or conflicts with another; the message says how to resolve it.
     """
 
     rho: float = HfArg(default=0.05, help="Length of the perturbation; 0 is off.")
     alpha: float = HfArg(default=1.0, help="Share of the perturbed gradient, 0 (plain) to 1 (SAM).")
-    num_perturbed_blocks: int | None = HfArg(default=2, help="Blocks perturbed in a step; null in a YAML is no limit.")
-    block_selection: str = HfArg(default="top_k", help="Which are perturbed.", metadata={"choices": BLOCK_SELECTIONS})
-    block_pattern: str | None = HfArg(default=None, help="Regular expression of modules to choose from, not blocks.")
-    max_overhead: float = HfArg(default=0.25, help="For 'budget': the most that pass 2 may cost, in plain steps.")
+    num_perturbed_blocks: int | None = HfArg(default=2, help="Blocks perturbed per step; null in a YAML means all.")
+    block_selection: str = HfArg(default="top_k", help="Selection rule.", metadata={"choices": BLOCK_SELECTIONS})
+    block_pattern: str | None = HfArg(default=None, help="Regular expression of modules to select from, not blocks.")
+    max_overhead: float = HfArg(default=0.25, help="For 'budget': maximum cost of pass 2, in plain steps.")
     ascent_gradient: str = HfArg(
-        default="current", help="Gradient to climb: this or the last step's.", metadata={"choices": ASCENT_GRADIENTS}
+        default="current", help="Gradient of this or of the previous step.", metadata={"choices": ASCENT_GRADIENTS}
     )
     sharpness_scope: str = HfArg(
-        default="batch", help="Perturb once for a step, or for a micro-batch.", metadata={"choices": SHARPNESS_SCOPES}
+        default="batch", help="One perturbation per step or per micro-batch.", metadata={"choices": SHARPNESS_SCOPES}
     )
-    perturb_interval: int = HfArg(default=1, help="Perturb at every n-th step.")
-    reuse_correction: float = HfArg(default=0.0, help="LookSAM's scale of the gradient that is reused; 0 is off.")
-    perturb_start: float = HfArg(default=0.0, help="Share of the training before the first perturbation.")
-    perturb_end: float = HfArg(default=1.0, help="Share of the training after which none is perturbed.")
-    adaptive: bool = HfArg(default=False, help="ASAM: scale the perturbation by the weights' size.")
+    perturb_interval: int = HfArg(default=1, help="Perturb every n-th step.")
+    reuse_correction: float = HfArg(default=0.0, help="LookSAM's scale of the reused gradient; 0 is off.")
+    perturb_start: float = HfArg(default=0.0, help="Share of the training before the first perturbed step.")
+    perturb_end: float = HfArg(default=1.0, help="Share of the training after which no step is perturbed.")
+    adaptive: bool = HfArg(default=False, help="ASAM: scale the perturbation by the size of the weights.")
 
     def __post_init__(self):
         for name in ("rho", "alpha", "max_overhead", "reuse_correction", "perturb_start", "perturb_end"):
@@ -96,21 +95,24 @@ class LSAMConfig:
 
     @property
     def enabled(self) -> bool:
-        """Whether any step is perturbed at all; if not, training is the plain Trainer's, bit for bit."""
+        """Whether any step may be perturbed; if not, training is bit-identical to the plain Trainer's."""
         return self.rho > 0 and self.alpha > 0 and self.block_selection != "none"
+
+    def perturbed_steps(self, max_steps: int) -> range:
+        """The optimizer steps (0-based) of `max_steps` that are perturbed."""
+        first, end = _steps(self.perturb_start, max_steps), _steps(self.perturb_end, max_steps)
+        return range(first, end if self.enabled else first, self.perturb_interval)
+
+    def is_perturbed(self, step: int, max_steps: int) -> bool:
+        """Whether optimizer step `step` (0-based) of `max_steps` is perturbed."""
+        return step in self.perturbed_steps(max_steps)
 
     def is_active(self, step: int, max_steps: int) -> bool:
         """Whether optimizer step `step` (0-based) of `max_steps` lies between `perturb_start` and `perturb_end`."""
-        first, end = _steps(self.perturb_start, max_steps), _steps(self.perturb_end, max_steps)
-        return self.enabled and first <= step < end
-
-    def is_perturbed(self, step: int, max_steps: int) -> bool:
-        """Whether optimizer step `step` is perturbed: active, and a multiple of `perturb_interval` after the start."""
-        first = _steps(self.perturb_start, max_steps)
-        return self.is_active(step, max_steps) and (step - first) % self.perturb_interval == 0
+        return self.enabled and _steps(self.perturb_start, max_steps) <= step < _steps(self.perturb_end, max_steps)
 
     def _check_ranges(self):
-        blocks, no_blocks = self.num_perturbed_blocks, "(block_selection='none' perturbs nothing, null is no limit)"
+        blocks, no_blocks = self.num_perturbed_blocks, "(block_selection='none' perturbs nothing, null means all)"
         for name, is_in_range, rule in (
             ("rho", self.rho >= 0, "is the length of the perturbation and cannot be negative"),
             ("alpha", 0 <= self.alpha <= 1, "mixes two gradients and must lie in [0, 1]"),
@@ -130,49 +132,49 @@ class LSAMConfig:
             value, allowed = getattr(self, setting.name), setting.metadata.get("choices")
             if allowed is not None and value not in allowed:
                 raise ValueError(f"{setting.name} must be one of {', '.join(allowed)}, but is {value!r}.")
-        if self.block_pattern is not None:
+        if (pattern := self.block_pattern) is not None:
             try:
-                re.compile(self.block_pattern)
+                re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"block_pattern {self.block_pattern!r} is no regular expression: {error}.") from error
+                raise ValueError(f"block_pattern {pattern!r} is not a regular expression: {error}.") from error
 
     def _check_combinations(self):
         is_one_pass, is_per_micro_batch = self.ascent_gradient == "previous", self.sharpness_scope == "micro_batch"
-        # alpha = 0 is plain training whatever else is set, so it is no conflict.
+        # With alpha = 0, training is plain whatever else is set, so there is no conflict.
         if is_one_pass and 0 < self.alpha < 1:
             raise ValueError(
-                "ascent_gradient='previous' takes no plain gradient that could be mixed with the perturbed one, so "
-                f"alpha must be 1, but is {self.alpha}. Set alpha=1, or ascent_gradient='current'."
+                "ascent_gradient='previous' computes no plain gradient to mix with the perturbed one, so alpha must "
+                f"be 1, but is {self.alpha}. Set alpha=1, or ascent_gradient='current'."
             )
         if is_one_pass and is_per_micro_batch:
             raise ValueError(
-                "ascent_gradient='previous' climbs the gradient of the whole step before, so "
-                "sharpness_scope='micro_batch' has no meaning with it. Set sharpness_scope='batch'."
+                "ascent_gradient='previous' perturbs along the gradient of the whole previous step, which "
+                "sharpness_scope='micro_batch' contradicts. Set sharpness_scope='batch'."
             )
         if self.reuse_correction > 0 and self.perturb_interval == 1:
             raise ValueError(
-                "reuse_correction acts at the steps between two perturbed ones, but perturb_interval=1 leaves "
-                "none. Set perturb_interval to 2 or more (LookSAM: 5), or reuse_correction=0."
+                "reuse_correction acts at the steps between two perturbed ones, and perturb_interval=1 leaves none. "
+                "Set perturb_interval to 2 or more (LookSAM: 5), or reuse_correction=0."
             )
         if self.reuse_correction > 0 and (is_one_pass or is_per_micro_batch):
             raise ValueError(
-                "reuse_correction keeps the difference between two gradients of one whole step: it needs "
-                "ascent_gradient='current' and sharpness_scope='batch'. Set both, or reuse_correction=0."
+                "reuse_correction needs ascent_gradient='current' and sharpness_scope='batch', with which both "
+                "gradients of a whole step are computed. Set both, or reuse_correction=0."
             )
         if self.block_pattern is not None and self.block_selection == "all":
             raise ValueError(
-                "block_selection='all' perturbs every trainable parameter, so block_pattern would do nothing. For "
-                "every module that the pattern names, use block_selection='top_k' with num_perturbed_blocks=None."
+                "block_selection='all' perturbs every trainable parameter, so block_pattern has no effect. To perturb "
+                "every module that it matches, set block_selection='top_k' and num_perturbed_blocks=None."
             )
 
 
 def _steps(share: float, max_steps: int) -> int:
-    """`share` of the steps, rounded up, but for what only the float adds (0.7 * 10 is more than 7)."""
+    """`share` of the steps, rounded up, except for floating-point error (0.7 * 10 exceeds 7)."""
     return math.ceil(share * max_steps - 1e-9)
 
 
 def _number(name: str, value, kind: type):
-    """`value` as a finite `kind`; YAML hands over `5e-2` as a string."""
+    """`value` as a finite `kind`; a YAML parser returns `5e-2` as a string."""
     try:
         number = float(value)
     except (TypeError, ValueError):

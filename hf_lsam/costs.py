@@ -1,4 +1,4 @@
-"""What a second pass costs, by the calls that a pass makes and by what is trained now."""
+"""The cost of a second pass, counted from the calls of the blocks and from what is trained now."""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -13,31 +13,32 @@ from .replay import Call, Recording
 
 @dataclass(frozen=True)
 class CostModel:
+    """An upper bound of the cost of pass 2, in plain steps. The unit is one weight applied to one token (or pixel).
+
+    That costs 1 in the forward pass, 1 for the gradient of the input, if there is one, and 1 for that of the weight,
+    if it is trained. Pass 2 starts at the first call of a block with a perturbed weight, and computes weight gradients
+    of S only:
+
+        overhead = (2 * (weights from that call on, head included) + weights of S) / plain,  at most 1
+
+    For k of N equal blocks, the first of them block s (0-based), that is (2 (N - s) + k) / (3 N). The products of
+    attention scores are not counted.
     """
-    What pass 2 costs at most, in plain steps, counted in weights and the places (tokens, pixels) that they meet.
 
-    A weight costs 1 forward, 1 for the gradient of its input, where there is one, and 1 for its own, if it is trained.
-    Pass 2 starts at the first call of a block that holds a perturbed weight, and takes weight gradients of S only:
-
-        overhead = (2 * (weights from that call on, and of the head) + weights of S) / plain,  at most 1
-
-    For k of N equal blocks from block s on that is (2 (N - s) + k) / (3 N). Attention's own products are left out.
-    """
-
-    passed: tuple[float, ...]  # weights from each call of a block, and of the head, to the loss; embeddings are free
+    passed: tuple[float, ...]  # by call of a block or the head: cost of the forward pass from there to the loss
     plain: float  # cost of a plain step
     one_graph: bool = False  # whether the blocks are compiled into one graph, all of which pass 2 runs
-    gradients: tuple[float, ...] | None = None  # as `passed`, of the calls that have a gradient (default: all)
-    starts: Mapping[int, int] | None = None  # place of each block's first call (default: once each, in their order)
-    places: Mapping[int, float] | None = None  # places that each block's weights meet in all calls (default: 1)
+    gradients: tuple[float, ...] | None = None  # as `passed`, for the gradients of inputs (default: the same)
+    starts: Mapping[int, int] | None = None  # index of each block's first call (default: one call each, in order)
+    places: Mapping[int, float] | None = None  # tokens that each block is applied to in all its calls (default: 1)
 
     @classmethod
     def of(cls, model: nn.Module, blocks: dict[str, nn.Module], one_graph: bool = False) -> "CostModel":
-        """Those of `model`, if its `blocks` are called once each, in their order, at equally many places."""
+        """The costs of `model` if each of `blocks` is called once, in order, on equally many tokens."""
         trained = {p for p in model.parameters() if p.requires_grad}
         takes = [not trained.isdisjoint(block.parameters()) for block in blocks.values()]
         embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-        # Whether a gradient comes to the first block, and so goes through all of them.
+        # Whether the first block's input has a gradient, which then passes through all blocks.
         below = not any(takes) or any(not trained.isdisjoint(module.parameters()) for module in embeddings)
         calls = [Call(index, 1, below or any(takes[: index + 1])) for index in range(len(blocks))]
         weights = Weights(model, list(blocks.values()))
@@ -45,23 +46,23 @@ class CostModel:
         return cls(costs.passed, costs.plain, one_graph)
 
     def start(self, candidate: Candidate) -> int:
-        """Place of the first call of a block that holds a weight of `candidate`."""
+        """Index of the first call of a block that holds a weight of `candidate`."""
         if self.starts is None:
             return candidate.first_block
         return min((self.starts[block] for block in candidate.blocks if block in self.starts), default=0)
 
     def size(self, candidate: Candidate) -> float:
-        """Cost of the gradients of the weights of `candidate`."""
+        """Cost of the weight gradients of `candidate`."""
         if self.places is None or not candidate.blocks:
             return candidate.size
         return candidate.size * sum(self.places.get(b, 0) for b in candidate.blocks) / len(candidate.blocks)
 
     def reaching(self, start: int) -> float:
-        """Cost of the forward pass from call `start` on, and of the gradients of inputs."""
+        """Cost of the forward pass from call `start` on, and of the gradients of the inputs there."""
         return self.passed[start] + (self.passed if self.gradients is None else self.gradients)[start]
 
     def overhead(self, candidates: Iterable[Candidate], replayed: bool = True) -> float:
-        """Predicted cost of pass 2 when these are perturbed, in plain steps; without replay it runs forward from 0."""
+        """Cost of pass 2 if `candidates` are perturbed, in plain steps; not `replayed`, it runs the whole forward."""
         chosen = list(candidates)
         if not chosen:
             return 0.0
@@ -73,7 +74,7 @@ class CostModel:
 
 
 class Weights:
-    """The weights of a model that multiply, block by block, and last those of no block, as block -1: its head."""
+    """The weights of a model that take part in products, by block; the last part, block -1, is outside of blocks."""
 
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module]):
         used = multiplied_parameters(model) - idle_parameters(model)
@@ -82,16 +83,16 @@ class Weights:
         self.sizes = [sum(p.numel() for p in part) for part in self.parts]
 
     def taken(self, weights: Collection[Tensor]) -> list[int]:
-        """How many entries of each part belong to `weights`, which take a gradient."""
+        """The number of weights of each part that are in `weights`, those that get a gradient."""
         return [sum(p.numel() for p in part if p in weights) for part in self.parts]
 
     def overhead(self, recordings: Sequence[Recording], first: Sequence[int], last: Sequence[int]) -> float:
-        """Cost of the last passes in plain ones, at most 1, by what of each part took a gradient in either."""
+        """Cost of the last passes over plain ones, at most 1; `first`, `last`: `taken` in pass 1 and in the last."""
         plain = sum(self._cost(recording.first, recording.heads, first) for recording in recordings)
         return min(sum(self._cost(r.last, r.heads, last) for r in recordings) / plain, 1.0)
 
     def costs(self, calls: Sequence[Call], heads: int, taken: Sequence[int]) -> CostModel:
-        """The cost model after a first pass with these calls of blocks, and `heads` of the model."""
+        """The cost model after a pass 1 with these `calls` of blocks and `heads` calls of the model."""
         starts: dict[int, int] = {}
         places: Counter[int] = Counter()
         passed, gradients = [0], [0]
@@ -110,13 +111,13 @@ class Weights:
         )
 
     def _with_head(self, calls: Sequence[Call], heads: int) -> list[Call]:
-        """The calls and, as a last one, the head, which meets as many places as the last block that was called."""
+        """The calls and, as the last one, the head, applied to as many tokens as the last block that was called."""
         places = calls[-1].places if calls else 1
         return [*calls, Call(-1, places * heads, True)]
 
 
 class Trained:
-    """What is trained now: what has a gradient of pass 1 and, where that is known, lies in the optimizer."""
+    """The parameters that are trained now: those with a gradient from pass 1 and, if that is known, an optimizer."""
 
     def __init__(
         self,
@@ -128,17 +129,16 @@ class Trained:
     ):
         self._model, self._all, self._regions, self._look_up_optimized = model, candidates, regions, optimized
         self._multiplied, self._weights = multiplied_parameters(model), Weights(model, blocks)
-        self.parameters: list[Tensor] = list(model.parameters())  # all that are trained or may be
-        self.candidates = candidates  # each with what of it is trained
-        # Another number for other weights with a gradient; whether `now` has looked in this micro-batch.
-        self.number, self.is_current = 0, False
+        self.parameters: list[Tensor] = list(model.parameters())  # of the model and of the optimizer
+        self.candidates = candidates  # each reduced to its trained parameters
+        self.number = 0  # identifies the set of parameters with a gradient
+        self.is_current = False  # whether `now` has run in this micro-batch
         self._optimized: Collection[Tensor] | None = None
         self._key: tuple | None = None
-        # For each choice of candidates, how much of each block takes a gradient in pass 2; for `None` in pass 1.
-        self._taken: dict[tuple[int, ...] | None, list[int]] = {}
+        self._taken: dict[tuple[int, ...] | None, list[int]] = {}  # `Weights.taken` by selection; `None` is pass 1
 
     def now(self) -> "Trained":
-        """This, after a look at what has a gradient."""
+        """Update this, at most once a micro-batch, from the parameters that have a gradient; returns itself."""
         if self.is_current:
             return self
         optimized = self._look_up_optimized()
@@ -146,7 +146,7 @@ class Trained:
             self._optimized = optimized
             self.parameters[:] = dict.fromkeys([*self._model.parameters(), *(optimized or ())])
         flags = [p.grad is not None for p in self.parameters]
-        # DeepSpeed gives none before the last micro-batch, and then those of all.
+        # Under DeepSpeed there is no `.grad` before the last micro-batch.
         key = (tuple(flags if any(flags) else [p.requires_grad for p in self.parameters]), id(optimized))
         if key != self._key:
             graded = {p for p, has in zip(self.parameters, key[0], strict=True) if has}
@@ -158,23 +158,23 @@ class Trained:
         return self
 
     def includes(self, parameter: Tensor) -> bool:
-        """Whether `parameter` may be trained, with a gradient now or without."""
+        """Whether `parameter` may be trained, whether or not it has a gradient now."""
         optimized = self._look_up_optimized()
         return parameter.requires_grad if optimized is None else parameter in optimized
 
     def costs(self, recording: Recording) -> CostModel:
-        """What a pass 2 costs after such a pass 1."""
+        """The cost model of a pass 2 after this pass 1."""
         return self._weights.costs(recording.first, recording.heads, self.now()._taken[None])
 
     def overhead(self, recordings: Sequence[Recording], chosen: Sequence[int], weights: Sequence[Tensor]) -> float:
-        """What the last pass 2 for the `weights` of the `chosen` candidates cost, in plain passes."""
+        """The cost of the last pass 2, for the `weights` of the `chosen` candidates, in plain passes."""
         key = tuple(chosen)
         if key not in self._taken:
-            self._taken[key] = self._weights.taken(self._regions.taken_with(weights))
+            self._taken[key] = self._weights.taken(self._regions.whole_regions(weights))
         return self._weights.overhead(recordings, self._taken[None], self._taken[key])
 
     def _part(self, candidate: Candidate, trained: Collection[Tensor]) -> Candidate:
         parameters = tuple(p for p in candidate.parameters if p in trained)
-        # What is compiled together takes its gradients together.
-        taken = self._regions.taken_with(parameters) & self._multiplied
+        # Weights that are compiled together get their gradients together.
+        taken = self._regions.whole_regions(parameters) & self._multiplied
         return replace(candidate, parameters=parameters, size=sum(p.numel() for p in taken))

@@ -1,4 +1,4 @@
-"""DeepSpeed, whose engine reduces gradients and updates weights itself: what of it is supported, and how it is led."""
+"""Two passes under DeepSpeed, whose engine reduces the gradients and updates the weights itself."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,21 +13,21 @@ from .config import LSAMConfig
 from .passes import Standin
 
 _FLOAT32 = ("fp32", "float32", "float", "torch.float32")
-# Settings of the engine beside its ZeRO stage, the values of them that are fine, and what is wrong with the others.
+# Settings of the engine other than the ZeRO stage: the supported values, and what the others do.
 _REFUSED = {
-    "zero_optimization.offload_optimizer.device": ((None, "none"), "keeps the gradients away from the device"),
-    "zero_optimization.round_robin_gradients": ((None, False), "deals out gradients in an order that is not known"),
+    "zero_optimization.offload_optimizer.device": ((None, "none"), "moves the gradients away from the device"),
+    "zero_optimization.round_robin_gradients": ((None, False), "assigns gradients to processes in an unknown order"),
     "zero_optimization.zenflow": ((None,), "updates some of the weights later than the engine's step"),
     "fp16.enabled": ((None, False), "multiplies the gradients by a loss scale; bf16 needs none"),
     "torch_autocast.dtype": ((None, "bfloat16"), "multiplies the gradients by a loss scale; bfloat16 needs none"),
-    "tensor_parallel.autotp_size": ((None, 0, 1), "shards the weights, and blocks are perturbed as a whole"),
+    "tensor_parallel.autotp_size": ((None, 0, 1), "splits the weights, and blocks are perturbed as a whole"),
     "compile.deepcompile": ((None, False), "compiles the reduction of the gradients into the backward pass"),
     "compression_training": ((None, {}), "changes the weights in each forward pass"),
 }
 
 
 def check_deepspeed(trainer: Trainer, config: LSAMConfig, way_out: str) -> None:
-    """Refuse, by a `NotImplementedError`, what the engine cannot be driven to or has not been shown to do right."""
+    """Raise `NotImplementedError` for settings of DeepSpeed with which two passes are impossible or not tested."""
     plugin = trainer.accelerator.state.deepspeed_plugin
     settings = plugin.hf_ds_config
     stage = settings.get_value("zero_optimization.stage", plugin.zero_stage)
@@ -38,30 +38,31 @@ def check_deepspeed(trainer: Trainer, config: LSAMConfig, way_out: str) -> None:
         )
     if config.sharpness_scope == "micro_batch":
         raise NotImplementedError(
-            "DeepSpeed averages the gradient of each micro-batch over the processes, and "
-            f"sharpness_scope='micro_batch' climbs that of one alone. Set sharpness_scope='batch'. {way_out}"
+            "DeepSpeed averages gradients over the processes, and sharpness_scope='micro_batch' needs that of each "
+            f"process. Set sharpness_scope='batch'. {way_out}"
         )
     in_float32 = settings.get_value("bf16.enabled") and settings.get_value("data_types.grad_accum_dtype") in _FLOAT32
     if stage == 1 and in_float32 and config.ascent_gradient == "current":
         raise NotImplementedError(
-            "In bf16 with data_types.grad_accum_dtype='fp32', DeepSpeed's ZeRO stage 1 takes no gradients back "
-            "(deepspeed.utils.safe_set_full_grad), as two passes need. Use ZeRO stage 2, which accumulates in "
-            f"float32, too, or ascent_gradient='previous'. {way_out}"
+            "In bf16 with data_types.grad_accum_dtype='fp32', ZeRO stage 1 of DeepSpeed does not accept gradients "
+            "(deepspeed.utils.safe_set_full_grad), as two passes require. Use ZeRO stage 2, which also accumulates in "
+            f"float32, or ascent_gradient='previous'. {way_out}"
         )
     for name, (fine, reason) in _REFUSED.items():
         value = settings.get_value(name)
         if value not in fine:
             raise NotImplementedError(
-                f"DeepSpeed's setting {name}={value!r} is not supported: it {reason}. Set it otherwise. {way_out}"
+                f"DeepSpeed's setting {name}={value!r} is not supported: it {reason}. Change it. {way_out}"
             )
     if str(settings.get_value("optimizer.type")).lower() == "muon":
         raise NotImplementedError(
-            f"DeepSpeed's Muon makes gradients updates before they can be read. Set another optimizer.type. {way_out}"
+            "DeepSpeed's Muon turns gradients into updates before they can be read. Set another optimizer.type. "
+            f"{way_out}"
         )
 
 
-def bits_sent(engine) -> int:
-    """Bits of the coarsest numbers in which `engine` averages gradients over processes."""
+def reduction_bits(engine) -> int:
+    """Bits of the least precise dtype in which `engine` averages gradients over the processes."""
     dtypes = [engine.communication_data_type]
     if engine.torch_autocast_enabled():
         dtypes.append(engine.torch_autocast_dtype())
@@ -69,8 +70,8 @@ def bits_sent(engine) -> int:
 
 
 @contextmanager
-def past_engine(engine, accelerator: Accelerator) -> Iterator[nn.Module]:
-    """Inside, passes over the yielded module leave gradients in `.grad`, of which `engine` takes no notice."""
+def bypass_engine(engine, accelerator: Accelerator) -> Iterator[nn.Module]:
+    """Inside, passes over the yielded module leave their gradients in `.grad`, and `engine` ignores them."""
 
     def backward(_: Callable, args: tuple, kwargs: dict) -> None:
         own = {name: value for name, value in kwargs.items() if name not in ("sync_gradients", "scale_wrt_gas")}
@@ -82,7 +83,7 @@ def past_engine(engine, accelerator: Accelerator) -> Iterator[nn.Module]:
             method = torch.autocast(engine.device.type, engine.torch_autocast_dtype())(method)
         return method(*args, **kwargs)
 
-    # The hooks by which it takes each gradient out of the backward pass.
+    # The hooks with which the engine collects each gradient during the backward pass.
     tables = [table for parameter in engine.parameters() if (table := parameter._post_accumulate_grad_hooks)]
     hooks = [dict(table) for table in tables]
     try:
@@ -97,14 +98,11 @@ def past_engine(engine, accelerator: Accelerator) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def update_held_back(
-    engine, parameters: Sequence[Tensor], changed: Callable[[], Collection[Tensor]]
-) -> Iterator[None]:
-    """
-    Inside, what asks the `DeepSpeedEngine` for its step only gets the gradients; the step is taken at the end.
+def delayed_update(engine, parameters: Sequence[Tensor], changed: Callable[[], Collection[Tensor]]) -> Iterator[None]:
+    """Inside, a call of the `DeepSpeedEngine`'s `step` only gathers gradients; the step itself follows at the end.
 
-    Accelerate asks for it within `training_step`, before pass 2. From then on `.grad` of the `parameters`, the same
-    in all processes, holds the mean over all. Those that `changed` tells at the end get theirs back from there.
+    Accelerate calls it within `training_step`, before pass 2. From then on, `.grad` of `parameters` (the same in all
+    processes) holds the mean over all processes. At the end, the engine gets the `.grad` of those in `changed()`.
     """
     from deepspeed.utils import safe_get_full_grad, safe_set_full_grad  # type: ignore[import-not-found]
 
@@ -114,8 +112,7 @@ def update_held_back(
         nonlocal asked
         asked = True
         for parameter in parameters:
-            # Left there on weights that the engine does not train, and then only that of this process.
-            parameter.grad = None
+            parameter.grad = None  # of this process only, if the engine does not train the parameter
             gradient = safe_get_full_grad(parameter)
             if gradient is not None:
                 parameter.grad = gradient.to(parameter.dtype)

@@ -1,4 +1,4 @@
-"""What the processes of a run must agree on, and which ways of running are supported."""
+"""What the processes of a run agree on, and the checks of what is supported."""
 
 from collections.abc import Iterator, Sequence
 from itertools import compress
@@ -16,37 +16,35 @@ from .config import LSAMConfig
 from .deepspeed import check_deepspeed
 from .shards import is_sharded
 
-# Every process holds the whole model and, after pass 1, the same gradients, or gets them from DeepSpeed on request;
-# under FSDP2 it holds its part of each weight and of the same gradient.
+# In these, every process has the same weights and, after pass 1, gradients (in shards, or from DeepSpeed on request).
 _SUPPORTED = {"NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED"}
-# Wrappers that a loop without a Trainer may have, beside those that Accelerate knows and FSDP2.
+# Wrappers that `LSAM` refuses, besides those that Accelerate reports and FSDP2.
 _REFUSED_IN_LOOPS = {"DataParallel", "DeepSpeedEngine", "FullyShardedDataParallel"}
-_WAY_OUT = "Or train plainly with LSAMConfig(block_selection='none')."
+_WAY_OUT = "Or train without perturbation: LSAMConfig(block_selection='none')."
 _STATIC_GRAPH = (
-    "{0}=True expects the same work in each pass, and sharpness_scope='micro_batch' averages gradients in plain steps "
-    "only. Set {0}=False, or sharpness_scope='batch'."
+    "{0}=True requires that DistributedDataParallel averages gradients in every step or in none, and with "
+    "sharpness_scope='micro_batch' it does so in plain steps only. Set {0}=False, or sharpness_scope='batch'."
 )
 
 
 def is_distributed() -> bool:
-    """Whether other processes train with this one."""
+    """Whether other processes train together with this one."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 @torch.no_grad()
 def average_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The mean of each tensor over all processes, of the same shapes, by one all-reduce per dtype and device."""
+    """The mean of each tensor over all processes, by one all-reduce per dtype and device; shapes must be the same."""
     if not is_distributed() or not tensors:
         return list(tensors)
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for place, tensor in enumerate(tensors):
-        # FSDP2 has reduced those that are sharded already.
-        if not is_sharded([tensor]):
+        if not is_sharded([tensor]):  # FSDP2 has already averaged the sharded ones
             groups.setdefault((tensor.device, tensor.dtype), []).append(place)
     averages = list(tensors)
     for places in groups.values():
         flat = torch.cat([tensors[place].reshape(-1) for place in places])
-        # Divided first, as DistributedDataParallel does: the sum of 16-bit numbers could overflow.
+        # As DistributedDataParallel does: divide first, since the sum of 16-bit numbers could overflow.
         flat.div_(dist.get_world_size())
         dist.all_reduce(flat)
         parts = flat.split([tensors[place].numel() for place in places])
@@ -65,7 +63,7 @@ def any_of_ranks(flags: Sequence[bool], device: torch.device) -> list[bool]:
 
 
 def first_of_ranks(chosen: Sequence[int], count: int, device: torch.device | None) -> list[int]:
-    """What the first process has chosen of `count`: costs may differ between batches."""
+    """The selection of the first process among `count` candidates, since costs may differ between batches."""
     mask = torch.zeros(count, dtype=torch.int32, device=device)
     mask[list(chosen)] = 1
     dist.broadcast(mask, 0)
@@ -74,7 +72,7 @@ def first_of_ranks(chosen: Sequence[int], count: int, device: torch.device | Non
 
 @torch.no_grad()
 def average_gradients(parameters: Sequence[Tensor]) -> None:
-    """Replace every `.grad` by its mean over all processes; one that only some have counts as zero elsewhere."""
+    """Replace each `.grad` by its mean over all processes, where a missing one counts as zero."""
     if not is_distributed():
         return
     used = list(compress(parameters, any_of_ranks([p.grad is not None for p in parameters], parameters[0].device)))
@@ -84,13 +82,13 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
 
 
 def check_supported(trainer: Trainer, config: LSAMConfig) -> None:
-    """Raise `NotImplementedError` where results would be wrong, and `ValueError` if `max_overhead` cannot hold."""
+    """Raise `NotImplementedError` where results would be wrong, and `ValueError` if `max_overhead` cannot be met."""
     for problem in _problems(trainer, config):
         raise NotImplementedError(f"{problem} {_WAY_OUT}")
 
 
 def _problems(trainer: Trainer, config: LSAMConfig) -> Iterator[str]:
-    """What is not supported, with the reason and how to set it otherwise."""
+    """Each setting that is not supported, with the reason and the setting to use instead."""
     args, accelerator = trainer.args, trainer.accelerator
     is_micro_batch = config.sharpness_scope == "micro_batch"
     launched = dist.get_world_size() if is_distributed() else args.world_size
@@ -100,21 +98,21 @@ def _problems(trainer: Trainer, config: LSAMConfig) -> Iterator[str]:
     is_split = getattr(accelerator, "parallelism_config", None) is not None
     if kind.value not in _SUPPORTED or is_split:
         yield (
-            f"This run is {kind.value}{' with a parallelism_config' * is_split}, which splits weights in another way "
-            "than can be perturbed. Launch one process, DistributedDataParallel, FSDP2 or DeepSpeed."
+            f"This run is {kind.value}{' with a parallelism_config' * is_split}, which splits the weights in a way "
+            "that is not supported. Launch one process, DistributedDataParallel, FSDP2 or DeepSpeed."
         )
     if kind == DistributedType.DEEPSPEED:
         check_deepspeed(trainer, config, _WAY_OUT)
     if getattr(trainer, "is_distributed_loading_by_transformers", False):
-        yield "distributed_config may split weights in ways that are not perturbed. Load without it, and use FSDP2."
+        yield "distributed_config may split weights in ways that are not supported. Load without it, and use FSDP2."
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
-        yield "FSDP1 keeps many weights in one flat tensor, without blocks to perturb. Set fsdp_version: 2."
+        yield "FSDP1 keeps all weights in flat tensors, which hold no blocks to perturb. Set fsdp_version: 2."
     if kind == DistributedType.FSDP and is_micro_batch:
-        yield "FSDP2 averages what each process's micro_batch is to climb alone. Set sharpness_scope='batch'."
+        yield "FSDP2 averages gradients that sharpness_scope='micro_batch' keeps apart. Set sharpness_scope='batch'."
     is_uneven = not accelerator.even_batches and not args.dataloader_drop_last
     if is_distributed() and is_uneven and is_micro_batch and args.gradient_accumulation_steps > 1:
         yield (
-            "With even_batches=False a process may have fewer micro-batches than the others, which wait for it. "
+            "With even_batches=False, a process may have fewer micro-batches than the others, which wait for it. "
             "Set even_batches=True, dataloader_drop_last=True, or sharpness_scope='batch'."
         )
     if is_distributed() and is_micro_batch and getattr(accelerator.ddp_handler, "static_graph", False):
@@ -123,36 +121,36 @@ def _problems(trainer: Trainer, config: LSAMConfig) -> Iterator[str]:
         yield "DataParallel copies the model in each pass, so no block can be replayed. Set CUDA_VISIBLE_DEVICES=0."
     devices = {str(device) for device in getattr(trainer.model, "hf_device_map", {}).values()} - {"cpu", "disk"}
     if len(devices) > 1:
-        yield "device_map spans devices, and pass 2 repeats the random numbers of one. Load without it, or use FSDP2."
+        yield "device_map spans devices, and pass 2 repeats random numbers on one only. Load without it, or use FSDP2."
     if args.optim.endswith(("lomo", "_layerwise")):
-        yield f"optim={args.optim} updates the weights inside the backward pass, that is in pass 1. Choose another."
+        yield f"optim={args.optim} updates the weights in the backward pass, that is before pass 2. Choose another."
     plugin = accelerator.state.dynamo_plugin
     is_compiled = plugin.backend != DynamoBackend.NO and config.ascent_gradient == "current"
     if is_compiled and plugin.mode in ("reduce-overhead", "max-autotune"):
         yield (
-            f"torch_compile_mode={plugin.mode!r} records CUDA graphs, in which pass 2 would overwrite what is kept of "
-            "pass 1. Use torch_compile_mode='default' or 'max-autotune-no-cudagraphs', or ascent_gradient='previous'."
+            f"torch_compile_mode={plugin.mode!r} records CUDA graphs, with which pass 2 overwrites outputs of pass 1. "
+            "Use torch_compile_mode='default' or 'max-autotune-no-cudagraphs', or ascent_gradient='previous'."
         )
     is_one_graph = is_compiled and not plugin.use_regional_compilation
     way_out = "Compile the blocks one by one (with ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION=true in the environment)"
     if is_one_graph and config.block_selection == "budget" and config.max_overhead < 1:
         raise ValueError(
-            f"torch_compile=True makes pass 2 cost a plain step, so max_overhead={config.max_overhead} cannot hold. "
+            f"torch_compile=True makes pass 2 cost a plain step, so max_overhead={config.max_overhead} cannot be met. "
             f"{way_out}, raise max_overhead to 1, or use ascent_gradient='previous'."
         )
     if is_one_graph and is_micro_batch and args.world_size > 1:
         yield (
-            "torch_compile=True hides DistributedDataParallel, which sharpness_scope='micro_batch' keeps from "
-            f"averaging gradients. {way_out}, or use sharpness_scope='batch'."
+            "torch_compile=True wraps DistributedDataParallel, whose averaging of gradients cannot be switched off "
+            f"then, as sharpness_scope='micro_batch' requires. {way_out}, or use sharpness_scope='batch'."
         )
 
 
 def check_loop(model: nn.Module, config: LSAMConfig, scaler: Any, accelerator: Accelerator | None) -> None:
-    """Raise `NotImplementedError` where results of a loop without a Trainer would be wrong."""
+    """Raise `NotImplementedError` where the results of `LSAM` would be wrong, `ValueError` for two scalers."""
     if not config.enabled:
         return
     if scaler is not None and accelerator is not None:
-        raise ValueError("An accelerator scales the loss by a scaler of its own. Give LSAM only one of the two.")
+        raise ValueError("An accelerator has its own gradient scaler. Give LSAM either accelerator or scaler.")
     kinds = {type(module).__name__ for module in model.modules()} & _REFUSED_IN_LOOPS
     kinds |= {"FSDP2, or another way that shards weights,"} if is_sharded(model.parameters()) else set()
     if accelerator is not None:
@@ -166,7 +164,7 @@ def check_loop(model: nn.Module, config: LSAMConfig, scaler: Any, accelerator: A
         )
     elif is_distributed() and wrapper is None:
         problem = (
-            f"{dist.get_world_size()} processes run, and each would train alone. Give LSAM the model that "
+            f"{dist.get_world_size()} processes run, but each would train alone. Give LSAM the model that "
             "DistributedDataParallel or accelerator.prepare returns."
         )
     elif getattr(wrapper, "static_graph", False) and config.sharpness_scope == "micro_batch":
@@ -177,10 +175,10 @@ def check_loop(model: nn.Module, config: LSAMConfig, scaler: Any, accelerator: A
 
 
 def check_hooks(model: nn.Module) -> None:
-    """Raise `NotImplementedError` if an optimizer's hooks take each gradient as soon as it is there."""
+    """Raise `NotImplementedError` if hooks of an optimizer consume each gradient during the backward pass."""
     for name, parameter in model.named_parameters():
         if getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise NotImplementedError(
-                f"{name} has hooks (register_post_accumulate_grad_hook) that take its gradient in the backward pass, "
-                f"where the mixed one is not there yet. Use an optimizer that reads .grad in its step. {_WAY_OUT}"
+                f"{name} has hooks (register_post_accumulate_grad_hook) that use its gradient in the backward pass, "
+                f"before both passes are done. Use an optimizer that reads .grad in its step. {_WAY_OUT}"
             )

@@ -1,4 +1,4 @@
-"""What users hand over: an optimizer, and a function that computes a loss."""
+"""What is read from users' objects: the parameters of an optimizer, and the variables of a loss function."""
 
 import types
 import weakref
@@ -11,7 +11,7 @@ from .held import Attributes
 
 
 class Optimized:
-    """What is in the groups of `owner.optimizer`: the same object until that is another one, or has more in them."""
+    """The parameters of `owner.optimizer`: the same object until the optimizer or the size of a group changes."""
 
     def __init__(self, owner: Any):
         self.owner = owner
@@ -19,7 +19,7 @@ class Optimized:
         self._parameters: Collection[Tensor] = ()
 
     def __call__(self) -> Collection[Tensor] | None:
-        """The parameters, if there is an optimizer; the groups are gone through only where they have changed."""
+        """The parameters in the groups, or `None` without an optimizer; cached as long as the groups are the same."""
         if self.owner.optimizer is None:
             return None
         groups = self.owner.optimizer.param_groups
@@ -31,11 +31,11 @@ class Optimized:
 
 
 class _Variables:
-    """Has a function's global variables for its attributes."""
+    """An object whose attributes are the global variables of a function."""
 
 
 def loop_roots(loop: Any) -> dict[str, Any]:
-    """What a loop's `compute_loss` may read and change: what it holds, and the global variables that it names."""
+    """What the `compute_loss` of a loop may read and change: the objects that it holds, and the globals it names."""
     function = getattr(loop.compute_loss, "func", loop.compute_loss)
     function = getattr(function, "__func__", function)
     owner, names, parts = _Variables(), set[str](), [function]

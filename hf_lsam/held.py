@@ -1,4 +1,4 @@
-"""Things that a pass may change: how each kind of them is copied, compared with its copy, and put back."""
+"""Snapshots of objects that a pass may change: how each kind is copied, compared with its copy, and restored."""
 
 import collections
 import contextlib
@@ -18,33 +18,29 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# What every module has, and what is set on one for the length of a pass; of that, tables of hooks.
+# Attributes that every module has, or that are set for the length of a pass; and those of them that hold hooks.
 _OWN_OF_MODULES = {*vars(nn.Module()), "forward", "_compiled_call_impl"}
 _HOOKS = [name for name, value in vars(nn.Module()).items() if "hooks" in name and isinstance(value, dict)]
 
 
 @dataclass(frozen=True)
 class RandomState:
-    """
-    States of torch's generators, on the CPU and on the model's device, and of those of Python and NumPy.
-
-    To read NumPy's takes 50 times as long as torch's: where many are kept, those of the host are left out (`None`).
-    """
+    """States of the random generators: torch's, on the CPU and on the model's device, and Python's and NumPy's."""
 
     device: torch.device
     cpu: Tensor
     accelerator: Tensor | None
-    host: tuple | None
+    host: tuple | None  # Python's and NumPy's; `None` where many are kept, since reading them takes 50 times as long
 
     @classmethod
     def capture(cls, device: torch.device, host: bool = True) -> "RandomState":
-        """The states now; `device` is where the model lives, `host` asks for Python's and NumPy's, too."""
+        """The current states; `device` is that of the model, `host` includes Python's and NumPy's."""
         accelerator = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
         own = (random.getstate(), np.random.get_state()) if host else None
         return cls(device, torch.get_rng_state(), accelerator, own)
 
     def restore(self, host: bool = True) -> None:
-        """Set every generator to the captured state, those of Python and NumPy if `host`."""
+        """Set the generators to the captured states, Python's and NumPy's only if `host`."""
         torch.set_rng_state(self.cpu)
         if self.accelerator is not None:
             torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
@@ -53,13 +49,13 @@ class RandomState:
             np.random.set_state(self.host[1])
 
     def same_host_state(self, other: "RandomState") -> bool:
-        """Whether Python's and NumPy's generators stand where they stood at `other`."""
+        """Whether the states of Python's and NumPy's generators equal those of `other`."""
         mine, theirs = ((s[0], s[1][1].tobytes(), s[1][2:]) for s in (self.host, other.host) if s is not None)
         return mine == theirs
 
 
 class Attributes(NamedTuple):
-    """A few attributes of an object, of which nothing else is held."""
+    """A few attributes of an object whose other attributes are not part of a snapshot."""
 
     owner: object
     names: tuple[str, ...]
@@ -78,34 +74,30 @@ class Attributes(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Kind:
-    """
-    A kind of things: how to `copy` what one holds now, and to `put` that back.
-
-    `same`, by default a new copy of the same objects, tells whether it still holds that: a generator's state never is.
-    """
+    """A kind of object: how its content is copied, compared with the copy, and restored."""
 
     copy: Callable[[Any], Any]
-    put: Callable[[Any, Any], object]
-    same: Callable[[Any, Any], bool] | None = None
+    put: Callable[[Any, Any], object]  # object, copy
+    same: Callable[[Any, Any], bool] | None = None  # object, copy; default: whether a new copy holds identical objects
 
 
 def version_of(tensor: Tensor) -> int:
-    """Its version counter, which operations in place count up; a tensor of inference mode has none."""
+    """The version counter, which in-place operations increase; 0 in inference mode, where there is none."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def stamp_of(tensor: Tensor) -> tuple:
-    """Another one where the tensor was changed, but for changes through `.data`."""
+    """A value that differs after a change of the tensor, except for one through `.data`."""
     return version_of(tensor), tensor.data_ptr(), tensor.shape
 
 
 def mark_of(thing: Any) -> Any:
-    """What can be seen of a file, an iterator or another object that is not held: another one where it changed."""
+    """A value that differs after most changes of a file, an iterator, or another object that cannot be copied."""
     if inspect.isgenerator(thing):
         frame = thing.gi_frame
         return frame and (frame.f_lasti, *map(id, frame.f_locals.values()))
     if isinstance(thing, io.IOBase):
-        # Closed, a pipe, or a file that is being iterated over.
+        # There is no position in a pipe, in a closed file, or while it is iterated over.
         with contextlib.suppress(OSError, ValueError):
             return thing.tell()
         return None
@@ -121,7 +113,7 @@ def _identical(now: Any, kept: Any) -> bool:
 
 
 def _put_mapping(mapping: dict, kept: dict) -> None:
-    """Mappings may be of a class that forbids writing, so only what has changed is written."""
+    """Restore what has changed, and nothing else: the class of a mapping may forbid writing."""
     for key in [key for key in mapping if key not in kept]:
         del mapping[key]
     for key, value in kept.items():
@@ -137,7 +129,7 @@ def _put_items(items: Any, kept: list) -> None:
 
 
 def attributes_of(module: nn.Module) -> dict[str, Any]:
-    """What its class has set, but for parameters, buffers and parts; nothing where that is a class of torch's own."""
+    """The attributes that a user's class has set, except parameters, buffers and submodules; none for torch's own."""
     is_torchs = type(module).__module__.startswith("torch.")
     return {} if is_torchs else {name: value for name, value in vars(module).items() if name not in _OWN_OF_MODULES}
 
@@ -160,7 +152,7 @@ def _put_module(module: nn.Module, kept: dict[Any, Any]) -> None:
 
 @torch.no_grad()
 def put_tensors(tensors: Sequence[Tensor], kept: Sequence[tuple[Tensor, Tensor, tuple]]) -> None:
-    """Put all of them back, changed or not: to compare them would be to wait for the device."""
+    """Restore all of them, changed or not, since a comparison would synchronise with the device."""
     for tensor, (data, copy, _) in zip(tensors, kept, strict=True):
         if tensor.data_ptr() != data.data_ptr():
             tensor.data = data
@@ -172,8 +164,7 @@ def put_tensors(tensors: Sequence[Tensor], kept: Sequence[tuple[Tensor, Tensor, 
 
 MAPPING, LIST, SLOTS = Kind(dict, _put_mapping), Kind(list, _put_items), Kind(Attributes.read, Attributes.put)
 MODULE = Kind(_copy_module, _put_module)
-# The copy of a tensor comes with the memory that it was copied from, to go back to where `.data` was set anew. Through
-# `.data`, values change and the version does not. Where a pass writes the same values, another may not.
+# The copy includes `.data`, which a pass may assign. Values and stamp are compared: either may change alone.
 TENSOR = Kind(
     lambda tensor: (tensor.data, tensor.detach().clone(), stamp_of(tensor)),
     lambda tensor, kept: put_tensors([tensor], [kept]),
@@ -184,6 +175,7 @@ KINDS: dict[type, Kind] = {
     list: LIST,
     collections.deque: LIST,
     set: Kind(list, _put_items),
+    bytearray: LIST,
     Attributes: SLOTS,
     nn.Module: MODULE,
     Tensor: TENSOR,
@@ -197,12 +189,12 @@ KINDS: dict[type, Kind] = {
 
 
 def kind_of(thing: Any) -> Kind | None:
-    """The kind of `thing` or of what it derives from; `None` for what has none."""
+    """The kind of the class of `thing` or of the first base class that has one, else `None`."""
     return KINDS.get(type(thing)) or next((KINDS[base] for base in type(thing).__mro__ if base in KINDS), None)
 
 
 class Entry(NamedTuple):
-    """Something that may change, and what it held; `always`: it is put back without asking whether it changed."""
+    """An object and the copy of its content; `always`: it stays in the snapshot whether or not pass 1 changes it."""
 
     name: str
     thing: Any
@@ -211,7 +203,7 @@ class Entry(NamedTuple):
     always: bool
 
     def is_same(self) -> bool:
-        """Whether it holds that still; not where it cannot be told, as of arrays of arrays."""
+        """Whether the content is unchanged; `False` where the comparison fails, as for arrays of arrays."""
         try:
             same, copy = self.kind.same, self.kind.copy
             return same(self.thing, self.kept) if same else _identical(copy(self.thing), self.kept)
@@ -220,7 +212,7 @@ class Entry(NamedTuple):
 
 
 class Snapshot:
-    """What can be put back, and tensors that were not copied, each with a stamp that tells whether it changed."""
+    """Copies of objects, and the stamps of tensors that were not copied but are watched for changes."""
 
     def __init__(self, random: RandomState):
         self.random = random
@@ -228,38 +220,38 @@ class Snapshot:
         self.watched: list[tuple[str, Tensor, tuple]] = []
 
     def hold(self, name: str, thing: Any, always: bool) -> None:
-        """Copy `thing`, if it is of a kind and has something to copy: not a closure's variable that is not set."""
+        """Copy the content of `thing`, if it has a kind and a content: an unset variable of a closure has none."""
         if (kind := kind_of(thing)) is not None:
             with contextlib.suppress(RuntimeError, TypeError, ValueError):
                 self.entries.append(Entry(name, thing, kind, kind.copy(thing), always))
 
     def later(self, random: RandomState) -> "Snapshot":
-        """What the same things hold now."""
+        """A snapshot of the same objects as they are now."""
         now = Snapshot(random)
         for entry in self.entries:
             now.hold(entry.name, entry.thing, entry.always)
         return now
 
-    def take_again(self, tensors: Iterable[Tensor]) -> None:
-        """Note some tensors as they are now: buffers that DistributedDataParallel has sent, for instance."""
+    def refresh(self, tensors: Iterable[Tensor]) -> None:
+        """Copy `tensors` again, such as buffers that DistributedDataParallel has broadcast."""
         wanted = set(map(id, tensors))
         self.entries = [e._replace(kept=e.kind.copy(e.thing)) if id(e.thing) in wanted else e for e in self.entries]
         self.watched = [(n, t, stamp_of(t) if id(t) in wanted else stamp) for n, t, stamp in self.watched]
 
-    def touched(self) -> set[tuple]:
-        """What has been set since: names of containers and objects, and keys within; not what was mutated."""
-        touched: set[tuple] = set()
+    def assigned(self) -> set[tuple]:
+        """The names and keys of items and attributes that were assigned since; not objects that were mutated."""
+        assigned: set[tuple] = set()
         for name, thing, kind, kept, _ in self.entries:
             if kind is LIST:
-                touched.update((name, i) for i, item in enumerate(thing) if i >= len(kept) or item is not kept[i])
+                assigned.update((name, i) for i, item in enumerate(thing) if i >= len(kept) or item is not kept[i])
             elif kind in (MAPPING, SLOTS, MODULE):
-                # Hooks of modules have a new key each time.
+                # Hooks of modules are left out, since each registration has a new key.
                 now = attributes_of(thing) if kind is MODULE else kind.copy(thing)
-                touched.update((name, key) for key in now if key not in kept or now[key] is not kept[key])
-        return touched
+                assigned.update((name, key) for key in now if key not in kept or now[key] is not kept[key])
+        return assigned
 
     def put(self, host: bool = True) -> None:
-        """Put everything back, the states of Python's and NumPy's generators if `host`."""
+        """Restore everything; the states of Python's and NumPy's generators only if `host`."""
         tensors = [entry for entry in self.entries if entry.kind is TENSOR]
         put_tensors([entry.thing for entry in tensors], [entry.kept for entry in tensors])
         for entry in self.entries:
@@ -267,5 +259,6 @@ class Snapshot:
                 try:
                     entry.kind.put(entry.thing, entry.kept)
                 except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-                    logger.warning_once(f"{entry.name} changes in both passes, since it cannot be put back: {error}.")
+                    what = f"{entry.name} cannot be restored after pass 1, so both passes change it"
+                    logger.warning_once(f"{what}: {error}.")
         self.random.restore(host)

@@ -1,4 +1,4 @@
-"""`LSAM`: the same steps in a loop without a Trainer."""
+"""`LSAM`: the same steps in a training loop without a Trainer."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,22 +14,24 @@ from .given import Optimized, loop_roots
 from .passes import buffers_not_sent
 from .state import load_state, save_state
 from .step import LSAMStep
+from .step_log import announce
 
 logger = logging.get_logger(__name__)
 
 
 @dataclass(eq=False, repr=False)
 class LSAM:
-    """
-    Layer-wise SAM in a loop of one's own: `loss = lsam.backward(lambda: model(**batch).loss)`, not `loss.backward()`.
+    """Layer-wise SAM in your own loop: `loss = lsam.backward(lambda: model(**batch).loss)` replaces `loss.backward()`.
 
     Args:
-        model (`nn.Module`): What the loop calls, wrapped or compiled as it may be.
-        optimizer (`Optimizer`): Any one; blocks are chosen among what it trains.
-        config ([`LSAMConfig`]): The settings; what does not fit the model, or is not supported, is refused at once.
-        max_steps (`int`): Optimizer steps of the training, of which `perturb_start` and `perturb_end` are shares.
-        scaler (`GradScaler`, *optional*): Scales the loss in here; the loop calls its `step` and `update` as ever.
-        accelerator (`Accelerator`, *optional*): Runs the backward pass; its `accumulate` tells which one is the last.
+        model (`nn.Module`): The model as the loop calls it, possibly wrapped or compiled.
+        optimizer (`Optimizer`): Any optimizer; only parameters that it trains are perturbed.
+        config ([`LSAMConfig`]): The settings.
+        max_steps (`int`): Number of optimizer steps of the training, for `perturb_start` and `perturb_end`.
+        scaler (`GradScaler`, *optional*): Scales the loss in `backward`; the loop still calls its `step` and `update`.
+        accelerator (`Accelerator`, *optional*): Runs the backward pass; its `accumulate` marks the last micro-batch.
+
+    Raises `ValueError` if the settings do not fit the model, and `NotImplementedError` for what is not supported.
     """
 
     model: nn.Module
@@ -43,14 +45,17 @@ class LSAM:
         check_loop(self.model, self.config, self.scaler, self.accelerator)
         self.step, self.scaler = 0, self.accelerator.scaler if self.accelerator is not None else self.scaler
         own, trained = utils.extract_model_from_parallel(self.model, keep_torch_compile=False), Optimized(self)
-        config = self.config if self.config.enabled else LSAMConfig(rho=0.0, block_selection="all")  # of any model
+        config = self.config if self.config.enabled else LSAMConfig(rho=0.0, block_selection="all")  # fits any model
         self._lsam = LSAMStep(own, config, self.max_steps, self.scaler, self.model, trained, lambda: loop_roots(self))
+        self._lsam_is_main = not is_distributed() or distributed.get_rank() == 0
+        if config.enabled and self._lsam_is_main:
+            announce(config, self._lsam.candidates, self._lsam.costs, self.max_steps)
 
     def backward(self, compute_loss: Callable[[], Tensor], is_last: bool = True) -> Tensor:
-        """Both passes of a micro-batch, after which the optimizer steps if it `is_last`; returns pass 1's loss."""
+        """Both passes of a micro-batch, if `is_last` the last one of an optimizer step; returns the loss of pass 1."""
         if self.step >= self.max_steps:
-            what = f"The loop has run the max_steps={self.max_steps} optimizer steps that LSAM was told of"
-            logger.warning_once(f"{what}, and those that follow are plain. Count those of the whole training.")
+            what = f"The loop runs more than the max_steps={self.max_steps} optimizer steps that LSAM was given"
+            logger.warning_once(f"{what}; further ones are plain. Set max_steps to the number of all steps.")
         step, self.compute_loss = self._lsam, compute_loss
         own = step.config.sharpness_scope == "micro_batch" and step.perturbs(self.step)
 
@@ -72,19 +77,19 @@ class LSAM:
 
     @property
     def in_second_pass(self) -> bool:
-        """Whether `compute_loss` is called again, for pass 2."""
+        """Whether pass 2 runs, in which `compute_loss` is called a second time for the same batch."""
         return self._lsam.second_pass.running == 2
 
     def log(self) -> dict[str, float]:
-        """The `lsam/` figures since the last call."""
+        """The `lsam/` figures since the last call, those of [`LSAMMixin`]."""
         line = self._lsam.log.line()
         self._lsam.reset_log()
         return line
 
     def save(self, folder: str) -> None:
-        """Write what the next step begins with, as the Trainer does; for every process to call."""
-        save_state(self._lsam, folder, self.step, not is_distributed() or distributed.get_rank() == 0)
+        """Write `lsam_state.safetensors` to `folder`, an existing one; to be called in every process."""
+        save_state(self._lsam, folder, self.step, self._lsam_is_main)
 
     def load(self, folder: str) -> None:
-        """Go on from what `save` has written."""
+        """Continue from what `save` wrote to `folder`; `ValueError` if it is damaged or of another model."""
         self.step = load_state(self._lsam, folder)

@@ -1,4 +1,4 @@
-"""What is in place for the length of a pass: methods that others stand in for, and which weights take a gradient."""
+"""Context managers for the length of a pass: replaced methods, and the weights that require a gradient."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,11 +12,11 @@ from .held import Attributes
 
 
 class Standin:
-    """What an object has for a method, inside of a `with` block: `run` gets its calls. Copies do not have it."""
+    """Replaces a method of an object inside a `with` block: calls go to `run`. Copies get the original method."""
 
     def __init__(self, owner: Any, name: str, run: Callable[[Callable, tuple, dict], Any]):
         self.owner, self.name, self.copies = owner, name, []  # type: ignore[var-annotated]
-        # It may have one of its own already (accelerate's device hooks): that comes back as it was.
+        # A method that was already replaced on the instance (accelerate's device hooks) is restored as such.
         self.own = vars(owner).get(name)
         self.method = getattr(owner, name)
         self.run: Callable | None = run
@@ -29,7 +29,7 @@ class Standin:
         return deepcopy(self.method, memo)
 
     def __reduce__(self):
-        # In a pickle, whose objects are without attributes when this is called: that of the class.
+        # An object that is unpickled has no attributes yet, so this is the method of its class.
         return getattr, (self.owner, self.name)
 
     def __enter__(self) -> None:
@@ -49,14 +49,12 @@ class Standin:
 def only_gradients_of(
     parameters: Sequence[Tensor], weights: Iterable[Tensor], foreign: Iterable[Tensor] = ()
 ) -> Iterator[None]:
-    """
-    Inside, backward gives gradients to `weights` only, starting from none; afterwards every `.grad` is what it was.
+    """Inside, only `weights` require gradients, and each `.grad` begins as `None`; afterwards each one is as before.
 
-    All other `parameters` are switched off: `backward(inputs=...)` would give none under reentrant checkpointing, and
-    wrong ones under FSDP2. Those that are only `foreign` stay on.
+    All other `parameters` get `requires_grad=False`, since `backward(inputs=...)` gives no gradients under reentrant
+    checkpointing, and wrong ones under FSDP2. Parameters that are only in `foreign` still require theirs.
     """
-    # Thousands of weights: so by place in memory, since Tensor.__hash__ is slow, and by attribute.
-    wanted = set(map(id, weights))
+    wanted = set(map(id, weights))  # by id, since there may be thousands, and Tensor.__hash__ is slow
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in (*parameters, *foreign)]
     try:
         for parameter in parameters:
@@ -67,7 +65,7 @@ def only_gradients_of(
                 parameter.grad = None
         yield
     finally:
-        # A forward pass may switch others on, as PEFT does where it changes adapters: what they get is dropped.
+        # A forward pass may set requires_grad, as PEFT does when it switches adapters: those gradients are dropped.
         for parameter, takes, gradient in before:
             if parameter.requires_grad != takes:
                 parameter.requires_grad = takes
@@ -76,10 +74,10 @@ def only_gradients_of(
 
 
 def modes_kept(model: nn.Module, modules: Sequence[nn.Module]) -> Standin:
-    """Inside, the first `model.train()` leaves out `modules` that all train: to visit them takes as long as blocks."""
+    """Inside, the first `model.train()` is skipped if all `modules` train already: it takes as long as a block."""
 
     def run(train: Callable, args: tuple, kwargs: dict) -> nn.Module:
-        # The first thing that `training_step` does; what follows, such as a pickle of the model, is not to see this.
+        # `training_step` calls this first. What follows, such as pickling the model, must not see the replacement.
         standin.__exit__()
         all_train = {module.training for module in modules} == {True}
         return model if all_train and not (args or kwargs) else train(*args, **kwargs)
@@ -89,7 +87,7 @@ def modes_kept(model: nn.Module, modules: Sequence[nn.Module]) -> Standin:
 
 
 def backward_if_any(accelerator: Accelerator) -> Standin:
-    """Inside, a loss that depends on no selected block (LayerDrop, a text without images) gets no backward pass."""
+    """Inside, a loss that does not depend on a selected block (LayerDrop, a text without images) has no backward."""
 
     def run(backward: Callable, args: tuple, kwargs: dict) -> None:
         loss = args[0] if args else kwargs["loss"]
@@ -101,7 +99,7 @@ def backward_if_any(accelerator: Accelerator) -> Standin:
 
 @contextmanager
 def buffers_not_sent(model: nn.Module) -> Iterator[None]:
-    """Inside, DistributedDataParallel sends no buffers: one process may run a failed pass again, and others not."""
+    """Inside, DistributedDataParallel broadcasts no buffers, since a process may rerun a failed pass alone."""
     flag = Attributes(model, ("require_forward_param_sync",))
     own = flag.read()
     try:
@@ -112,15 +110,13 @@ def buffers_not_sent(model: nn.Module) -> Iterator[None]:
 
 
 def copy_of(batch: Any) -> Any:
-    """A copy of a batch, down to its tensors; what cannot be copied is shared."""
+    """A copy of a batch with copies of its tensors; objects that cannot be copied are shared."""
     if isinstance(batch, Tensor):
         return batch.clone()
     if type(batch) is dict:
         return {key: copy_of(part) for key, part in batch.items()}
     if type(batch) in (list, tuple):
         return type(batch)(map(copy_of, batch))
-    if isinstance(batch, (int, float, str, type(None))):
-        return batch
     try:
         return deepcopy(batch)
     except (TypeError, RuntimeError, NotImplementedError):

@@ -1,4 +1,4 @@
-"""Move the selected weights, and put them back exactly."""
+"""Move the selected weights, and restore them exactly."""
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -14,37 +14,35 @@ from .shards import from_parts, is_sharded, local_parts, on_host, sum_over_parts
 
 logger = logging.get_logger(__name__)
 
-# Below this cosine between what the weights moved by and what they should have, a user is told.
-_ROUNDED = 0.95
+_ROUNDED = 0.95  # warn if the cosine between the move of 16-bit weights and its direction is below this
 Tensors = Sequence[Tensor]
 Move = AbstractContextManager[list[Tensor]]
 
 
 class Perturbation:
-    """
-    Moves weights along a direction for the length of a `with` block, and puts them back exactly.
+    """Moves weights along a direction for the length of a `with` block, and restores them exactly.
 
-    The parameters refer to a buffer meanwhile: w + e - e would not be w for 0.3 to 6 % of float32 weights. FSDP2
-    gathers a sharded weight from where it is: each process moves its part in place and copies it back.
+    Meanwhile the parameters refer to a buffer, since `w + e - e` differs from `w` for 0.3 to 6 % of float32 weights.
+    Sharded weights keep their address under FSDP2: each process moves its shard in place and copies it back.
     """
 
     def __init__(self) -> None:
-        # Of stochastic rounding: the number of the step, so that processes and runs that resume round alike.
+        # Seed of stochastic rounding: the number of the step, so that all processes, and resumed runs, round alike.
         self.seed = 0
-        # Those of `moved` and of `copies` take turns.
+        # `copies` swaps the two, so that the next `moved` does not overwrite them.
         self._memory, self._other_memory = _Memory(), _Memory()
         self._undo: Callable[[], None] | None = None
         self._rounding_checked = False
 
     def put_back(self) -> None:
-        """Put back moved weights; to be called after a step too: Ctrl-C may come just as a `with` block begins."""
+        """Restore moved weights; also called after each step, since Ctrl-C may hit the start of a `with` block."""
         if self._undo is not None:
             self._undo()
             self._undo = None
             torch.clear_autocast_cache()
 
     def moved(self, weights: Tensors, direction: Tensors, scale: Tensor | float) -> Move:
-        """Inside, `weights` are at `weights + scale * direction`; yields their local parts as they were."""
+        """Inside, `weights` are `weights + scale * direction`; yields the local parts of their former values."""
         parts = local_parts(weights)
         buffers = self._memory.places_of(parts)
         if not is_sharded(weights):
@@ -55,7 +53,7 @@ class Perturbation:
         return self._until_put_back(move, partial(_copy, parts, buffers), buffers)
 
     def at(self, weights: Tensors, tensors: Tensors) -> Move:
-        """Inside, `weights`, none of them sharded, refer to `tensors`; yields what they referred to before."""
+        """Inside, `weights`, none of them sharded, refer to `tensors`; yields the data they referred to before."""
         before = [weight.data for weight in weights]
         return self._until_put_back(partial(_refer, weights, tensors), partial(_refer, weights, before), before)
 
@@ -66,7 +64,7 @@ class Perturbation:
         self._undo = undo
         try:
             move()
-            # It refers to the direction, which the caller may free. Casts of the weights may be cached under autocast.
+            # `move` refers to the direction, which the caller may free. Autocast may have cached casts of the weights.
             del move
             torch.clear_autocast_cache()
             yield before
@@ -74,7 +72,7 @@ class Perturbation:
             self.put_back()
 
     def copies(self, tensors: Tensors) -> list[Tensor]:
-        """Copies in the memory of the last move, which the next one spares: new memory takes a CPU twice as long."""
+        """Copies in the memory of the last move, since new memory takes a CPU twice as long; kept by the next move."""
         parts = local_parts(tensors)
         buffers = self._memory.places_of(parts)
         _copy(buffers, parts)
@@ -82,21 +80,20 @@ class Perturbation:
         return from_parts(buffers, tensors)
 
     def check_rounding(self, weights: Tensors, before: Tensors, direction: Tensors, rho: float) -> None:
-        """Warn, once they have 16 bits, if `weights` could not follow `direction` from `before`; looks at one move."""
+        """Warn if 16-bit `weights` moved from `before` in another direction; checks their first move only."""
         if self._rounding_checked:
             return
         coarse = next((dtype for dtype in {weight.dtype for weight in weights} if is_coarse(dtype)), None)
         self._rounding_checked = coarse is not None
         if coarse is not None and (cosine := move_cosine(weights, before, direction)) < _ROUNDED:
             logger.warning(
-                f"rho={rho} moves the {coarse} weights by less than they resolve: rounded stochastically, that is "
-                f"noisy (cosine with its direction {cosine:.2f}). Raise rho, or keep float32 weights and train with "
-                "bf16=True."
+                f"rho={rho} moves the {coarse} weights by less than they resolve: rounded stochastically, the move is "
+                f"noisy (cosine with its direction {cosine:.2f}). Raise rho, or use float32 weights with bf16=True."
             )
 
 
 class _Memory:
-    """Memory that is kept from step to step, as large as the largest set of tensors that was ever put there."""
+    """Memory that is reused from step to step, as large as the largest set of tensors so far."""
 
     def __init__(self) -> None:
         self._flat: dict[tuple[torch.device, torch.dtype], Tensor] = {}
@@ -104,7 +101,7 @@ class _Memory:
         self._places: list[Tensor] = []
 
     def places_of(self, tensors: Tensors) -> list[Tensor]:
-        """Room for as many tensors of the same kinds, shapes and (without gaps) strides."""
+        """Uninitialised tensors of the same devices, dtypes, shapes and (without gaps) strides as `tensors`."""
         kinds = [(tensor.device, tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors]
         if kinds != self._kinds:
             starts, ends = [], Counter[tuple[torch.device, torch.dtype]]()
@@ -125,13 +122,13 @@ class _Memory:
 
 @contextmanager
 def unchanged(weights: Tensors) -> Iterator[None]:
-    """Inside, nothing may change the moved `weights` in place, which would be lost; raises `RuntimeError` after it."""
+    """Raise `RuntimeError` if the block changes the moved `weights` in place, since restoring would undo that."""
     versions = [weight._version for weight in weights]
     yield
     if versions != [weight._version for weight in weights]:
         raise RuntimeError(
-            "A pass changed perturbed weights in place, as nn.Embedding does with max_norm, and that would be lost. "
-            "Use ascent_gradient='current', or perturb other weights (block_selection, block_pattern)."
+            "A pass changed perturbed weights in place, as nn.Embedding does with max_norm, and the change is lost "
+            "with the perturbation. Set ascent_gradient='current', or select others (block_selection, block_pattern)."
         )
 
 
@@ -141,12 +138,12 @@ def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
 
 
 def _refer(weights: Tensors, tensors: Tensors) -> None:
-    """Let each of `weights` refer to the data of its tensor: all at once, since Ctrl-C could come in between."""
+    """Let each of `weights` refer to the data of its tensor, in one call that Ctrl-C cannot interrupt."""
     deque(map(Tensor.data.__set__, weights, tensors), maxlen=0)  # type: ignore[attr-defined]
 
 
 def _real_parts(tensors: Tensors) -> list[Tensor]:
-    """The local parts, complex ones as pairs of real numbers; they share memory with `tensors`."""
+    """Views of the local parts, with complex numbers as pairs of real ones."""
     parts = local_parts(tensors)
     if not any(dtype.is_complex for dtype in {part.dtype for part in parts}):
         return parts
@@ -155,7 +152,7 @@ def _real_parts(tensors: Tensors) -> list[Tensor]:
 
 @torch.no_grad()
 def norms(tensors: Tensors) -> Tensor:
-    """The Euclidean norm of each whole tensor, in float32 or wider, stacked: shape `(len(tensors),)`."""
+    """The Euclidean norm of each whole tensor, in float32 or wider; shape `(len(tensors),)`."""
     dtype = reduce(torch.promote_types, (dtype.to_real() for dtype in {t.dtype for t in tensors}), torch.float32)
     parts = torch.stack(torch._foreach_norm(_real_parts(tensors), 2, dtype=dtype))
     if not is_sharded(tensors):
@@ -164,13 +161,13 @@ def norms(tensors: Tensors) -> Tensor:
 
 
 def joint_norm(tensors: Tensors) -> Tensor:
-    """The Euclidean norm of all of them together: one number, on the device."""
+    """The joint Euclidean norm of all of them: a scalar on the device."""
     return norms(tensors).square().sum().sqrt()
 
 
 @torch.no_grad()
 def distance(tensors: Tensors, others: Tensors) -> float:
-    """Euclidean norm of the difference of all of them together, as a share of that of `others`."""
+    """Joint Euclidean norm of the differences, relative to that of `others`."""
     parts = torch._foreach_sub(local_parts(tensors), local_parts(others))
     apart, whole = norms(from_parts(parts, others)).double().norm(), norms(others).double().norm()
     return float(apart / whole) if whole > 0 or apart > 0 else 0.0
@@ -187,7 +184,7 @@ def mix(plain: Tensors, perturbed: Tensors, alpha: float) -> Tensors:
 
 @torch.no_grad()
 def where(condition: Tensor, tensors: Tensors, others: Tensors) -> list[Tensor]:
-    """`tensors` if `condition`, one boolean, else `others`; on an accelerator without waiting for it."""
+    """`tensors` if `condition` (a boolean scalar), else `others`; on an accelerator without host synchronisation."""
     if on_host(condition):
         return list(tensors if condition.numpy() else others)
     pairs = zip(local_parts(tensors), local_parts(others), strict=True)
@@ -196,7 +193,7 @@ def where(condition: Tensor, tensors: Tensors, others: Tensors) -> list[Tensor]:
 
 @torch.no_grad()
 def zero_unless(condition: Tensor, tensors: Tensors) -> list[Tensor]:
-    """`tensors` if `condition`, one boolean, else zeros; on an accelerator without waiting for it."""
+    """`tensors` if `condition` (a boolean scalar), else zeros; on an accelerator without host synchronisation."""
     if on_host(condition):
         return list(tensors) if condition.numpy() else [torch.zeros_like(tensor) for tensor in tensors]
     return from_parts([torch.where(condition, part, 0.0) for part in local_parts(tensors)], tensors)
@@ -204,7 +201,7 @@ def zero_unless(condition: Tensor, tensors: Tensors) -> list[Tensor]:
 
 @torch.no_grad()
 def adaptive_scores(weights: Tensors, gradients: Tensors) -> list[Tensor]:
-    """ASAM's `|w| g`, whose norm takes the place of the gradient's, in float32 or wider."""
+    """ASAM's `|w| g`, whose norm replaces that of the gradient; in float32 or wider."""
     parts = torch._foreach_mul(torch._foreach_abs(wide(local_parts(weights))), wide(local_parts(gradients)))
     return from_parts(parts, gradients)
 
@@ -212,7 +209,7 @@ def adaptive_scores(weights: Tensors, gradients: Tensors) -> list[Tensor]:
 @torch.no_grad()
 def orthogonal_part(perturbed: Tensors, plain: Tensors) -> list[Tensor]:
     """The part of the `perturbed` gradient orthogonal to the `plain` one, of unit length (zero if there is none)."""
-    # LookSAM's memory is largest here: what is as large as the gradients is made once, and products one at a time.
+    # The peak of LookSAM's memory: one list as large as the gradients, and one product at a time.
     plain_parts, perturbed_parts = wide(local_parts(plain)), wide(local_parts(perturbed))
     products = [(left.conj() * right).sum().real for left, right in zip(perturbed_parts, plain_parts, strict=True)]
     along = sum_over_parts(torch.stack(products), plain).sum() / norms(plain).square().sum()
@@ -227,14 +224,13 @@ def orthogonal_part(perturbed: Tensors, plain: Tensors) -> list[Tensor]:
 @torch.no_grad()
 def add_along(gradients: Tensors, directions: Tensors, scale: float) -> None:
     """Add to `gradients`, in place, `scale` times their joint norm along each of `directions`."""
-    # Where one of them is not finite, the others stay what they are.
-    length = joint_norm(gradients).nan_to_num(0.0, posinf=0.0)
+    length = joint_norm(gradients).nan_to_num(0.0, posinf=0.0)  # if a gradient is not finite, nothing is added
     torch._foreach_add_(local_parts(gradients), torch._foreach_mul(local_parts(directions), scale * length))
 
 
 @torch.no_grad()
 def move_cosine(weights: Tensors, before: Tensors, direction: Tensors) -> float:
-    """Cosine between the move of `weights` from `before` and `direction`; below 1 where rounding swallows it."""
+    """Cosine between the move of `weights` from `before` and `direction`; rounding makes it smaller than 1."""
     moves = [weight.double() - old.double() for weight, old in zip(local_parts(weights), before, strict=True)]
     products = [(move * d.double()).sum() for move, d in zip(moves, local_parts(direction), strict=True)]
     along = float(sum_over_parts(torch.stack(products), weights).sum())

@@ -1,8 +1,7 @@
-r"""
-Every method, literally: the equations as plain loops. The page to read first, and the oracle of the tests.
+r"""Every method as plain loops, straight from its equations: the file to read first, and the reference of the tests.
 
-The trainer uses nothing of it. Each function performs one optimizer step of one method on a list of micro-batches,
-whose losses are averaged. `blocks` is a list of lists of parameters.
+The trainer does not use it. Each `..._step` function performs one optimizer step on a list of micro-batches, whose
+losses are averaged. `blocks` is a list of lists of parameters.
 
     L(w) + lambda * ||grad_S L(w)||,  alpha = lambda / rho                                    (Lee, KDD 2024)
     selected i:  g_i = (1 - alpha) * grad_i L(w) + alpha * grad_i L(w + eps)
@@ -31,7 +30,7 @@ def trainable(model: Module) -> list[Parameter]:
 
 
 def gradient(model: Module, batches: Batches) -> dict[Parameter, Tensor]:
-    """grad L at the current weights, L being the mean loss of the micro-batches."""
+    """grad L at the current weights, where L is the mean loss of the micro-batches."""
     loss = sum(model(**batch).loss for batch in batches) / len(batches)
     gradients = torch.autograd.grad(loss, trainable(model), allow_unused=True)
     return {p: grad for p, grad in zip(trainable(model), gradients, strict=True) if grad is not None}
@@ -45,7 +44,7 @@ def norm(tensors: Sequence[Tensor]) -> float:
 def perturbed_gradient(
     model: Module, batches: Batches, selected: Sequence[Parameter], ascent: dict, rho: float, adaptive=False
 ) -> dict[Parameter, Tensor]:
-    """grad L(w + eps), eps along `ascent` on the `selected` parameters; w is put back. ASAM's eps if `adaptive`."""
+    """grad L(w + eps) with eps along `ascent` for the `selected` parameters (ASAM's if `adaptive`); w is restored."""
     weights = {p: p.detach().clone() for p in selected if p in ascent}
     scale = {p: weight.abs() if adaptive else 1.0 for p, weight in weights.items()}
     length = norm([scale[p] * ascent[p] for p in weights])
@@ -58,14 +57,14 @@ def perturbed_gradient(
 
 
 def update(model: Module, gradients: dict[Parameter, Tensor], optimizer: Optimizer) -> None:
-    """Hand the gradients to the optimizer and step."""
+    """One step of the optimizer with these gradients."""
     for parameter in model.parameters():
         parameter.grad = gradients.get(parameter)
     optimizer.step()
 
 
 def plain_step(model: Module, batches: Batches, optimizer: Optimizer) -> None:
-    """The step without any perturbation."""
+    """A step without perturbation."""
     update(model, gradient(model, batches), optimizer)
 
 
@@ -91,14 +90,14 @@ def lsam_step(
     rule: Rule,
     adaptive: bool = False,
 ) -> None:
-    """Layer-wise SAM (Lee, KDD 2024): only the blocks that `rule` names are perturbed, and only they are mixed."""
+    """Layer-wise SAM (Lee, KDD 2024): only the blocks that `rule` selects are perturbed and have a mixed gradient."""
     update(model, lsam_gradient(model, batches, blocks, rho, alpha, rule, adaptive), optimizer)
 
 
 def lsam_gradient(
     model: Module, batches: Batches, blocks: Blocks, rho: float, alpha: float, rule: Rule, adaptive: bool = False
 ) -> dict[Parameter, Tensor]:
-    """The gradient that layer-wise SAM hands to the optimizer."""
+    """The gradient that the optimizer gets from layer-wise SAM."""
     plain = gradient(model, batches)
     scores = {p: p.detach().abs() * g for p, g in plain.items()} if adaptive else plain
     norms = [norm([scores[p] for p in block if p in scores]) for block in blocks]
@@ -119,7 +118,7 @@ def micro_batch_lsam_step(
 def looksam_step(
     model: Module, batches: Batches, optimizer: Optimizer, rho: float, interval: int, scale: float, step: int, state
 ) -> None:
-    """LookSAM (Liu et al., CVPR 2022): SAM at every `interval`-th step, whose part orthogonal to g is reused."""
+    """LookSAM (Liu et al., CVPR 2022): SAM at every `interval`-th step; the others reuse its part orthogonal to g."""
     plain = gradient(model, batches)
     length = norm(list(plain.values()))
     if step % interval == 0:
@@ -135,7 +134,7 @@ def looksam_step(
 def one_pass_lsam_step(
     model: Module, batches: Batches, optimizer: Optimizer, blocks: Blocks, rho: float, rule: Rule, state: dict
 ) -> None:
-    """One-pass layer-wise SAM (after AsyncSAM, arXiv 2503.11147, tau = 1): climb the gradient of the step before."""
+    """One-pass layer-wise SAM (after AsyncSAM, arXiv 2503.11147, tau = 1): eps along the previous step's gradient."""
     gradients = perturbed_gradient(model, batches, state.get("selected", []), state.get("gradient", {}), rho)
     norms = [norm([gradients[p] for p in block if p in gradients]) for block in blocks]
     state["selected"] = [p for i in rule(norms) for p in blocks[i]]
@@ -154,11 +153,10 @@ def last(k: int) -> Rule:
 
 
 def budget(max_overhead: float, k: int | None, sizes: Sequence[int], head: int) -> Rule:
-    """
-    Of all sets within the budget the one with the largest norm, by trying all of them.
+    """Of all sets within the budget, the one with the largest norm, by trying all of them.
 
-    `sizes` counts the weights of each block, `head` those after the last one, all trained. A plain step costs three
-    times all of it; pass 2 costs two of these from the first selected block on, and the third for the selected ones.
+    `sizes` are the numbers of weights of the blocks, `head` of those after the last one, all trained. A plain step
+    costs 3 for each weight. Pass 2 costs 2 for each from the first selected block on, and 1 more for selected ones.
     """
 
     def cost(blocks: Sequence[int]) -> float:

@@ -1,4 +1,4 @@
-"""Suffix replay: pass 2 returns what blocks returned in pass 1, up to the first perturbed one."""
+"""Suffix replay: in pass 2, the blocks before the first perturbed one return their outputs of pass 1."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,15 +15,15 @@ from .passes import Standin
 
 
 class ReplayError(RuntimeError):
-    """A pass that cannot be replayed from its records; a full pass is needed."""
+    """The pass cannot be replayed from its recording; a full pass is needed."""
 
 
 class DroppedError(ReplayError):
-    """Something read the output of a block that was not kept."""
+    """The model reads the output of a block that was not kept."""
 
 
 class Dropped(Tensor):
-    """For a tensor that was not kept: who reads its values, but by C++ (NaN), gets a `DroppedError`."""
+    """Placeholder of a tensor that was not kept: Python code that reads its values gets a `DroppedError`, C++ NaN."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -42,29 +42,28 @@ _READ_NO_VALUES = {
 class Call:
     """A call of a block."""
 
-    block: int  # its index; -1 is all that lies outside of the blocks
-    places: int  # how many of the batch it went through (tokens, pixels)
-    # A block that runs again in the backward pass (activation checkpointing) has a gradient in one of the two calls.
-    has_gradient: bool
-    dtype: torch.dtype = torch.float32  # of its output
-    # For a replay: what it returned, if that is `kept`; else a placeholder, right after which no replay may begin.
+    block: int  # index of the block; -1 is everything outside of the blocks
+    places: int  # number of tokens (or pixels) of the batch that it is applied to
+    has_gradient: bool  # true of one call, if the block runs again in the backward pass (activation checkpointing)
+    dtype: torch.dtype = torch.float32  # of the output
+    # For a replay: the output, if it is `kept`; otherwise a placeholder, right after which no replay may begin.
     output: Any = None
     kept: bool = False
-    state: RandomState | None = None  # of the random generators, when it had returned
-    versions: Sequence[int] = ()  # of the tensors in its output
+    state: RandomState | None = None  # of the random generators after the call
+    versions: Sequence[int] = ()  # version counters of the tensors in the output
 
 
 @dataclass
 class Recording:
-    """What one pass called, in its order."""
+    """The calls of blocks and of the model in one pass, in order."""
 
-    calls: list[Call] = field(default_factory=list)
-    # Of the model: names and plain values of the arguments, and the number of tensors returned.
+    calls: list[Call] = field(default_factory=list)  # in the forward pass
+    # Calls of the model: names, classes and plain values of the arguments, and the number of tensors returned.
     models: list[tuple] = field(default_factory=list)
     again: list[Call] = field(default_factory=list)  # in the backward pass
-    last: list[Call] = field(default_factory=list)  # in the last pass over this micro-batch, replayed calls aside
-    graded: set[int] = field(default_factory=set)  # blocks that a gradient goes through
-    has_dropped: bool = False
+    last: list[Call] = field(default_factory=list)  # in the latest pass over this micro-batch, without replayed calls
+    graded: set[int] = field(default_factory=set)  # blocks whose output has a gradient
+    has_dropped: bool = False  # whether there are calls whose output is not kept
 
     @property
     def first(self) -> list[Call]:
@@ -73,15 +72,15 @@ class Recording:
 
     @property
     def heads(self) -> int:
-        """How often the model was called."""
+        """The number of calls of the model, at least 1."""
         return max(len(self.models), 1)
 
     def start(self, blocks: Collection[int]) -> int:
-        """The place of the first call of one of `blocks`; the number of calls if there is none."""
+        """The index of the first call of one of `blocks`; the number of calls if there is none."""
         return next((place for place, call in enumerate(self.calls) if call.block in blocks), len(self.calls))
 
     def note(self, block: int, output: Any, again: bool) -> Call:
-        """Note a call that returned `output`: images have their channels first, all else last."""
+        """Add a call that returned `output`; 4-dimensional outputs have their channels in dimension 1, others last."""
         tensors = [t for t in _tensors(output) if t.dim() > 0 and t.is_floating_point()] or [torch.zeros(1)]
         shape = tensors[0].shape
         places = shape.numel() // max(shape[1 if len(shape) == 4 else -1], 1)
@@ -94,22 +93,22 @@ class Recording:
 
 
 class Replay:
-    """
-    Records passes over `blocks` and replays them.
+    """Records the outputs of `blocks` in a pass, and replays them in another one.
 
-    Only the blocks' `forward` is replaced, so masks, position embeddings and cross-attention need no special case, and
-    module hooks still run. A replayed call leaves the random state of the recorded one: T5 draws between blocks.
+    Only the `forward` of blocks is replaced, so masks, position embeddings and cross-attention need no special case,
+    and hooks of modules still run. A replayed call sets the random state that the recorded one left, since the model
+    may draw random numbers between blocks (T5).
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device, model: nn.Module | None = None):
         self.blocks, self.device, self.model = list(blocks), device, model
-        self.draws_on_host = False  # where passes draw from Python's or NumPy's generator, calls keep their states
+        self.draws_on_host = False  # whether passes draw from Python's or NumPy's generator, so that states are kept
 
     @contextmanager
     def recording(
         self, keeps: bool = True, places: Collection[int] | None = None, first_call: Callable | None = None
     ) -> Iterator[Recording]:
-        """Record the pass inside, and if it `keeps` them, outputs at `places` (default: all), for replays to begin."""
+        """Record the pass inside; with `keeps`, also the outputs of calls `places` (default: all), for replays."""
         recording, placeholder = Recording(), partial(_placeholder, {})
 
         def run_block(block: int, forward: Callable, args: tuple, kwargs: dict) -> Any:
@@ -130,7 +129,7 @@ class Replay:
                 first_call()
             recording.models.append(())
             output = forward(*args, **kwargs)
-            # Names and kinds of the arguments, and the values of those that are switches.
+
             named = [*enumerate(args), *kwargs.items()]
             kinds = tuple((name, v if isinstance(v, (bool, str, type(None))) else type(v)) for name, v in named)
             recording.models[place] = (kinds, len(_tensors(output)))
@@ -142,12 +141,10 @@ class Replay:
 
     @contextmanager
     def replaying(self, recording: Recording, perturbed: Collection[int] | None) -> Iterator[None]:
-        """
-        Inside, blocks called before the first one of `perturbed` (`None`: no block) return what they returned in
-        `recording`, or [`Dropped`] where that was not kept: only the last of these outputs is meant to be read.
-
-        Raises `ReplayError` if blocks are called in another order, a record was changed in place, an output is read
-        that was not kept, or the model returns another number of tensors.
+        """Inside, blocks called before the first of `perturbed` (`None`: no block) return their recorded outputs, or
+        [`Dropped`] if these were not kept, since the model usually reads the last one only. `ReplayError` if blocks
+        are called in another order, a recorded output was changed in place, one that was not kept is read, or the
+        model returns another number of tensors.
         """
         first = recording.start(perturbed) if perturbed is not None else 0
         while first > 0 and not recording.calls[first - 1].kept:
@@ -167,8 +164,7 @@ class Replay:
                 raise ReplayError(f"the output of block {block} was changed in place after the block returned it")
             if call.state is not None:
                 call.state.restore()
-            # Containers of its own for each pass, which may write to them.
-            return _map(lambda tensor: tensor, call.output)
+            return _map(lambda tensor: tensor, call.output)  # new containers, since a pass may write to them
 
         def run_model(forward: Callable, args: tuple, kwargs: dict) -> Any:
             recorded = next(models, None)
@@ -185,7 +181,7 @@ class Replay:
 
     @contextmanager
     def _standing_in(self, run_block: Callable, run_model: Callable) -> Iterator[None]:
-        """Inside, `run_block(index, forward, args, kwargs)` runs for each block, and the like for the model."""
+        """Inside, `run_block(index, forward, args, kwargs)` replaces calls of blocks; `run_model`, of the model."""
         standins = [Standin(b, _forward_of(b), partial(run_block, index)) for index, b in enumerate(self.blocks)]
         if self.model is not None:
             standins.append(Standin(self.model, _forward_of(self.model), run_model))
@@ -199,17 +195,17 @@ class Replay:
 
 
 def _forward_of(module: nn.Module) -> str:
-    """`forward`, or where `block.compile()` was called what it compiled, so that no wrapper is compiled in."""
+    """`forward`, or after `block.compile()` the compiled call, so that the replacement is not compiled."""
     return "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
 
 
 def _is_backward() -> bool:
-    """Whether this is called from a backward pass."""
+    """Whether this runs within a backward pass."""
     return torch._C._current_graph_task_id() != -1
 
 
 def _requiring_grad(block: nn.Module, args: tuple) -> tuple:
-    """`args` such that a reentrant checkpoint, which only looks at its inputs, tracks gradients of the weights."""
+    """`args` requiring gradients: a reentrant checkpoint computes those of weights only if its inputs do."""
     if not getattr(block, "gradient_checkpointing", False):
         return args
     frozen = [isinstance(arg, Tensor) and arg.is_floating_point() and not arg.requires_grad for arg in args]
@@ -217,7 +213,7 @@ def _requiring_grad(block: nn.Module, args: tuple) -> tuple:
 
 
 def _map(function: Callable[[Tensor], Any], output: Any) -> Any:
-    """`output` with what `function` makes of each tensor in its place."""
+    """`output` with `function` applied to each tensor."""
     return function(output) if isinstance(output, Tensor) else recursively_apply(function, output)
 
 
@@ -230,7 +226,7 @@ def _tensors(output: Any) -> list[Tensor]:
 
 
 def _placeholder(made: dict[tuple, Tensor], tensor: Tensor) -> Tensor:
-    """[`Dropped`], one for each shape and kind `made`; what is no floating-point tensor stays."""
+    """A [`Dropped`] in place of a floating-point `tensor`; `made` caches them by shape and kind."""
     if not tensor.is_floating_point():
         return tensor.detach()
     key = (tensor.shape, tensor.dtype, tensor.device, tensor.is_inference())

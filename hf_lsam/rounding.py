@@ -1,4 +1,4 @@
-"""Weights of 16 bits: rounded stochastically, a short move is noisy, but not lost as by rounding to the nearest."""
+"""16-bit weights: short moves are rounded stochastically, since rounding to the nearest would lose them."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from .shards import on_host
 def add_into(
     targets: Sequence[Tensor], weights: Sequence[Tensor], direction: Sequence[Tensor], scale: Tensor | float, seed: int
 ) -> None:
-    """`targets = weights + scale * direction`; what has 16 bits is rounded stochastically, by draws from `seed`."""
+    """`targets = weights + scale * direction`; 16-bit numbers are rounded stochastically, with `seed`."""
     if isinstance(scale, Tensor) and on_host(scale):
         scale = scale.numpy().item()
     kinds = {weight.dtype for weight in weights}
@@ -30,16 +30,16 @@ def add_into(
 
 
 def is_coarse(dtype: torch.dtype) -> bool:
-    """Whether its numbers have 16 bits or fewer."""
+    """Whether `dtype` has 16 bits or fewer."""
     return torch.finfo(dtype).bits < 32
 
 
 @torch.no_grad()
 def round_stochastically(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Float32 `values` rounded to one of their two neighbours in a 16-bit `dtype`, such that the mean is `values`."""
+    """Float32 `values` rounded to one of their two neighbours in a 16-bit `dtype`; the expectation is `values`."""
     near = values.to(dtype)
     rest = values - near
-    # The numbers of one sign are in the order of their bits; next to zero is the smallest one of either sign.
+    # As integers, the bits of numbers of one sign are in order. The neighbours of zero are the smallest of each sign.
     bits = near.view(torch.int16)
     beyond_zero = torch.where(rest > 0, 1, torch.iinfo(torch.int16).min + 1)
     outwards = torch.where((rest > 0) == (near > 0), bits + 1, bits - 1)

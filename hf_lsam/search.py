@@ -1,4 +1,4 @@
-"""A trial of a hyperparameter search, which may set fields of [`LSAMConfig`] beside training arguments."""
+"""Trials of a hyperparameter search that set fields of [`LSAMConfig`] as well as training arguments."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,7 +8,7 @@ from transformers.trainer_utils import HPSearchBackend
 
 
 def set_up_trial(trainer: Any, trial: Any, set_up: Callable[[Any], None]) -> None:
-    """Set the fields of [`LSAMConfig`] on `trainer`, and let the Trainer's own `set_up` set the others."""
+    """Set the trial's fields of [`LSAMConfig`] on `trainer`, and the others by the Trainer's own `set_up`."""
     hp_space, is_optuna = trainer.hp_space, trainer.hp_search_backend == HPSearchBackend.OPTUNA
     values = dict(hp_space(trial) if is_optuna else trial)
     own = {name: values.pop(name) for name in list(values) if name in vars(trainer.lsam_config)}
@@ -16,10 +16,10 @@ def set_up_trial(trainer: Any, trial: Any, set_up: Callable[[Any], None]) -> Non
     if shared:
         raise ValueError(
             f"The search sets {', '.join(shared)}, which is a field of both LSAMConfig and "
-            f"{type(trainer.args).__name__}. Leave it out of the search and set it on either one."
+            f"{type(trainer.args).__name__}. Remove it from the search, and set it on one of the two."
         )
     trainer.lsam_config = replace(trainer.lsam_config, **own)
-    # The Trainer reads Optuna's values from `hp_space`, those of the others from the trial itself.
+    # The Trainer reads Optuna's values from `hp_space`, and those of other backends from the trial.
     trainer.hp_space = lambda trial: values
     try:
         set_up(trial if is_optuna else values)

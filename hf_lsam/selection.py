@@ -1,4 +1,4 @@
-"""Which blocks are perturbed, from their gradient norms and from what perturbing them costs."""
+"""The selection of blocks, by their gradient norms and the cost of perturbing them."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from .costs import CostModel
 def select(
     config: LSAMConfig, candidates: Sequence[Candidate], costs: CostModel, squared_norms: Sequence[float]
 ) -> list[int]:
-    """Indices of the candidates to perturb, in their own order: never one without a gradient (LayerDrop)."""
+    """Indices of the candidates to perturb, in ascending order; never one without a gradient (LayerDrop)."""
     alive = [index for index, squared_norm in enumerate(squared_norms) if squared_norm > 0]
     limit = len(alive) if config.num_perturbed_blocks is None else config.num_perturbed_blocks
     if config.block_selection == "all":
@@ -20,8 +20,8 @@ def select(
     by_norm = sorted(alive, key=lambda index: -squared_norms[index])
     if config.block_selection == "top_k":
         return sorted(by_norm[:limit])
-    # The budget: for each candidate as the first, it and, of those that start no earlier, the ones with the largest
-    # norm that still fit. Exact for candidates of one size, greedy for others.
+    # The budget: for each candidate as the first, add those with the largest norm that start no earlier and still fit.
+    # This is exact for candidates of equal size, and greedy for others.
     sizes, starts = list(map(costs.size, candidates)), list(map(costs.start, candidates))
     sets: list[list[int]] = [[]]
     for first in by_norm:
@@ -36,18 +36,17 @@ def select(
     return sorted(max(sets, key=lambda chosen: sum(squared_norms[index] for index in chosen)))
 
 
-def beginnings(config: LSAMConfig, candidates: Sequence[Candidate], costs: CostModel) -> set[int]:
-    """Places of the calls that a pass 2 can begin with, where all of `candidates` have a gradient."""
+def replay_starts(config: LSAMConfig, candidates: Sequence[Candidate], costs: CostModel) -> set[int]:
+    """Indices of the calls of blocks at which a pass 2 may begin, if all of `candidates` have a gradient."""
     if config.block_selection == "last":
-        # All of them are perturbed together, so it begins with the first.
-        limit = config.num_perturbed_blocks or len(candidates)
+        limit = config.num_perturbed_blocks or len(candidates)  # all of them are selected, so it begins at the first
         return {min(map(costs.start, candidates[-limit:]))} if candidates else set()
     is_budget = config.block_selection == "budget"
     return {costs.start(c) for c in candidates if not is_budget or costs.overhead([c]) <= config.max_overhead}
 
 
 def check_selection(config: LSAMConfig, candidates: Sequence[Candidate], costs: CostModel) -> None:
-    """Raise `ValueError` if `num_perturbed_blocks` is more than there are, or `max_overhead` leaves no candidate."""
+    """Raise `ValueError` if `num_perturbed_blocks` exceeds the candidates, or none of them fits `max_overhead`."""
     if config.block_selection in ("all", "none"):
         return
     wanted = config.num_perturbed_blocks
@@ -60,9 +59,9 @@ def check_selection(config: LSAMConfig, candidates: Sequence[Candidate], costs: 
         cheapest = min(candidates, key=lambda candidate: costs.overhead([candidate]))
         least = costs.overhead([cheapest])
         if least > config.max_overhead:
-            other = "ascent_gradient='previous', whose cost is next to nothing"
+            other = "ascent_gradient='previous', which needs no second pass"
             if config.ascent_gradient == "previous":
-                other = "block_selection='last': without a second pass there is no cost to bound"
+                other = "block_selection='last', since without a second pass there is no cost to limit"
             raise ValueError(
                 f"max_overhead={config.max_overhead} is too small for any candidate: the cheapest, {cheapest.name}, "
                 f"costs {least:.3f} of a plain step. Raise max_overhead to at least that, or use {other}."

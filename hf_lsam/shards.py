@@ -1,4 +1,4 @@
-"""Tensors that FSDP2 shards: what goes element by element is done to the parts, and sums go over the processes."""
+"""Tensors that FSDP2 shards: element-wise operations act on local parts, and sums are reduced over the processes."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,13 +10,13 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 @torch.no_grad()
 def local_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """What this process holds of each tensor, sharing its memory; of a tensor that is not sharded, all of it."""
+    """The shard of each tensor in this process, in the same memory; a tensor that is not sharded, itself."""
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
 @torch.no_grad()
 def from_parts(parts: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors whose local parts are `parts`, sharded as those of `whole` are."""
+    """The tensors whose local parts are `parts`, sharded like those of `whole`."""
     return [
         DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
         if isinstance(like, DTensor)
@@ -27,7 +27,7 @@ def from_parts(parts: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]
 
 @torch.no_grad()
 def sum_over_parts(sums: Tensor, whole: Sequence[Tensor]) -> Tensor:
-    """`sums[i]`, over this process's part of `whole[i]`, as that over all of it; an all-reduce for each mesh."""
+    """Sums over whole tensors, from the `sums[i]` over the local parts of `whole[i]`; one all-reduce per mesh."""
     groups: dict[tuple, list[int]] = {}
     for place, tensor in enumerate(whole):
         if isinstance(tensor, DTensor):
@@ -51,18 +51,18 @@ def sharded_modules(model: nn.Module) -> list[FSDPModule]:
 
 
 def reshard(modules: Iterable[FSDPModule]) -> None:
-    """Give up weights that an evaluation has gathered: the model would use them, whatever is done to the shards."""
+    """Free full weights that an evaluation has gathered: the model would use them in place of the moved shards."""
     for module in modules:
         module.reshard()
 
 
 def on_host(tensor: Tensor) -> bool:
-    """Whether its values are there. Those of an accelerator have to be waited for."""
+    """Whether the values can be read without host synchronisation."""
     return tensor.device.type == "cpu"
 
 
 def compute_device(tensor: Tensor) -> torch.device:
-    """Where a module with this parameter computes: for a shard that is offloaded to the CPU, not where it lies."""
+    """The device that computes with this parameter: of a shard that is offloaded to the CPU, the accelerator."""
     if isinstance(tensor, DTensor) and tensor.device_mesh.device_type != tensor.device.type:
         return torch.device(tensor.device_mesh.device_type)
     return tensor.device

@@ -1,4 +1,4 @@
-"""What goes from step to step, in the checkpoint."""
+"""Save and load what one step takes over from the last: the gradients of one pass and of LookSAM, and the log."""
 
 import json
 from dataclasses import asdict
@@ -19,15 +19,17 @@ from .step import LSAMStep
 logger = logging.get_logger(__name__)
 
 STATE_FILE = "lsam_state.safetensors"
-# Of an ascent, what has the shapes of weights: its other tensors are numbers, and lie with the settings.
+# The fields of an ascent that are tensors of a weight's shape; the others are small, and saved as JSON.
 _LARGE = ("weights", "gradients", "direction")
 
 
 def save_state(step: LSAMStep, checkpoint: str, global_step: int, should_save: bool = True) -> None:
-    """Write what step `global_step` begins with, where processes `should_save`; `OSError` if that cannot be done."""
-    # Every process has to call it, since sharded tensors are gathered from all.
-    # A run that is killed in here leaves no checkpoint that resumes: `trainer_state.json` is written afterwards.
-    kept = step.kept(global_step)
+    """Write the state at the beginning of step `global_step` to the folder `checkpoint`; `OSError` if that fails.
+
+    Every process has to call it, since sharded tensors are gathered from all; those that `should_save` write.
+    """
+    # A run that is killed in here leaves no checkpoint to resume from: `trainer_state.json` is written afterwards.
+    kept = step.state_at(global_step)
     reshard(step.sharded_modules)
     contents: dict[str, Any] = {"step": global_step, "config": asdict(step.config), "log": kept.log.state()}
     if kept.previous is not None:
@@ -51,20 +53,24 @@ def save_state(step: LSAMStep, checkpoint: str, global_step: int, should_save: b
         save_file(tensors, draft, metadata={"lsam": json.dumps(contents)})
     except (SafetensorError, OSError) as error:
         raise OSError(
-            f"{draft.with_suffix('')} could not be written ({error}), so {checkpoint} cannot be resumed from. See to "
-            "it that there is room and write access, remove the checkpoint, and resume from the one before."
+            f"{draft.with_suffix('')} could not be written ({error}), so {checkpoint} cannot be resumed from. Check "
+            "disk space and write access, remove this checkpoint, and resume from the one before."
         ) from error
     draft.replace(draft.with_suffix(""))
 
 
 def load_state(step: LSAMStep, checkpoint: str) -> int:
-    """Go on from `checkpoint`, or start clean; returns its step. `ValueError`: it is damaged, or of another model."""
+    """Load into `step` the state that `save_state` wrote to the folder `checkpoint`; returns the number of its step.
+
+    If there is no file (a checkpoint of the plain Trainer), or it was saved with other settings or blocks, it warns
+    and loads nothing: one pass and LookSAM begin again. `ValueError` if the file is damaged or of another model.
+    """
     path = Path(checkpoint) / STATE_FILE
     if not path.exists():
         logger.warning(f"{checkpoint} holds no {STATE_FILE}: layer-wise SAM starts without state of earlier steps.")
         return 0
     try:
-        # What is to be sharded need not lie whole on the device.
+        # Whole tensors that are to be sharded need not fit the device.
         device = "cpu" if is_sharded(step.model.parameters()) else str(step.second_pass.state.device)
         with safe_open(path, framework="pt", device=device) as file:
             contents = json.loads(file.metadata()["lsam"])
@@ -76,7 +82,7 @@ def load_state(step: LSAMStep, checkpoint: str) -> int:
     saved, current = contents["config"], asdict(step.config)
     changed = sorted(name for name in current if saved.get(name) != current[name])
     if contents["candidates"] != [candidate.name for candidate in step.candidates]:
-        changed.append("the blocks to choose from")
+        changed.append("the blocks to select from")
     if changed:
         what = f"{checkpoint} was saved with other settings of layer-wise SAM ({', '.join(changed)})"
         logger.warning(f"{what}: its state is not used.")
@@ -90,9 +96,9 @@ def load_state(step: LSAMStep, checkpoint: str) -> int:
                 "model that it was saved with, or delete the file to go on without it."
             )
         if isinstance(like, DTensor):
-            # Every process has read all of it.
-            part = distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
-            tensors[name] = part.to(like.device)
+            # Every process has read the tensor.
+            shard = distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+            tensors[name] = shard.to(like.device)
     step.log.load(contents["log"])
     weights, direction = [parameters[name] for name in tensors], list(tensors.values())
     if "previous" in contents:

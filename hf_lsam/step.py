@@ -1,15 +1,14 @@
-"""
-The algorithm (Lee, KDD 2024, with `alpha` = lambda / rho): pass 1, select, perturb, pass 2, restore, mix.
+"""The algorithm (Lee, KDD 2024, with `alpha` = lambda / rho): pass 1, select, perturb, pass 2, restore, mix.
 
-    pass 1     g = grad L(w), of every weight                            `_batch_step`
+    pass 1     g = grad L(w), for all trained weights                    `_batch_step`
     select     S, the k blocks with the largest ||g_i||                  `_find_ascent`
     perturb    w_i + eps_i with eps_i = rho * g_i / ||g_S|| for i in S   `_moved`
     pass 2     p_i = grad_i L(w + eps) for i in S                        `_gradients`
     restore    w                                                         the end of `_moved`
     mix        (1 - alpha) * g_i + alpha * p_i for i in S, else g_i      `_perturb_and_rerun`
 
-The optimizer steps along the result, which is left in `.grad`. Nothing here knows a Trainer: a step is given two
-callables for each micro-batch, which run forward and backward and return the loss.
+The result is left in `.grad`, for the optimizer. This module does not depend on a Trainer: for each micro-batch it
+gets two callables, which run forward and backward and return the loss.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from .ascent import Ascent, Kept, find_ascent
+from .ascent import Ascent, StepState, find_ascent
 from .blocks import everything, find_blocks, find_candidates
 from .compiled import CompiledRegions
 from .config import LSAMConfig
@@ -30,23 +29,23 @@ from .pass_state import PassState
 from .perturbation import Perturbation, add_along, mix, norms, orthogonal_part, unchanged, where, zero_unless
 from .replay import Recording
 from .second_pass import MicroBatch, Pass, SecondPass
-from .selection import beginnings, check_selection
+from .selection import check_selection, replay_starts
 from .shards import reshard, sharded_modules
 from .step_log import Perturbed, StepLog
 
 
 class LSAMStep:
-    """
-    One training run's steps on a model: called once for each micro-batch. `ValueError` if the settings do not fit it.
+    """The steps of one training run on a model; called once for each micro-batch.
 
     Args:
-        max_steps: Optimizer steps of the training, of which `perturb_start` and `perturb_end` are shares.
-        scaler: A gradient scaler has to see an overflow, so that it skips the step.
-        called: What the passes call, where that is not the `model` itself: a wrapper of it, or its compiled copy.
-        optimized: The parameters that the optimizer trains, if that is known. Nothing else is selected.
-        roots: What else a pass may read and change, by the names that a user knows (see `PassState`).
-        raises: Whether an error of pass 2 is for the caller. The others leave the plain gradient.
-        has_begun: Whether training has begun, so that blocks may be frozen for now, and fewer are left than wanted.
+        max_steps: Number of optimizer steps of the training, for `perturb_start` and `perturb_end`.
+        scaler: The gradient scaler, if any. It has to see an overflow of pass 2, so that it skips the step.
+        called: What the passes call, if that is not `model` itself: its wrapper, or its compiled copy.
+        optimized: Returns the parameters in the optimizer, outside of which nothing is selected; `None` if unknown.
+        roots: Returns other objects that a pass may read and change, by name (see `PassState`).
+        raises: Whether an error of pass 2 is raised. After other errors, the step uses the plain gradient.
+        has_begun: Whether training has begun. Blocks may then be frozen for a while, so their number is not checked;
+            before that, it is a `ValueError` if the settings do not fit the model.
     """
 
     def __init__(
@@ -62,7 +61,7 @@ class LSAMStep:
         has_begun: bool = False,
     ):
         self.model, self.config, self.max_steps, self.scaler = model, config, max_steps, scaler
-        self._chosen_among = _chosen_among(config)
+        self._selects_from = config.block_selection == "all", config.block_pattern
         self.sharded_modules = sharded_modules(model)
         reshard(self.sharded_modules)
         blocks = find_blocks(model)
@@ -72,38 +71,37 @@ class LSAMStep:
             self.candidates = everything(model, blocks)
         else:
             self.candidates = find_candidates(model, blocks, config.block_pattern, has_begun)
-        # The one-pass rule runs no second pass: there the costs only say which blocks are late ones.
-        one_graph = regions.hide(blocks.values()) and config.ascent_gradient == "current"
+        # The one-pass rule has no second pass: it uses the costs for the order of the blocks only.
+        one_graph = regions.contains_any(blocks.values()) and config.ascent_gradient == "current"
         self.costs = CostModel.of(model, blocks, one_graph)
         if not has_begun:
             check_selection(config, [candidate for candidate in self.candidates if candidate.is_trained], self.costs)
         self.trained = Trained(model, list(blocks.values()), self.candidates, regions, optimized)
-        pays = config.block_selection != "all" and any(c.first_block > 0 for c in self.candidates)
+        replay_helps = config.block_selection != "all" and any(c.first_block > 0 for c in self.candidates)
         state = PassState(model, roots, self.trained.includes)
         self.second_pass = SecondPass(
-            model, called, blocks, regions, state, self.trained.parameters, pays, self._beginnings, raises
+            model, called, blocks, regions, state, self.trained.parameters, replay_helps, self._replay_starts, raises
         )
         self.perturbation = Perturbation()
         self.window: list[MicroBatch] = []  # micro-batches of this step that wait for its last one
-        # What goes from step to step (see `Kept`), and the step that runs with what it began with.
-        self.previous: Ascent | None = None
-        self.correction: tuple[list[Tensor], list[Tensor]] | None = None
+        self.previous: Ascent | None = None  # see `StepState`
+        self.correction: tuple[list[Tensor], list[Tensor]] | None = None  # see `StepState`
         self.reset_log()
-        self.current: tuple[int, Kept] | None = None
-        self.overhead = 0.0  # cost of pass 2 of the last micro-batch, in plain passes over the same one
-        self.mixed: list[Tensor] = []  # weights whose `.grad` is no more what pass 1 has left
+        self.current: tuple[int, StepState] | None = None  # the number of the step that runs, and what it took over
+        self.overhead = 0.0  # cost of the last pass 2, in plain passes over the same micro-batches
+        self.mixed: list[Tensor] = []  # weights whose `.grad` is no longer that of pass 1
 
     def reset_log(self) -> None:
         """Begin the sums of the next log line."""
         self.log = StepLog([c.name for c in self.candidates], [c.name for c in self.candidates if c.is_trained])
 
     def fits(self, config: LSAMConfig) -> bool:
-        """Whether `config` chooses among the same modules; everything else may change from step to step."""
-        return _chosen_among(config) == self._chosen_among
+        """Whether `config` selects from the same modules; all other settings may change between steps."""
+        return self._selects_from == (config.block_selection == "all", config.block_pattern)
 
     @property
-    def lets_go(self) -> bool:
-        """Whether memory never holds the gradients of both passes: then a host waits to see if pass 2's are finite."""
+    def frees_gradients(self) -> bool:
+        """Whether pass 1's gradients are freed before pass 2: if that overflows, pass 1 runs again (full SAM)."""
         own = self.config
         return own.block_selection == "all" and own.alpha == 1 and not (own.reuse_correction or own.adaptive)
 
@@ -111,14 +109,14 @@ class LSAMStep:
         """Whether optimizer step `step` is to be perturbed."""
         return self.config.is_perturbed(step, self.max_steps)
 
-    def kept(self, step: int) -> Kept:
-        """What optimizer step `step` begins with, for a checkpoint: on SIGTERM one is saved within the step."""
+    def state_at(self, step: int) -> StepState:
+        """What optimizer step `step` takes over, for a checkpoint, which on SIGTERM is saved during that step."""
         if self.current is not None and self.current[0] == step:
             return self.current[1]
-        return Kept(self.previous, self.correction, self.log.copy())
+        return StepState(self.previous, self.correction, self.log.copy())
 
-    def read_at(self, step: int) -> list[Tensor]:
-        """The parameters whose gradients optimizer step `step` reads: to climb now, or in the next one (one pass)."""
+    def gradients_read_at(self, step: int) -> list[Tensor]:
+        """The parameters whose mean gradients optimizer step `step` needs, to perturb this step or the next one."""
         if self.config.ascent_gradient == "previous" and self.perturbs(step + 1):
             return [p for candidate in self.candidates for p in candidate.parameters if p.requires_grad]
         if self.config.ascent_gradient == "current" and self.perturbs(step):
@@ -126,17 +124,16 @@ class LSAMStep:
         return self.correction[0] if self.correction and self.config.is_active(step, self.max_steps) else []
 
     def __call__(self, pass_1: Pass, pass_2: Pass, step: int, is_last: bool) -> Tensor:
-        """
-        Run a micro-batch; at the last one of an optimizer step, `.grad` holds what the optimizer should get.
+        """Run a micro-batch of step `step` (0-based); after the last one, `.grad` is ready for the optimizer.
 
-        Both passes run forward and backward and return the detached loss; pass 2, and with
-        `sharpness_scope="micro_batch"` pass 1, leaves gradients of this process alone. `step` counts from 0.
+        Both passes run forward and backward and return the detached loss. The gradients of pass 2, and with
+        `sharpness_scope="micro_batch"` those of pass 1, must not be averaged over processes yet.
 
-        Returns the loss of pass 1. Raises what pass 1 raises, and of pass 2 what is no `Exception` (Ctrl-C) or is for
-        the caller; the weights are then where they were.
+        Returns the loss of pass 1. Raises the errors of pass 1, and those of pass 2 that are no `Exception` (Ctrl-C)
+        or for which `raises` is true; the weights are restored first.
         """
         self.overhead, self.trained.is_current, self.mixed = 0.0, False, []
-        self.current = (step, self.kept(step))
+        self.current = (step, self.state_at(step))
         self.perturbation.seed = step
         self.log.steps += is_last
         self.log.chances += is_last or self.config.sharpness_scope == "micro_batch"
@@ -151,8 +148,7 @@ class LSAMStep:
             run = self._batch_step if self.config.sharpness_scope == "batch" else self._micro_batch_step
             return run(pass_1, pass_2, is_last)
         except BaseException:
-            # A trainer may leave out a micro-batch that fails; the gradients of those before it still count.
-            if is_last:
+            if is_last:  # a trainer may skip a micro-batch that fails; the others of the step still count
                 self.window.clear()
             raise
         finally:
@@ -170,7 +166,7 @@ class LSAMStep:
         return loss
 
     def _micro_batch_step(self, pass_1: Pass, pass_2: Pass, is_last: bool) -> Tensor:
-        """Both passes of this micro-batch; its mixed gradient is added to those of the ones before."""
+        """Both passes of this micro-batch; its mixed gradient is added to those of the earlier ones."""
         sums = {p: p.grad for p in self.model.parameters() if p.grad is not None}
         for parameter in sums:
             parameter.grad = None
@@ -190,24 +186,22 @@ class LSAMStep:
         recordings = [micro_batch.recording for micro_batch in window]
         if is_recorded := bool(recordings[-1].calls):
             self.costs = self.trained.costs(recordings[-1])
-        # S, and for each i in S: grad_i L(w).
-        ascent = self._find_ascent()
+        ascent = self._find_ascent()  # S, and for each i in S: grad_i L(w)
         if isinstance(ascent, str):
             self.log.skip(ascent)
             return
-        with self.second_pass.aside(window):
-            # For each i in S: grad_i L(w + eps).
-            perturbed = self._gradients(window, ascent)
+        with self.second_pass.reruns(window):
+            perturbed = self._gradients(window, ascent)  # for each i in S: grad_i L(w + eps)
             if isinstance(perturbed, str):
                 self.log.skip(perturbed)
                 return
             finite = norms(perturbed).isfinite().all() & (ascent.norm > 0)
-            if self.lets_go and self.scaler is None and not finite:
+            if self.frees_gradients and self.scaler is None and not finite:  # a host synchronisation
                 perturbed = self.second_pass.pass_1_again(window, ascent.weights)
         if self.config.reuse_correction > 0:
             self.correction = ascent.weights, zero_unless(finite, orthogonal_part(perturbed, ascent.gradients))
-        # Where it is not finite, the plain gradient takes its place. A scaler has to see it, and skips the step.
-        if self.scaler is None and not self.lets_go:
+        # A gradient that is not finite is replaced by the plain one, unless a scaler has to see it.
+        if self.scaler is None and not self.frees_gradients:
             perturbed = where(finite, perturbed, ascent.gradients)
         # For each i in S: (1 - alpha) * grad_i L(w) + alpha * grad_i L(w + eps). Of the others, `.grad` stays.
         for weight, mixed in zip(ascent.weights, mix(ascent.gradients, perturbed, self.config.alpha), strict=True):
@@ -221,40 +215,40 @@ class LSAMStep:
             self.overhead = self.costs.overhead([self.candidates[i] for i in ascent.chosen], replayed=False)
         self._count(ascent, finite)
 
-    def _beginnings(self, recording: Recording) -> set[int]:
-        """Where pass 2 may begin after such a pass 1."""
+    def _replay_starts(self, recording: Recording) -> set[int]:
+        """Indices of the calls at which a pass 2 after this pass 1 may begin."""
         live = [candidate for candidate in self.trained.now().candidates if candidate.parameters]
-        return beginnings(self.config, live, self.trained.costs(recording))
+        return replay_starts(self.config, live, self.trained.costs(recording))
 
     def _find_ascent(self) -> Ascent | str:
-        """The ascent along `.grad`. A scaler's scale is in its direction and norm, not in `squares`."""
+        """The ascent along `.grad`; a scaler's factor is in its direction and norm, but not in `squares`."""
         ascent = find_ascent(self.trained.now().candidates, self.costs, self.config, self.second_pass.state.device)
         if isinstance(ascent, Ascent) and self.scaler is not None:
             ascent.squares = ascent.squares / self.scaler.scale(torch.ones_like(ascent.squares)) ** 2
         return ascent
 
     def _gradients(self, window: Sequence[MicroBatch], ascent: Ascent) -> list[Tensor] | str:
-        """Pass 2: the gradients of S at the moved weights; or why the step stays a plain one."""
+        """Pass 2: the gradients of S at the moved weights, or the reason why the step stays plain."""
         passes = self.second_pass
-        passes.together = self.config.sharpness_scope == "batch"
+        passes.collective = self.config.sharpness_scope == "batch"
         blocks = set().union(*(self.candidates[index].blocks for index in ascent.chosen))
-        unseen = next((micro_batch.unseen for micro_batch in window if micro_batch.unseen is not None), None)
-        is_due, changed = passes.any(passes.is_due(window, blocks, self.trained.now().number), unseen is not None)
+        uncopied = next((micro_batch.uncopied for micro_batch in window if micro_batch.uncopied is not None), None)
+        is_due, changed = passes.any(passes.is_due(window, blocks, self.trained.now().number), uncopied is not None)
         if changed:
-            return f"pass 1 changed {unseen or 'something in another process'}, of which there is no copy yet"
+            return f"pass 1 changed {uncopied or 'a tensor in another process'}, of which there is no copy yet"
         if is_due and (problem := passes.compare_with_pass_1(window, ascent.weights, ascent.gradients)) is not None:
             return problem
         with self._moved(ascent):
-            if self.lets_go:
+            if self.frees_gradients:
                 ascent.release()
             run = passes.compare_with_replay if is_due else passes.gradients
             return run(window, ascent.weights, blocks)
 
     @contextmanager
     def _moved(self, ascent: Ascent) -> Iterator[None]:
-        """Inside, the weights of S are at w + eps, eps_i = rho * grad_i L(w) / ||grad_S L(w)||; then at w again."""
+        """Inside, the weights of S are w + eps with eps_i = rho * grad_i L(w) / ||grad_S L(w)||; afterwards w."""
         reshard(self.sharded_modules)
-        if ascent.spent:
+        if ascent.moved_in_place:
             move = self.perturbation.at(ascent.weights, ascent.direction)
         else:
             move = self.perturbation.moved(ascent.weights, ascent.direction, ascent.scale(self.config.rho))
@@ -263,35 +257,34 @@ class LSAMStep:
             yield
 
     def _one_pass(self, pass_1: Pass, step: int, is_last: bool) -> Tensor:
-        """Forward and backward at weights moved along the gradient of the step before."""
+        """The only pass of `ascent_gradient="previous"`, at weights moved along the gradient of the step before."""
         ascent = self.previous if self.perturbs(step) else None
         if ascent is None:
             loss = pass_1()
         else:
             if not self.config.adaptive:
-                ascent.spend(self.config.rho)
+                ascent.move_in_place(self.config.rho)
             with self._moved(ascent), unchanged(ascent.weights):
                 loss = pass_1()
             if is_last:
                 self._count(ascent, (ascent.norm > 0) & ascent.norm.isfinite())
         if is_last:
-            self.previous = self._following() if self.perturbs(step + 1) else None
+            self.previous = self._next_ascent() if self.perturbs(step + 1) else None
         return loss
 
-    def _following(self) -> Ascent | None:
-        """What the next step is to climb."""
+    def _next_ascent(self) -> Ascent | None:
+        """The ascent of the next step."""
         ascent = self._find_ascent()
         if isinstance(ascent, str):
             self.log.skip(ascent)
             return None
         if not self.config.adaptive:
-            # The optimizer's clipping and zeroing change `.grad` in place.
-            ascent.direction = self.perturbation.copies(ascent.direction)
+            ascent.direction = self.perturbation.copies(ascent.direction)  # clipping changes `.grad` in place
         ascent.gradients = []
         return ascent
 
     def _reuse_correction(self) -> None:
-        """LookSAM between two perturbed steps: g + scale * ||g|| * v, v the last orthogonal part, of unit length."""
+        """LookSAM between two perturbed steps: g + scale * ||g|| * v, where v is the orthogonal part, normalised."""
         if self.correction is None:
             return
         kept = [(w, w.grad, part) for w, part in zip(*self.correction, strict=True) if w.grad is not None]
@@ -302,8 +295,3 @@ class LSAMStep:
         first = min((self.candidates[index] for index in ascent.chosen), key=self.costs.start).first_block
         length = ascent.length(self.config.rho) if self.config.adaptive else self.config.rho
         self.log.add(Perturbed(applied, ascent.chosen, ascent.squares, ascent.counts, length, first, self.overhead))
-
-
-def _chosen_among(config: LSAMConfig) -> tuple[bool, str | None]:
-    """What of the settings says which modules are chosen among."""
-    return config.block_selection == "all", config.block_pattern

@@ -1,7 +1,9 @@
-"""What a user sees of the method: figures for each log line, and rows of figures for each block."""
+"""What is logged: a line at the start, figures in each log line, and a row of figures for each block."""
 
 import json
+import logging
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -9,29 +11,75 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.utils import logging
+from transformers.utils.logging import get_logger
 
-logger = logging.get_logger(__name__)
+from .blocks import Candidate
+from .config import LSAMConfig
+from .costs import CostModel
+
+logger = get_logger(__name__)
 
 BLOCKS_FILE = "lsam_blocks.jsonl"
 
-# A run is stuck if the losses of this share of the training, and of so many log lines with perturbed steps, stay
-# within this distance of the first. (A fresh classifier's is log(classes), and noise moves it by less than that.)
+# A run is stuck if the losses of this share of the training, and of this many log lines with perturbed steps, stay
+# within this distance of the first (that of a new classifier is log(classes), and noise moves it by less).
 _STUCK_SHARE, _STUCK_LINES, _STUCK_DISTANCE = 0.25, 5, 0.02
-# Perturbations that wait to be summed up: a run that logs nothing would keep them all.
-_MOST_PENDING = 256
+_MOST_PENDING = 256  # perturbations that are not summed up yet, for a run that logs nothing
+
+# In a script that does not configure logging, Python prints warnings only; this prints level info, too, to stderr.
+_console, _package = logging.StreamHandler(), logging.getLogger("hf_lsam")
+_console.addFilter(lambda record: not logging.root.handlers)
+_console.setFormatter(logging.Formatter("\n%(message)s"))  # the current line may hold a progress bar
+_package.addHandler(_console)
+_package.setLevel(_package.level or logging.INFO)
+
+
+def announce(config: LSAMConfig, candidates: Sequence[Candidate], costs: CostModel, max_steps: int) -> None:
+    """Log what is perturbed, at which steps (counted from 1), and at what predicted cost; warn if no step is."""
+    steps, is_one_pass = config.perturbed_steps(max_steps), config.ascent_gradient == "previous"
+    if is_one_pass and 0 in steps:
+        steps = steps[1:]  # the first step has no previous gradient
+    if not steps:
+        logger.warning(
+            f"No step of the {max_steps} of this run is perturbed with perturb_start={config.perturb_start}, "
+            f"perturb_end={config.perturb_end}, perturb_interval={config.perturb_interval} and ascent_gradient="
+            f"{config.ascent_gradient!r}. Change these settings, or train longer."
+        )
+        return
+    trained = [candidate for candidate in candidates if candidate.is_trained] or list(candidates)
+    count = min(config.num_perturbed_blocks or len(trained), len(trained))
+    among = f"{len(trained)} {'blocks' if config.block_pattern is None else 'modules of block_pattern'}"
+    last, first = (costs.overhead(blocks) for blocks in (trained[-count:], trained[:count]))
+    if config.block_selection == "all":
+        what, cost = "all trainable parameters", f"{first:.2f}"
+    elif config.block_selection == "budget":
+        what, cost = f"up to {count} of {among}", f"at most {min(config.max_overhead, first):.2f}"
+    elif count == len(trained):
+        what, cost = f"all {among}", f"{first:.2f}"
+    elif config.block_selection == "last":
+        what, cost = f"the last {count} of {among}", f"{last:.2f}"
+    else:
+        what = f"the {count} of {among} with the largest gradient norm"
+        cost = f"{last:.2f} (last {count}) to {first:.2f} (first {count})"
+    extra = f"Predicted cost of pass 2: {cost} of a plain step" if not is_one_pass else "There is no second pass"
+    interval = f" (1 in {config.perturb_interval})" if config.perturb_interval > 1 else ""
+    scope = "each micro-batch of " if config.sharpness_scope == "micro_batch" else ""
+    logger.info(
+        f"LSAM perturbs {what} with rho={config.rho:g}, alpha={config.alpha:g}{', adaptive' * config.adaptive}, at "
+        f"{scope}steps {steps[0] + 1} to {steps[-1] + 1} of {max_steps}{interval}. {extra}."
+    )
 
 
 @dataclass(frozen=True)
 class Perturbed:
     """One perturbation."""
 
-    applied: Tensor  # whether its gradient was finite and used: one boolean, on the device
+    applied: Tensor  # whether its gradient was finite and used: a boolean scalar on the device
     chosen: Sequence[int]  # indices of the perturbed candidates
     squares: Tensor  # squared gradient norm of each weight, candidate by candidate
-    counts: Sequence[int]  # how many of these weights each candidate has
-    length: float | Tensor  # how far the weights were moved
-    first_block: int  # index of the first model block that held a perturbed weight
+    counts: Sequence[int]  # number of these weights in each candidate
+    length: float | Tensor  # distance by which the weights were moved
+    first_block: int  # index of the first block of the model with a perturbed weight
     overhead: float  # predicted cost of its pass 2, in plain steps
 
 
@@ -40,31 +88,30 @@ class StepLog:
     """Sums since the last log line."""
 
     names: Sequence[str]  # of the candidates
-    trained: Sequence[str]  # those that were trained when the run began; the others are told of once they are
+    trained: Sequence[str]  # those trained at the start; the others are logged once they have a gradient
     steps: int = 0
-    chances: int = 0  # steps, or micro-batches of scope `micro_batch`, that could have been perturbed
-    perturbed: int = 0  # those that were
-    skipped: int = 0  # those without anything to climb, or without a finite gradient in pass 2
+    chances: int = 0  # steps (micro-batches, with `sharpness_scope="micro_batch"`) that could have been perturbed
+    perturbed: int = 0  # those that were perturbed
+    skipped: int = 0  # those that should have been perturbed, but had no usable gradient
     sums: dict[str, float] = field(default_factory=dict)  # of the figures of the log line
-    counts: dict[str, float] = field(default_factory=dict)  # how often each candidate was selected
-    norms: dict[str, float] = field(default_factory=dict)  # of each candidate's gradient, summed up
+    counts: dict[str, float] = field(default_factory=dict)  # number of selections of each candidate
+    norms: dict[str, float] = field(default_factory=dict)  # sum of the gradient norms of each candidate
     pending: list[Perturbed] = field(default_factory=list)  # not summed up yet
 
     def add(self, perturbation: Perturbed) -> None:
-        """Note a perturbation. Whether it was applied may still be on its way from the device: nobody waits for it."""
+        """Add a perturbation, without a synchronisation to learn whether it was applied."""
         if len(self.pending) == _MOST_PENDING:
             self.settle()
         self.pending.append(perturbation)
 
     def skip(self, reason: str) -> None:
-        """Note a step, or micro-batch, that was not perturbed, and tell why, each reason once."""
+        """Count a step (or micro-batch) that was not perturbed, and warn once for each reason."""
         self.skipped += 1
-        what = f"A step is plain where it was to be perturbed: {reason}"
-        logger.warning_once(f"{what}. Steps of this kind are counted in lsam/skipped.")
+        logger.warning_once(f"A step was not perturbed: {reason}. Such steps are counted in lsam/skipped.")
 
     def settle(self) -> None:
-        """Sum up what was noted: one wait for the device a log line, or where lines are far between, a few."""
-        # Settings that change in the middle of a run may leave some of these on the device, and some on the host.
+        """Sum up the pending perturbations, with one host synchronisation."""
+        # After a change of settings, some of these may be on the device, and others on the host.
         applied = torch.stack([one.applied.cpu() for one in self.pending]).tolist() if self.pending else []
         for perturbation, was_applied in zip(self.pending, applied, strict=True):
             if was_applied:
@@ -91,7 +138,7 @@ class StepLog:
                 sums[name] = sums.get(name, 0) + value
 
     def line(self) -> dict[str, float]:
-        """The figures of the log line: means over perturbed steps, if there are any, but `lsam/overhead` over all."""
+        """The figures of the log line: means over the perturbed steps; `lsam/overhead` is a mean over all steps."""
         self.settle()
         chances = max(self.chances, 1)
         line = {f"lsam/{name}": value / self.perturbed for name, value in self.sums.items()}
@@ -99,7 +146,7 @@ class StepLog:
         return line | {"lsam/overhead": overhead, "lsam/active": active, "lsam/skipped": self.skipped}
 
     def row(self, step: int, epoch: float) -> dict[str, Any]:
-        """The row of `lsam_blocks.jsonl`: how often each block was selected, and its mean gradient norm."""
+        """The row of `lsam_blocks.jsonl`: the number of selections and the mean gradient norm of each block."""
         self.settle()
         names = [name for name in self.names if name in self.trained or self.norms.get(name)]
         row = dict(step=step, epoch=epoch, steps=self.steps, perturbed=self.perturbed, skipped=self.skipped)
@@ -108,33 +155,32 @@ class StepLog:
         return row | dict(counts=counts, norms=norms)
 
     def copy(self) -> "StepLog":
-        """These sums, to which nothing is added any more."""
-        sums, counts, norms = dict(self.sums), dict(self.counts), dict(self.norms)
-        return replace(self, sums=sums, counts=counts, norms=norms, pending=list(self.pending))
+        """A copy that does not change with this one."""
+        return replace(self, **{name: copy(value) for name, value in vars(self).items()})
 
     def state(self) -> dict[str, Any]:
-        """The sums, for a checkpoint between two log lines."""
+        """The sums since the last log line, for a checkpoint."""
         self.settle()
         return {key: value for key, value in vars(self).items() if key not in ("names", "trained", "pending")}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's `state()`."""
+        """Continue from the `state()` of a checkpoint."""
         vars(self).update(state)
 
 
 def append_row(output_dir: str, row: dict[str, Any]) -> None:
-    """Add `row` to the blocks file of `output_dir`; training goes on where it cannot be written, with a warning."""
+    """Add `row` to `lsam_blocks.jsonl` in `output_dir`; warn if it cannot be written."""
     path = Path(output_dir) / BLOCKS_FILE
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
     except OSError as error:
-        logger.warning_once(f"{path} cannot be written ({error}), so it lacks rows. Training goes on without them.")
+        logger.warning_once(f"{path} cannot be written ({error}). Training continues, and the file will lack rows.")
 
 
 def drop_rows_after(output_dir: str, step: int) -> None:
-    """Drop the rows past `step`: a run that starts anew, or from a checkpoint, writes them again."""
+    """Drop the rows after `step`, which a run that restarts or resumes writes again."""
     path = Path(output_dir) / BLOCKS_FILE
     if not path.exists():
         return
@@ -152,23 +198,23 @@ def drop_rows_after(output_dir: str, step: int) -> None:
 
 @dataclass
 class StuckWatch:
-    """Warns once if the loss stays at its initial value (of the first log line) while steps are perturbed."""
+    """Warns once if the loss stays at that of the first log line while steps are perturbed."""
 
     first_loss: float | None = None
     lines: int = 0
     done: bool = False
 
     def see(self, loss: float, perturbed: int, step: int, max_steps: int) -> None:
-        """A log line's mean loss, with the number of perturbed steps in it, at `step` of `max_steps`."""
+        """Check the mean `loss` of a log line with this many `perturbed` steps, at `step` of `max_steps`."""
         if self.done:
             return
         self.first_loss = loss if self.first_loss is None else self.first_loss
         self.lines += perturbed > 0
-        if abs(loss - self.first_loss) > _STUCK_DISTANCE * abs(self.first_loss):
+        if not abs(loss - self.first_loss) <= _STUCK_DISTANCE * abs(self.first_loss):  # also if it is NaN
             self.done = True
         elif perturbed > 0 and self.lines >= _STUCK_LINES and step >= _STUCK_SHARE * max_steps:
             self.done = True
             logger.warning(
-                f"The loss has stayed at its initial value ({self.first_loss:.4g}) for {step} steps while the weights "
-                "were perturbed, which may hold it there. Begin with plain steps (perturb_start=0.15), or lower rho."
+                f"The loss has stayed at its initial value ({self.first_loss:.4g}) for {step} steps, possibly because "
+                "the weights were perturbed. Begin with plain steps (perturb_start=0.15), or lower rho."
             )

@@ -1,4 +1,4 @@
-"""`LSAMTrainer`: the Trainer whose training step perturbs a few blocks."""
+"""`LSAMMixin` and `LSAMTrainer`: the Trainer with a training step of two passes."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from .composition import check_order, check_repeatable, signature_of
 from .config import LSAMConfig
-from .deepspeed import bits_sent, past_engine, update_held_back
+from .deepspeed import bypass_engine, delayed_update, reduction_bits
 from .distributed import check_hooks, check_supported
 from .given import Optimized
 from .held import Attributes
@@ -19,7 +19,7 @@ from .passes import backward_if_any, buffers_not_sent, copy_of, modes_kept
 from .search import set_up_trial
 from .state import load_state, save_state
 from .step import LSAMStep
-from .step_log import StuckWatch, append_row, drop_rows_after
+from .step_log import StuckWatch, announce, append_row, drop_rows_after
 
 if TYPE_CHECKING:
     from transformers import Trainer as _AnyTrainer
@@ -30,36 +30,35 @@ logger = logging.get_logger(__name__)
 
 
 class LSAMMixin(_AnyTrainer):
-    """
-    Layer-wise SAM for any subclass of [`~transformers.Trainer`]: `class LSAMSFTTrainer(LSAMMixin, SFTTrainer)`.
+    """Layer-wise SAM for any subclass of [`~transformers.Trainer`]: `class LSAMSFTTrainer(LSAMMixin, SFTTrainer)`.
 
-    Both passes run through the `training_step` of the class that follows, with its autocast, loss normalisation and
-    gradient scaler. The logged loss is that of pass 1 (with `ascent_gradient="previous"`, at the perturbed weights).
+    Both passes run through the `training_step` of the next class, with its autocast, loss normalisation and gradient
+    scaler. The logged loss is that of pass 1 (with `ascent_gradient="previous"`, the one at the perturbed weights).
 
-    Each ordinary log line also holds, as means over the perturbed steps since the last line:
+    A line at the start of training says what is perturbed, when, and at what predicted cost. Each log line of the
+    training loss also has, as means over the perturbed steps since the last line:
 
-    - `lsam/grad_norm`: norm of the plain gradient, over all candidate blocks;
-    - `lsam/captured`: share of its square that the selected blocks hold;
-    - `lsam/perturbation_norm`: how far the weights were moved;
-    - `lsam/first_block`: index of the first block that was perturbed, which is where pass 2 starts;
-    - `lsam/overhead`: cost of pass 2 in plain steps, counted from what ran, over all steps, perturbed or not;
+    - `lsam/grad_norm`: norm of the plain gradient over all candidate blocks;
+    - `lsam/captured`: share of the selected blocks in its square;
+    - `lsam/perturbation_norm`: norm of the perturbation;
+    - `lsam/first_block`: index of the first perturbed block (0-based), at which pass 2 starts;
+    - `lsam/overhead`: cost of pass 2 in plain steps, counted from what ran; mean over all steps, perturbed or not;
     - `lsam/active`: share of the steps that were perturbed;
-    - `lsam/skipped`: number of perturbations left out, for a gradient that is zero or not finite, a `max_overhead`
-      that no block with a gradient fits, or a second pass that failed. A warning tells each reason once.
+    - `lsam/skipped`: number of perturbations that were skipped, since the gradient was zero or not finite, no block
+      with a gradient fitted `max_overhead`, or pass 2 failed. A warning gives each reason once.
 
-    `lsam_blocks.jsonl` in the output directory gets one row a log line: `counts`, how often each block was selected,
-    and `norms`, its mean gradient norm.
+    For each of these lines, `lsam_blocks.jsonl` in the output directory gets a row with `counts`, the number of
+    selections of each block, and `norms`, its mean gradient norm.
 
-    The `hp_space` of `hyperparameter_search` may return fields of [`LSAMConfig`] beside training arguments. They hold
-    for the trial.
+    In `hyperparameter_search`, `hp_space` may also return fields of [`LSAMConfig`], which hold for that trial.
 
     Args:
-        lsam_config ([`LSAMConfig`], *optional*): The settings. Every other argument is the Trainer's.
+        lsam_config ([`LSAMConfig`], *optional*, defaults to `LSAMConfig()`): The settings; the rest is the Trainer's.
 
     Raises:
         TypeError: if `lsam_config` is not a [`LSAMConfig`].
-        ValueError: before training, if the settings do not fit the model.
-        NotImplementedError: before training, for what is not supported; the message names the way out.
+        ValueError: from `train`, before the first step, if the settings do not fit the model.
+        NotImplementedError: likewise, for what is not supported; the message says what to set instead.
     """
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -70,19 +69,17 @@ class LSAMMixin(_AnyTrainer):
     def __init__(self, *args: Any, lsam_config: LSAMConfig | None = None, **kwargs: Any):
         if lsam_config is not None and not isinstance(lsam_config, LSAMConfig):
             raise TypeError(
-                f"lsam_config must be an LSAMConfig, but is a {type(lsam_config).__name__}. Make one of a dictionary "
-                "by LSAMConfig(**settings)."
+                f"lsam_config must be an LSAMConfig, but is a {type(lsam_config).__name__}. Convert a dictionary with "
+                "LSAMConfig(**settings)."
             )
         super().__init__(*args, **kwargs)
         self.lsam_config = LSAMConfig() if lsam_config is None else lsam_config
         self._lsam: LSAMStep | None = None
-        # The TrainerState that `_lsam` was made for: each run has its own, so a new one means to find the blocks anew.
-        self._lsam_run: Any = None
+        self._lsam_run: Any = None  # the TrainerState that `_lsam` belongs to; each run has its own
         self._lsam_checkpoint: str | None = None
         self._lsam_watch, self._lsam_flops, self._lsam_reached = StuckWatch(), 0.0, False
         self._lsam_optimized = Optimized(self)
-        # The last batch whose operations were counted, and how many.
-        self._lsam_counted: tuple[Any, int] = (None, 0)
+        self._lsam_counted: tuple[Any, int] = (None, 0)  # the last batch, and its floating-point operations
 
     def train(self, *args: Any, **kwargs: Any):
         """Check that the settings are supported and fit the model, then train."""
@@ -95,7 +92,7 @@ class LSAMMixin(_AnyTrainer):
             self._lsam_counted = (None, 0)
 
     def _hp_search_setup(self, trial: Any) -> None:
-        """Give a trial its settings, then check what the run begins with: `train` calls this, trial or not."""
+        """Apply the settings of a trial, if there is one, and check the settings: `train` always calls this."""
         if self.hp_search_backend is None or trial is None:
             super()._hp_search_setup(trial)
         else:
@@ -103,33 +100,32 @@ class LSAMMixin(_AnyTrainer):
         if self.lsam_config.enabled:
             check_repeatable(type(self), LSAMMixin)
             check_supported(self, self.lsam_config)
-            # Before transformers 5.3, a trial's model is made after this: it is checked in its first step.
+            # Before transformers 5.3, a trial's model is created later, so the first step checks it.
             if self.model is not None:
                 self._new_step(self.model, max_steps=1, has_begun=False)
 
     @property
     def in_second_pass(self) -> bool:
-        """
-        Whether pass 2 runs: `training_step` and `compute_loss` are called a second time for the same batch.
+        """Whether pass 2 runs, in which `training_step` and `compute_loss` are called again for the same batch.
 
-        What passes change on the trainer, in its objects and in modules is put back. Files, iterators and what other
-        threads use are not: `if not self.in_second_pass: self.file.write(...)`.
+        Changes that a pass makes to the trainer, its objects and modules are undone. Files, iterators and objects of
+        other threads cannot be restored: `if not self.in_second_pass: self.file.write(...)`.
         """
         return self._lsam is not None and self._lsam.second_pass.running == 2
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Both passes over a micro-batch, as far as [`LSAMConfig`] asks for them; returns the loss of pass 1."""
+        """Run pass 1 over a micro-batch and, if the step is perturbed, pass 2; returns the loss of pass 1."""
         training_step = super().training_step
         step = self._lsam_of_run(model) if self.lsam_config.enabled else None
         self._lsam_reached = True
         if step is None:
             return training_step(model, inputs, num_items_in_batch)
         number = self.state.global_step
-        # Micro-batches that are perturbed by their own gradients are averaged over processes by the step.
+        # Each process is perturbed by its own gradient; the step averages them over processes afterwards.
         own = step.config.sharpness_scope == "micro_batch" and step.perturbs(number)
-        # A batch for each pass: a `compute_loss` may pop labels from it, or mask its tokens in place.
+        # One batch for each pass: a `compute_loss` may pop labels from it, or mask its tokens in place.
         has_two = step.config.ascent_gradient == "current" and step.perturbs(number)
         is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         kept = copy_of((inputs, num_items_in_batch)) if has_two else None
@@ -140,41 +136,41 @@ class LSAMMixin(_AnyTrainer):
 
         def pass_2() -> Tensor:
             batch, num_items = copy_of(kept)
-            # FSDP2 reduces gradients as it shards them; without it there would be none at all.
+            # Without synchronisation, FSDP2 would leave no sharded gradients.
             sync = nullcontext() if self.accelerator.is_fsdp2 else self.accelerator.no_sync(model)
             modes = modes_kept(model, step.second_pass.modules)
-            past: AbstractContextManager = past_engine(model, self.accelerator) if is_deepspeed else nullcontext(model)
-            with sync, modes, buffers_not_sent(model), past as called, backward_if_any(self.accelerator):
+            direct: Any = bypass_engine(model, self.accelerator) if is_deepspeed else nullcontext(model)
+            with sync, modes, buffers_not_sent(model), direct as called, backward_if_any(self.accelerator):
                 return training_step(called, batch, num_items)
 
         held_back: AbstractContextManager[None] = nullcontext()
         if is_deepspeed:
-            step.second_pass.bits = bits_sent(model)
-            held_back = update_held_back(model, step.read_at(number), lambda: step.mixed)
+            step.second_pass.bits = reduction_bits(model)
+            held_back = delayed_update(model, step.gradients_read_at(number), lambda: step.mixed)
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
-            # As the Trainer does in each pass: a schedule-free optimizer moves weights here, and never perturbed ones.
+            # A schedule-free optimizer moves the weights here: now, and not in a pass, when they are perturbed.
             self.optimizer.train()
         self._lsam_flops += float(self.floating_point_ops(inputs))
         with held_back:
             loss = step(pass_1, pass_2, number, self.accelerator.sync_gradients)
-        # The Trainer counts pass 1; of pass 2 counts what ran, but not what it was compared with.
+        # The Trainer counts pass 1. Of pass 2, the last run counts, and those for a comparison do not.
         if own or self.accelerator.sync_gradients:
             self.current_flos += step.overhead * self._lsam_flops
             self._lsam_flops = 0.0
         return loss
 
     def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
-        """Those of a plain pass, counted once a batch: it takes a look at each module."""
+        """The operations of a plain pass; cached for the last batch, since the count visits all modules."""
         if self._lsam_counted[0] is not inputs:
             self._lsam_counted = (inputs, super().floating_point_ops(inputs))
         return self._lsam_counted[1]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the `lsam/` figures to lines of the training loss, and a row to `lsam_blocks.jsonl`; not in pass 2."""
+        """Add the `lsam/` figures to a line of the training loss, and a row to `lsam_blocks.jsonl`; not in pass 2."""
         step = self._lsam
         if step is not None and step.second_pass.running:
             return
-        # The Trainer's own lines hold the learning rate; a `compute_loss` may log a loss of its own.
+        # A line of the Trainer has the learning rate; a `compute_loss` may log a loss of its own.
         is_line = "loss" in logs and "learning_rate" in logs
         if is_line and step is not None and self._lsam_run is self.state:
             logs.update(step.log.line())
@@ -184,13 +180,13 @@ class LSAMMixin(_AnyTrainer):
             step.reset_log()
         elif is_line and self.lsam_config.enabled and not self._lsam_reached:
             logger.warning_once(
-                f"{type(self).__name__} has a training_step that does not call super().training_step, so nothing is "
-                "perturbed: it is plain training. Let it call super().training_step for the forward and backward pass."
+                f"{type(self).__name__} has a training_step that does not call super().training_step, so training is "
+                "plain. Let it call super().training_step for the forward and backward pass."
             )
         super().log(logs, *args, **kwargs)
 
     def _new_step(self, model: nn.Module, max_steps: int, has_begun: bool = True) -> LSAMStep:
-        """The steps on `model`, which may be wrapped, compiled, or both."""
+        """An `LSAMStep` for `model`, which may be wrapped, compiled, or both."""
         if is_known := self.accelerator.distributed_type != DistributedType.DEEPSPEED:
             check_hooks(self.model)
         return LSAMStep(
@@ -199,26 +195,24 @@ class LSAMMixin(_AnyTrainer):
             max_steps,
             self.accelerator.scaler,
             called=model,
-            # DeepSpeed has parameters of its own in the groups.
-            optimized=self._lsam_optimized if is_known else lambda: None,
+            optimized=self._lsam_optimized if is_known else lambda: None,  # DeepSpeed's has parameters of its own
             roots=lambda: self._lsam_roots(model),
             raises=lambda error: self.args.auto_find_batch_size and should_reduce_batch_size(error),
             has_begun=has_begun,
         )
 
     def _lsam_roots(self, model: nn.Module) -> dict[str, Any]:
-        """What a pass may read and change beside the model."""
+        """What a pass may read and change besides the model, by name."""
         return {
             "trainer": self,
             "trainer.state": self.state,
             "gradient_state": Attributes(self.accelerator.gradient_state, ("sync_gradients",)),
             "step": Attributes(self.accelerator, ("step",)),
-            # It tells DistributedDataParallel whether to send buffers before the next pass.
-            "": Attributes(model, ("require_forward_param_sync",)),
+            "": Attributes(model, ("require_forward_param_sync",)),  # whether DDP sends buffers before the next pass
         }
 
     def _lsam_of_run(self, model: nn.Module) -> LSAMStep | None:
-        """The steps of this run. New settings hold from the next one on, if they fit; else the former, or `None`."""
+        """The `LSAMStep` of this run, with new settings from the next step on if they fit; `None` if none ever did."""
         former = self._lsam if self._lsam_run is self.state else None
         is_same = former is not None and former.config is self.lsam_config and former.fits(former.config)
         if former is not None and (former.window or is_same):
@@ -232,7 +226,7 @@ class LSAMMixin(_AnyTrainer):
         except (ValueError, NotImplementedError) as error:
             if not self._lsam_reached:
                 raise
-            logger.warning_once(f"The new settings do not fit, so the former ones stay: {error}")
+            logger.warning_once(f"The new settings cannot be used, so the former ones stay: {error}")
             self.lsam_config = LSAMConfig(block_selection="none") if former is None else former.config
             return former
         self._lsam, self._lsam_run = step, self.state
@@ -243,24 +237,17 @@ class LSAMMixin(_AnyTrainer):
         return step
 
     def _begin_run(self, step: LSAMStep) -> None:
-        """Go on from the checkpoint that the run resumes, and begin what is logged."""
+        """Load the state of the checkpoint that the run resumes from, and prepare what is logged."""
         self._lsam_flops = 0.0
         if self._lsam_checkpoint is not None:
             load_state(step, self._lsam_checkpoint)
         if not self.is_in_train:
             return
-        config = self.lsam_config
-        # One pass has nothing to climb in the first step.
-        if not any(map(step.perturbs, range(config.ascent_gradient == "previous", step.max_steps))):
-            logger.warning(
-                f"No step of the {step.max_steps} of this run is perturbed with perturb_start={config.perturb_start}, "
-                f"perturb_end={config.perturb_end}, perturb_interval={config.perturb_interval} and ascent_gradient="
-                f"{config.ascent_gradient!r}, so it is plain training. Set them otherwise, or train longer."
-            )
         logged = [line for line in self.state.log_history if "loss" in line]
         self._lsam_watch = StuckWatch(logged[0]["loss"] if logged else None)
         if self.is_world_process_zero():
-            # Not those up to `global_step`: a checkpoint may have been saved between a step and its log line.
+            announce(self.lsam_config, step.candidates, step.costs, step.max_steps)
+            # Those after the last log line, since a checkpoint may have been saved between a step and its log line.
             drop_rows_after(self._get_output_dir(self._trial), logged[-1]["step"] if logged else 0)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -274,14 +261,11 @@ class LSAMMixin(_AnyTrainer):
 
 
 class LSAMTrainer(LSAMMixin, Trainer):
-    """
-    The [`~transformers.Trainer`] with layer-wise SAM: see [`LSAMMixin`] for what it adds.
+    """The [`~transformers.Trainer`] with layer-wise SAM; see [`LSAMMixin`] for its arguments and log lines.
 
     Example:
 
     ```python
-    >>> config = LSAMConfig(block_selection="last", perturb_start=0.3)
-    >>> trainer = LSAMTrainer(model, args, train_dataset=train_dataset, lsam_config=config)
-    >>> trainer.train()
+    >>> trainer = LSAMTrainer(model, args, train_dataset=data, lsam_config=LSAMConfig(block_selection="last"))
     ```
     """

@@ -144,7 +144,7 @@ def test_a_log_line_counts_the_steps_before_and_after_such_a_change(tmp_path):
 
 
 def test_a_parameter_that_the_optimizer_gets_later_has_its_plain_gradient(tmp_path):
-    """With a rho of next to nothing it ends where the plain Trainer has it."""
+    """With a tiny rho it ends where the plain Trainer does."""
     ends = []
     for base in (Trainer, LSAMTrainer):
         model = bert().double()

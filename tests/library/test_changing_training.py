@@ -1,4 +1,4 @@
-"""What is trained changes in the middle of a run, and so do settings: training goes on, and says what it does."""
+"""The trained parameters and the settings change during a run: training continues, and logs what it does."""
 
 import random
 
@@ -135,7 +135,7 @@ def test_so_do_the_plain_trainer_and_the_other_rules(config, change, tmp_path):
 
 
 def progressive(model, step, *rest):
-    """To the last block, to the head, and to next to nothing."""
+    """To the last block, to the head, and to almost nothing."""
     freeze([*model.blocks, model.head][: 2 * step])
 
 

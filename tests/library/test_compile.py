@@ -207,7 +207,7 @@ def test_a_model_that_its_user_compiled(whole, tmp_path):
 
 def test_a_budget_below_a_whole_step_needs_regional_compilation(tmp_path):
     config = LSAMConfig(rho=0.3, block_selection="budget", max_overhead=0.6)
-    with pytest.raises(ValueError, match="max_overhead=0.6 cannot hold. Compile the blocks one by one"):
+    with pytest.raises(ValueError, match="max_overhead=0.6 cannot be met. Compile the blocks one by one"):
         train(tmp_path, "whole", config)
     model = Net()
     model.compile(backend="aot_eager")

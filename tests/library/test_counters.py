@@ -75,7 +75,7 @@ class Holder:
 
 
 def state_of(owner):
-    """A state that holds what lies in `owner`."""
+    """A `PassState` that copies what `owner` refers to."""
     return PassState(torch.nn.Linear(2, 2), lambda: {"owner": owner}, lambda tensor: tensor.requires_grad)
 
 
@@ -98,7 +98,10 @@ def test_what_cannot_be_written_is_left_alone(caplog):
     dict.__setitem__(owner.settings, "depth", 3)
     before.put()
     assert owner.teacher is teacher and loop["count"] == 1
-    assert owner.settings["depth"] == 3 and "owner.settings changes in both passes" in caplog.text
+    assert (
+        owner.settings["depth"] == 3
+        and "owner.settings cannot be restored after pass 1, so both passes change it" in caplog.text
+    )
 
 
 def test_datasets_are_not_looked_at():
@@ -117,7 +120,7 @@ def test_what_never_changes_is_not_copied_again():
     for state.steps in range(1, 8):
         before = state.before_pass_1()
         owner.mean += 1
-        assert state.learn(before) is None
+        assert state.keep_changes(before) is None
         held.append([entry.name for entry in before.entries if isinstance(entry.thing, torch.Tensor)])
     assert held == [["owner.mean"]] * 7
     state.steps = 7
@@ -132,7 +135,7 @@ def test_what_begins_to_change_is_told_once_and_held_from_then_on():
         before = state.before_pass_1()
         if state.steps > 2:
             owner.mean += 1
-        told.append(state.learn(before))
+        told.append(state.keep_changes(before))
         before.put()
     assert told == [None, None, "owner.mean", None, None, None, None]
     assert owner.mean[0] == 1
@@ -152,21 +155,21 @@ def test_what_lies_in_a_circle_is_gone_through_once():
 
 
 class Odd(dict):
-    """Does not want to be looked at."""
+    """Raises an error when it is read."""
 
     def __len__(self):
         raise RuntimeError("no length")
 
 
-def test_what_does_not_want_to_be_looked_at_ends_nothing(caplog):
+def test_an_object_that_cannot_be_read_does_not_end_the_run(caplog):
     owner = Holder(odd=Odd(a=1), calls=[], mixed=np.array([np.zeros(2), np.zeros(3)], dtype=object))
     state = state_of(owner)
     for state.steps in (1, 2, 3):
         before = state.before_pass_1()
         owner.calls.append(1)
-        state.learn(before)
+        state.keep_changes(before)
         before.put()
-    assert owner.calls == [] and "owner.odd cannot be looked at" in caplog.text
+    assert owner.calls == [] and "owner.odd cannot be read, so it is not restored after pass 2" in caplog.text
 
 
 def test_a_weight_of_the_optimizer_is_not_held_though_it_is_frozen_for_now():
@@ -197,7 +200,7 @@ def test_a_single_draw_on_the_host_is_seen(draw):
 
 @pytest.mark.parametrize("selection", ["all", "last"])
 def test_what_a_loss_logs_is_logged_once_where_pass_1_runs_again(selection, tmp_path):
-    """SAM lets go of the gradient of pass 1, so where that of pass 2 is not finite, a third pass makes it anew."""
+    """SAM frees the gradient of pass 1, so if that of pass 2 is not finite, a third pass computes it again."""
 
     class Logging(LSAMTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

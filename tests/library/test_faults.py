@@ -201,7 +201,10 @@ def test_blocks_in_another_order_or_fewer_of_them_in_pass_2_cost_the_replay_only
     trainer.train()
     in_check = count == 4
     assert trainer._lsam.second_pass.replays != in_check
-    assert caplog.text.count("Pass 2 of BertForSequenceClassification cannot be run from records") == in_check
+    assert (
+        caplog.text.count("Pass 2 of BertForSequenceClassification cannot be run by replay of block outputs")
+        == in_check
+    )
     assert caplog.text.count("Pass 2 of BertForSequenceClassification failed (ReplayError") == (not in_check)
     full = trainer_for(tmp_path, config, max_steps=4, optim="sgd")
     full.train()

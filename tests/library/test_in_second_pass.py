@@ -208,7 +208,7 @@ def test_what_is_not_held_is_warned_about_by_its_name(change, accumulation, conf
     run = follow(unheld(change, tmp_path), tmp_path, config, accumulation)
     name = UNHELD[change][0]
     (message,) = told(run.messages, rf"\btrainer\.{name}\b")
-    assert "in_second_pass" in message
+    assert "Change it in pass 1 only: if not trainer.in_second_pass." in message
     assert run.trainer.state.global_step == 4
 
 

@@ -146,7 +146,7 @@ class EndEpochWithin(TrainerCallback):
 
 @pytest.mark.parametrize("scope", ["batch", "micro_batch"])
 def test_an_epoch_that_ends_between_micro_batches_carries_them_over(scope, tmp_path, float64):
-    """The Trainer keeps their gradient for the next step; a perturbation of next to nothing must keep it as well."""
+    """The Trainer keeps their gradient for the next step; a tiny perturbation must keep it as well."""
     ends = []
     for rho in (0.0, 1e-9):
         config = LSAMConfig(rho=rho, sharpness_scope=scope)

@@ -170,7 +170,7 @@ def test_a_loop_that_goes_on_after_max_steps_is_told_so_once(caplog):
     loop(model, optimizer, lsam, Examples(16), 2)
     assert "max_steps" not in caplog.text
     loop(model, optimizer, lsam, Examples(16), 4, begin=2)
-    assert caplog.text.count("has run the max_steps=2 optimizer steps that LSAM was told of") == 1
+    assert caplog.text.count("runs more than the max_steps=2 optimizer steps that LSAM was given") == 1
     assert lsam.log()["lsam/active"] == 0.5
 
 

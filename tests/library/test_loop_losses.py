@@ -159,3 +159,22 @@ def test_an_error_in_pass_1_is_the_callers_and_the_step_can_be_taken_again():
     assert_equal(weights(model), before)
     loop(model, optimizer, lsam, Examples(8), 2)
     assert lsam.step == 2 and lsam.log()["lsam/perturbation_norm"] == pytest.approx(0.1)
+
+
+def test_a_file_that_both_passes_write_is_warned_about(tmp_path, caplog):
+    """By what the loop has, and not once it is guarded."""
+    with open(tmp_path / "log.txt", "w") as file:
+
+        def writing(model, batch, lsam, always=True):
+            def compute_loss():
+                if always or not lsam.in_second_pass:
+                    file.write("a line\n")
+                return model(**batch).loss
+
+            return compute_loss
+
+        after(functools.partial(writing, always=False), steps=1)
+        assert "in_second_pass" not in caplog.text
+        after(writing, steps=1)
+    assert "Change it in pass 1 only: if not lsam.in_second_pass." in caplog.text
+    assert "trainer" not in caplog.text

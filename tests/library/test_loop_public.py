@@ -53,7 +53,7 @@ FullyShardedDataParallel = type("FullyShardedDataParallel", (nn.Sequential,), {}
             {},
             dict(accelerator=SimpleNamespace(scaler=None), scaler=torch.amp.GradScaler("cpu")),
             ValueError,
-            "An accelerator scales the loss by a scaler of its own",
+            "An accelerator has its own gradient scaler",
         ),
     ],
 )

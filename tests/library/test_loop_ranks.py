@@ -65,8 +65,10 @@ def test_micro_batches_of_two_processes_are_those_of_one(launched):
 
 def test_processes_that_would_train_alone_and_static_graphs_are_refused(launched):
     told = json.loads((launched / "refusals.1.json").read_text())
-    assert told["alone"].startswith("2 processes run, and each would train alone. Give LSAM the model that")
-    assert told["static"].startswith("static_graph=True expects the same work in each pass")
+    assert told["alone"].startswith("2 processes run, but each would train alone. Give LSAM the model that")
+    assert told["static"].startswith(
+        "static_graph=True requires that DistributedDataParallel averages gradients in every step or in none"
+    )
 
 
 @pytest.mark.usefixtures("float64")

@@ -198,7 +198,7 @@ def test_a_config_that_is_none_is_refused(tmp_path):
 )
 def test_a_run_of_which_no_step_is_perturbed_warns(settings, what, tmp_path, monkeypatch):
     messages = []
-    monkeypatch.setattr("hf_lsam.trainer.logger.warning", messages.append)
+    monkeypatch.setattr("hf_lsam.step_log.logger.warning", messages.append)
     trainer_for(tmp_path, LSAMConfig(**settings), max_steps=10).train()
     assert len(messages) == 1 and "No step" in messages[0] and what in messages[0]
     trainer_for(tmp_path, LSAMConfig(perturb_start=0.8), max_steps=10).train()

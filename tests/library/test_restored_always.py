@@ -28,7 +28,7 @@ from hf_lsam_recipes.studies.soak_twin import Seeded
 
 
 class Run:
-    """A model with its steps; copies of it go on from where it stands."""
+    """A model with its steps; copies of it continue from its current state."""
 
     def __init__(self, case: Case):
         torch.manual_seed(case.seed)
@@ -177,7 +177,7 @@ def test_a_step_leaves_what_it_should_whatever_happens(kind, data):
             if raised:
                 assert plain_raised == (fault.in_pass == 1)
                 # The gradient of pass 1 may be gone where that of pass 2 was to be.
-                gone = fault.in_pass == 2 and run.step.lets_go
+                gone = fault.in_pass == 2 and run.step.frees_gradients
                 expected = added(totals, plain.gradients())
                 for left, total, whole in zip(run.gradients(), totals, expected, strict=True):
                     assert moves_at_once or same([left], [whole]) or (gone and (left is None or same([left], [total])))

@@ -182,7 +182,7 @@ def test_another_model_starts_clean_with_a_warning(tmp_path, caplog):
     run(tmp_path, ONE_PASS, stop=2)
     step = LSAMStep(bert(blocks=3), ONE_PASS, 8)
     load_state(step, str(tmp_path / "checkpoint-2"))
-    assert "saved with other settings of layer-wise SAM (the blocks to choose from)" in caplog.text
+    assert "saved with other settings of layer-wise SAM (the blocks to select from)" in caplog.text
     assert step.previous is None
 
 

@@ -1,4 +1,4 @@
-"""What only pass 2 raises ends no run: the gradient is the literal one or the plain one, counted and told."""
+"""An error of pass 2 alone does not end a run: the gradient is the literal or the plain one, and a warning says so."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 
 class Fails(Situation):
-    """Counts its calls, weighs its loss by them, and raises where it is told to; `struck` holds where it did."""
+    """Counts its calls, weighs its loss by them, and raises where it should; `struck` holds where it did."""
 
     keeps = ("calls",)
     error = RuntimeError

@@ -11,8 +11,8 @@ from literal_step import WAYS, alike, assert_as_plain, assert_literal, assert_ri
 from situations import LAST, Situation, follow
 from torch import nn
 
-# What a warning says of a step that is plain for want of a second pass that repeats the first.
-PLAIN = r"pass 2|second pass|repeat|plain"
+# Warnings about a step that is plain because pass 2 does not repeat pass 1.
+PLAIN = r"pass 2|second pass|repeat|not perturbed"
 
 
 class Weighs(Situation):
@@ -177,6 +177,32 @@ def an_attribute_of_the_class(self, output, batch):
     return self.calls / 10
 
 
+def an_object_whose_class_begins_at_zero(self, output, batch):
+    self.kept.calls += 1
+    return self.kept.calls / 10
+
+
+def a_dictionary_with_attributes(self, output, batch):
+    self.kept.calls = getattr(self.kept, "calls", 0) + 1
+    self.kept["rows"] = self.kept.get("rows", 0) + len(batch["labels"])
+    return self.kept.calls / 10 + self.kept["rows"] / 40
+
+
+def what_a_class_counts(self, output, batch):
+    type(self.kept).total += 1
+    type(self.kept).rows.append(len(batch["labels"]))
+    return type(self.kept).total / 10 + sum(self.kept.rows) / 40
+
+
+def bytes_that_grow(self, output, batch):
+    self.kept.append(1)
+    return len(self.kept) / 10
+
+
+def a_function_that_counts(self, output, batch):
+    return self.kept() / 10
+
+
 float64 = torch.float64
 # What the trainer keeps at first (`None`: nothing), and the weight that the loss has by it.
 KEPT = {
@@ -205,13 +231,36 @@ KEPT = {
     an_attribute_that_goes: lambda: True,
     two_names_for_one_list: list,
     an_attribute_of_the_class: None,
+    an_object_whose_class_begins_at_zero: type("Calls", (), {"calls": 0}),
+    a_dictionary_with_attributes: type("Mapping", (dict,), {}),
+    bytes_that_grow: bytearray,
+}
+
+
+def counting():
+    """A function that counts its calls in its own attribute, and in a default."""
+
+    def count(memo=[0]):  # noqa: B006
+        count.calls += 1
+        memo[0] += 1
+        return count.calls + memo[0]
+
+    count.calls = 0
+    return count
+
+
+# What the literal step, which copies all that it begins with, would share with the run.
+SHARED = {
+    what_a_class_counts: lambda: type("Total", (), {"total": 0, "rows": []})(),
+    a_function_that_counts: counting,
 }
 
 
 def keeping(weight, first_step=0) -> type[Weighs]:
     def begin(self, model):
-        if KEPT[weight] is not None:
-            self.kept = self.other = KEPT[weight]()
+        make = (KEPT | SHARED)[weight]
+        if make is not None:
+            self.kept = self.other = make()
 
     own = dict(weight=weight, begin=begin, keeps=("kept", "other", "calls"), calls=0, first_step=first_step)
     return type("Keeping", (Weighs,), own)
@@ -232,7 +281,9 @@ def test_what_a_trainer_begins_to_keep_later(weight, first_step, way, tmp_path):
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("weight", [a_counter, a_deque, a_torch_generator], ids=lambda weight: weight.__name__)
+@pytest.mark.parametrize(
+    "weight", [a_counter, a_deque, a_torch_generator, *SHARED], ids=lambda weight: weight.__name__
+)
 def test_with_next_to_no_rho_it_is_the_plain_trainer(weight, accumulation, tmp_path):
     assert_as_plain(keeping(weight), tmp_path, accumulation)
 
@@ -252,3 +303,18 @@ def test_what_is_kept_elsewhere_too_stays_the_same_object(weight, tmp_path):
     follow(plain, tmp_path)
     assert run.trainer.kept is mine
     assert alike(flat(mine), flat(others), 1e-7)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_what_a_module_keeps_in_an_object_with_slots(accumulation, tmp_path):
+    """Each micro-batch begins with what the one before it left, in pass 2, too."""
+
+    class OnTheModel(Situation):
+        def begin(self, model):
+            model.own = Slotted()
+
+        def loss(self, model, batch, items):
+            model.own.calls += 1
+            return model(**batch).loss * model.own.calls
+
+    assert_as_plain(OnTheModel, tmp_path, accumulation)

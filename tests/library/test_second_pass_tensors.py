@@ -8,7 +8,7 @@ from literal_step import WAYS, assert_as_plain, assert_literal, assert_right
 from situations import LAST, Block, Net, Situation, follow
 from torch import nn
 
-PLAIN = r"pass 2|second pass|repeat|plain"
+PLAIN = r"pass 2|second pass|repeat|not perturbed"
 
 
 def updated(average: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -116,7 +116,7 @@ def one_pass_step(model, micro_batches, fail_at=None):
 def test_one_pass_moves_once_a_step_into_the_memory_of_what_it_climbs(fail_at):
     """To write the moved weights elsewhere takes twice as long; a pass that failed may be repeated."""
     kept, memory, expected, seen = one_pass_step(bert().train(), 3, fail_at)
-    assert kept.spent and len(seen) == 3 and len(expected) > 10
+    assert kept.moved_in_place and len(seen) == 3 and len(expected) > 10
     for places in seen:
         assert [address for address, _ in places] == memory
         assert all(torch.equal(w, e) for (_, w), e in zip(places, expected, strict=True))
@@ -126,11 +126,11 @@ def test_one_pass_moves_once_a_step_into_the_memory_of_what_it_climbs(fail_at):
 def test_what_cannot_be_overwritten_is_moved_elsewhere():
     """Weights of 16 bits are compared with their direction, and a gradient of 16 bits cannot hold wider weights."""
     kept, memory, _, seen = one_pass_step(bert().train().bfloat16(), 2)
-    assert not kept.spent and [address for address, _ in seen[0]] != memory
+    assert not kept.moved_in_place and [address for address, _ in seen[0]] != memory
     weight, part = torch.ones(3), torch.ones(3, dtype=torch.float16)
     ascent = Ascent([0], torch.tensor([3.0]), [1], torch.tensor(1.0), [weight], [], [part])
-    ascent.spend(0.5)
-    assert not ascent.spent and torch.equal(part, torch.ones(3, dtype=torch.float16))
+    ascent.move_in_place(0.5)
+    assert not ascent.moved_in_place and torch.equal(part, torch.ones(3, dtype=torch.float16))
 
 
 def test_an_interrupted_move_leaves_nothing_to_climb(monkeypatch):

@@ -14,6 +14,7 @@ def launch(script: str, folder: Path, processes: int = 2, timeout: int = 300, **
         capture_output=True,
         text=True,
         timeout=timeout,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        # The script finds what the tests find: `pythonpath` of pyproject.toml, and each test's own folder.
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)} | environment,
     )
     assert result.returncode == 0, result.stderr[-3000:]
