@@ -37,11 +37,11 @@ CODE = [
     RECIPES / "run_glue.py",
     *(
         RECIPES / "support" / f"{name}.py"
-        for name in ("adapters", "loading", "logits", "measures", "output", "settings", "shipped", "step_timer")
+        for name in ("adapters", "files", "hints", "loading", "logits", "measures", "output", "rows", "settings")
     ),
     *(
         RECIPES / "support" / f"{name}.py"
-        for name in ("rows", "sharpness", "sharpness_callback", "tables", "yaml_text")
+        for name in ("sharpness", "sharpness_callback", "shipped", "step_timer", "tables", "training", "yaml_text")
     ),
     *(RECIPES / "support" / "text" / f"glue_{name}.py" for name in ("data", "metric", "sampling", "tasks")),
 ]

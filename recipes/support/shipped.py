@@ -32,6 +32,8 @@ def find_yaml(name: str, folder: str) -> Path:
 
 
 def did_you_mean(name: str, names: list[str]) -> str:
-    """` Did you mean X or Y?`: what begins with `name`, or looks like it; or nothing."""
-    near = [other for other in names if other.startswith(name)] or difflib.get_close_matches(name, names)
-    return f" Did you mean {' or '.join(near)}?" if near else ""
+    """` Did you mean X or Y?`: up to three of `names` that begin with `name`, or look like it; or nothing."""
+    lower = {other.lower(): other for other in names}
+    near = [other for other in lower if other.startswith(name.lower())]
+    near = near or difflib.get_close_matches(name.lower(), list(lower))
+    return f" Did you mean {' or '.join(lower[other] for other in near[:3])}?" if near else ""

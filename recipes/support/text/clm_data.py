@@ -199,17 +199,13 @@ def _read_files(args: DataArguments, splits: Sequence[str]) -> dict[str, Rows]:
                 f"{path} is one running text, with neither columns nor rows: leave out text_column, prompt_column and "
                 "packing=false, or give a file with columns."
             )
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8: {error}.") from error
-        read[split] = _check_text(Rows(str(path), [(text,)]))
+        read[split] = _check_text(Rows(str(path), [(path.read_text(encoding="utf-8"),)]))
     return read
 
 
 def _rows(args: DataArguments, source: str, table: pa.Table) -> Rows:
     check_columns(source, table, args.columns, "Set text_column, or prompt_column and response_column")
-    columns = [read_texts(source, name, table[name]) for name in args.columns]
+    columns = [read_texts(source, name, table[name], keeps_empty=args.has_prompts) for name in args.columns]
     return _check_text(Rows(source, list(zip(*columns, strict=True))))
 
 
