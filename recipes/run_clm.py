@@ -37,6 +37,7 @@ from hf_lsam_recipes.support.text.clm_data import (
     prompt_and_response,
 )
 from hf_lsam_recipes.support.text.clm_metrics import (
+    METRICS,
     check_answers,
     compute_perplexity,
     find_answer,
@@ -44,6 +45,7 @@ from hf_lsam_recipes.support.text.clm_metrics import (
     same_answer,
     sum_losses,
 )
+from hf_lsam_recipes.support.training import check_training
 
 SETTINGS = (
     ModelArguments,
@@ -105,6 +107,7 @@ def prepare(argv: list[str]) -> Run:
             "or leave it out."
         )
     resume = check_output_dir(args)
+    check_training(args, METRICS)
 
     source = find_model(model_args, args.do_train)
     config, tokenizer = source.config, source.tokenizer

@@ -36,8 +36,9 @@ from hf_lsam_recipes.support.output import check_output_dir, report
 from hf_lsam_recipes.support.settings import parse_arguments, run_script
 from hf_lsam_recipes.support.step_timer import StepTimer
 from hf_lsam_recipes.support.text.glue_data import TextData, load_text_data
-from hf_lsam_recipes.support.text.glue_metric import GlueMetric
+from hf_lsam_recipes.support.text.glue_metric import METRICS, GlueMetric
 from hf_lsam_recipes.support.text.glue_tasks import DRAWN, GLUE_TASKS, HUB_NAME, PREDICTIONS, STSB_RANGE, DataArguments
+from hf_lsam_recipes.support.training import check_training
 
 SETTINGS = (ModelArguments, AdapterArguments, DataArguments, MeasureArguments, LSAMConfig, TrainingArguments)
 
@@ -77,6 +78,7 @@ def prepare(argv: list[str]) -> Run:
     if not splits:
         raise ValueError("Nothing to do: set do_train, do_eval or do_predict.")
     resume = check_output_dir(args, prediction_names(data_args))
+    check_training(args, ("loss", *METRICS[metric_name(data_args)]))
 
     source = find_model(model_args, args.do_train)
     data = load_text_data(data_args, splits, source.config.label2id)
@@ -224,10 +226,14 @@ def tokenize(data: TextData, tokenizer: PreTrainedTokenizerBase, length: int) ->
     }
 
 
+def metric_name(data_args: DataArguments) -> str:
+    """The configuration of `GlueMetric` for the data."""
+    return data_args.task_name or ("regression" if data_args.is_regression else "classification")
+
+
 def make_compute_metrics(data_args: DataArguments):
     """The `compute_metrics` of the Trainer."""
-    own = "regression" if data_args.is_regression else "classification"
-    metric = GlueMetric(data_args.task_name or own)
+    metric = GlueMetric(metric_name(data_args))
 
     def compute_metrics(output: EvalPrediction) -> dict[str, float]:
         logits = read_logits(output.predictions)

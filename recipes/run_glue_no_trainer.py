@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from hf_lsam import LSAM, LSAMConfig
-from hf_lsam_recipes.run_glue import check_labels, longest_text, tokenize
+from hf_lsam_recipes.run_glue import check_labels, longest_text, metric_name, tokenize
 from hf_lsam_recipes.support.adapters import AdapterArguments
 from hf_lsam_recipes.support.loading import ModelArguments, find_model, load_model
 from hf_lsam_recipes.support.settings import parse_arguments
@@ -184,8 +184,7 @@ def execute(run: Run) -> dict[str, float]:
 
 def evaluate(run: Run, accelerator: Accelerator, model, loader) -> Iterable[tuple[str, float]]:
     """Names and values of the task's metrics."""
-    own = "regression" if run.data_args.is_regression else "classification"
-    metric = GlueMetric(run.data_args.task_name or own)
+    metric = GlueMetric(metric_name(run.data_args))
     model.eval()
     for batch in loader:
         with torch.no_grad():

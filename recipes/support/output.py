@@ -47,8 +47,11 @@ def check_output_dir(args: TrainingArguments, predictions: Sequence[str] = ()) -
         `str` or `None`: The checkpoint's folder, or `None` for a fresh start.
 
     Raises:
-        ValueError: if there is no such checkpoint, or the run would write over what another one left.
+        ValueError: if `output_dir` is empty, if there is no such checkpoint, or if the run would write over what
+            another one left.
     """
+    if not args.output_dir:
+        raise ValueError("output_dir is not set: name a new folder for what the run writes, as outputs/my-run.")
     folder = Path(args.output_dir)
     wanted = args.resume_from_checkpoint
     checkpoint = None

@@ -13,6 +13,9 @@ from transformers import EvalPrediction, Trainer
 
 from hf_lsam_recipes.support.text.clm_arguments import GenerationArguments
 
+# Those of `compute_perplexity`.
+METRICS = ("loss", "perplexity", "tokens")
+
 
 def sum_losses(logits: Tensor | tuple, labels: Tensor) -> Tensor:
     """
