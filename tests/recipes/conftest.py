@@ -6,7 +6,8 @@ from packaging import version
 RECIPES = (
     "adapters benchmark cli clm_data clm_metrics common compare compare_glue compare_report convergence demo "
     "demo_assets early_errors glue_data glue_lengths glue_metric glue_sampling hints host_cost image_data launch "
-    "measures model_card resnets run_clm run_glue run_glue_no_trainer run_image_classification security soak staleness"
+    "measures model_card resnets run_clm run_glue run_glue_no_trainer run_image_classification security soak "
+    "staleness yamls"
 )
 if version.parse(transformers.__version__) < version.parse("5.19"):
     collect_ignore = [f"test_{name}.py" for name in RECIPES.split()]
