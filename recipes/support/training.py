@@ -1,11 +1,17 @@
 """Training arguments that transformers checks late, or only by a traceback."""
 
+import importlib.util
 from collections.abc import Sequence
 
 from transformers import TrainingArguments
-from transformers.integrations import INTEGRATION_TO_CALLBACK, get_reporting_integration_callbacks
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from hf_lsam_recipes.support.shipped import did_you_mean
+
+# Modules of trackers that are not among the available ones of transformers, or not beside MLflow.
+UNLISTED = {"azure_ml": "azureml", "flyte": "flytekit"}
+# Packages that have another name than their tracker.
+PACKAGES = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml", "flyte": "flytekit"}
 
 
 def check_training(args: TrainingArguments, metrics: Sequence[str]) -> None:
@@ -25,13 +31,13 @@ def check_training(args: TrainingArguments, metrics: Sequence[str]) -> None:
                 f"report_to={name} is unknown.{did_you_mean(name, list(INTEGRATION_TO_CALLBACK))} It may be none or "
                 f"any of {', '.join(INTEGRATION_TO_CALLBACK)}."
             )
-        [callback] = get_reporting_integration_callbacks([name])
-        try:
-            callback()
-        except (ImportError, RuntimeError) as error:
+        available = get_available_reporting_integrations()
+        if name not in available and not (name in UNLISTED and importlib.util.find_spec(UNLISTED[name])):
+            others = f", or to {' or '.join(available)}, which can be used here" if available else ""
             raise ValueError(
-                f"report_to={name} cannot be used: {error} Install what it needs, or set report_to to none."
-            ) from error
+                f"report_to={name} cannot be used here: its package is not installed or not set up. Install it, as by "
+                f"pip install {PACKAGES.get(name, name)}, or set report_to to none{others}."
+            )
     metric = args.metric_for_best_model
     if metric is not None and metric.removeprefix("eval_") not in metrics:
         raise ValueError(

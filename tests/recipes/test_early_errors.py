@@ -13,11 +13,13 @@ from tiny_clm import questions_argv, save_model, write_text
 from tiny_glue import QUICK, files_in, make_rows, rte, write_rows
 from tiny_images import CLASSES, SMALL, save_vit, write_folder
 from tiny_images import QUICK as QUICK_IMAGES
-from transformers import AutoConfig, BertConfig, BertModel, T5Config, ViTConfig, ViTModel
+from transformers import AutoConfig, BertConfig, BertModel, T5Config, TrainingArguments, ViTConfig, ViTModel
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer import Trainer
 
 from hf_lsam_recipes import run_clm, run_glue, run_glue_no_trainer, run_image_classification
 from hf_lsam_recipes.support.loading import load_tokenizer
+from hf_lsam_recipes.support.training import check_training
 
 pytest_plugins = ["glue_fixtures"]
 
@@ -183,17 +185,24 @@ def test_every_metric_of_a_language_model_is_known(decoder, tmp_path):
     }
 
 
-def test_a_tracker_that_is_not_installed_or_unknown(bert, glue, tmp_path, untrained, monkeypatch):
-    argv = [*rte(bert, glue, tmp_path / "out"), "--do_train", "--report_to"]
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    message = r"^report_to=wandb cannot be used: .*pip install wandb.* or set report_to to none\.$"
-    with pytest.raises(ValueError, match=message):
-        run_glue.main([*argv, "wandb"])
-    with pytest.raises(
-        ValueError, match=r"^report_to=tensorbord is unknown\. Did you mean tensorboard\? It may be none"
-    ):
-        run_glue.main([*argv, "tensorbord"])
+@pytest.mark.parametrize("name", sorted({*INTEGRATION_TO_CALLBACK} - {*get_available_reporting_integrations()}))
+def test_a_tracker_that_is_not_installed(name, bert, glue, tmp_path, untrained):
+    argv = [*rte(bert, glue, tmp_path / "out"), "--do_train", "--report_to", name]
+    message = rf"^report_to={name} cannot be used here: .* pip install [a-z-]+, or set report_to to none, "
+    with pytest.raises(ValueError, match=message + r"or to .*tensorboard.*, which can be used here\.$"):
+        run_glue.main(argv)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", get_available_reporting_integrations())
+def test_a_tracker_that_is_installed(name):
+    check_training(TrainingArguments(report_to=name), ())
+
+
+def test_a_tracker_that_is_unknown(bert, glue, tmp_path, untrained):
+    argv = [*rte(bert, glue, tmp_path / "out"), "--do_train", "--report_to", "tensorbord"]
+    with pytest.raises(ValueError, match=r"^report_to=tensorbord is unknown\. Did you mean tensorboard\? It may be"):
+        run_glue.main(argv)
 
 
 @pytest.mark.parametrize("recipe", [run_glue, run_clm, run_image_classification])
