@@ -133,6 +133,15 @@ def test_a_yaml_that_ships_goes_by_its_name_unless_there_is_a_file_of_that_name(
         find_yaml("elsewhere/rte.yaml", "glue")
 
 
+@pytest.mark.parametrize("name", ["own/first_rnu.yaml", "own/first_run", "own/first_run.yml"])
+def test_a_yaml_of_ones_own_that_is_misspelt(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "first_run.yaml").touch()
+    with pytest.raises(ValueError, match=rf"{name} is no file, .* Did you mean own/first_run.yaml\? Name a file"):
+        find_yaml(name, "glue")
+
+
 def test_a_comparison_that_ships_goes_by_its_name(run, tmp_path):
     assert run("compare", "tiny", "--report_only", "--output_dir", str(tmp_path)) == (
         f"compare.py: {tmp_path} holds no finished run to report."
