@@ -1,5 +1,5 @@
 """
-Fine-tune a text classifier, or a regression, with layer-wise SAM, in a loop of its own: with Accelerate, no Trainer.
+Fine-tune a text classifier, or a regression, with layer-wise SAM: a training loop with Accelerate, without a Trainer.
 
     accelerate launch recipes/run_glue_no_trainer.py recipes/glue/rte.yaml --rho 0.1
 
@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 def script() -> None:
-    """Run the command line; of what is wrong before training, the message says it all."""
+    """Run the command line; an error before training ends it with its message alone."""
     try:
         run = prepare(sys.argv[1:])
     except (ValueError, OSError) as problem:

@@ -54,7 +54,7 @@ class ModelArguments:
     Args:
         model_name_or_path (`str`, *optional*):
             Any model that `AutoModelForImageClassification` loads, or that this recipe trained: its name on the Hub,
-            or its folder. Its weights are loaded as 32-bit numbers, whose steps are fine enough for a small `rho`.
+            or its folder. Its weights are loaded in float32, which is precise enough for a small `rho`.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to run code that comes with the model.
 
@@ -143,7 +143,7 @@ def prepare(argv: list[str]) -> Run:
     if not splits:
         raise ValueError("Nothing to do: set do_train, do_eval or do_predict.")
     if model_args.from_scratch and not args.do_train:
-        raise ValueError("A model from scratch knows nothing yet: set do_train, or model_name_or_path to a model.")
+        raise ValueError("A model from scratch has random weights: set do_train, or model_name_or_path to a model.")
     resume = check_output_dir(args, (PREDICTIONS, "test_results.json"))
     check_training(args, ("loss", "accuracy"))
 
@@ -177,7 +177,7 @@ def prepare(argv: list[str]) -> Run:
 
 
 def execute(run: Run) -> dict[str, float]:
-    """Train, save, evaluate, predict and describe: those that the settings ask for."""
+    """Train, save, evaluate, predict and describe: as far as the settings ask for it."""
     trainer = run.trainer
     metrics: dict[str, float] = {}
 
@@ -273,7 +273,7 @@ def compute_metrics(output: EvalPrediction) -> dict[str, float]:
 
 
 def describe_architecture(config: PreTrainedConfig) -> str:
-    """A model from scratch by the name that its paper gives it."""
+    """The name of a model from scratch in its paper."""
     if isinstance(config, resnets.WideResNetConfig):
         return f"WRN-{config.depth}-{config.widen_factor}"
     return f"ResNet-{config.depth}"

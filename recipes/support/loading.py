@@ -19,7 +19,7 @@ class ModelArguments:
     Args:
         model_name_or_path (`str`):
             Any model that transformers loads for the task: its name on the Hub, or its folder. Its weights are loaded
-            as 32-bit numbers, whose steps are fine enough for a small `rho`. Without `do_train` it may be an adapter,
+            in float32, which is precise enough for a small `rho`. Without `do_train` it may be an adapter,
             whose base is loaded with it.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to run code that comes with the model.
@@ -32,7 +32,7 @@ class ModelArguments:
 @dataclass(frozen=True)
 class ModelSource:
     """
-    A model that is there, but not yet loaded.
+    A model that was found, but is not loaded yet.
 
     Args:
         name (`str`): Its name on the Hub, or its folder.
@@ -89,11 +89,11 @@ def load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBas
     )
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except Exception as error:  # from the library of tokenizers, which has no kind of its own
+    except Exception as error:  # tokenizers raises plain exceptions
         raise ValueError(
             f"The tokenizer of model_name_or_path={name} cannot be loaded: {' '.join(str(error).split())} {way_out}"
         ) from error
-    # SentencePiece's mark of a space is no word.
+    # SentencePiece's mark of a space is not a word.
     if {token for token in tokenizer.get_vocab() if token.strip("▁")} <= {*tokenizer.all_special_tokens}:
         raise ValueError(
             f"The tokenizer of model_name_or_path={name} knows no token but its special ones: every text would look "
@@ -121,7 +121,7 @@ def load_model(
     **settings: Any,
 ):
     """
-    The model of `auto_class`, in 32-bit numbers, with its own adapter or, for training, a fresh one if wanted.
+    The model of `auto_class`, in float32, with its own adapter or, for training, a fresh one if wanted.
 
     Raises:
         ValueError: if it is not to be trained, and its checkpoint lacks some of its weights.
@@ -133,9 +133,9 @@ def load_model(
         output_loading_info=True,
         **settings,
     )
-    # A decoder finds the last token of a text by it.
+    # A decoder uses it to find the last token of a text.
     model.config.get_text_config().pad_token_id = source.tokenizer.pad_token_id
-    # An adapter brings what its base lacks.
+    # An adapter contains what its base lacks.
     if source.base is not None:
         return load_adapter(model, source.name)
     if training and adapter_args.enabled:

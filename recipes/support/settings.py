@@ -1,4 +1,4 @@
-"""Settings of a recipe, from a YAML and the command line, and the recipe as a script that takes them."""
+"""The settings of a recipe, read from a YAML and the command line, and the recipe as a script."""
 
 import json
 import os
@@ -74,7 +74,7 @@ def _train_together_on_cpus() -> None:
     """
     Tell Accelerate to use the CPU if several processes were launched where there is nothing else.
 
-    Its launcher does not tell them, and without being told each of them would train alone.
+    Its launcher does not tell them, and otherwise each of them would train alone.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -83,12 +83,12 @@ def _train_together_on_cpus() -> None:
 def read_yaml(path: Path, known: set[str]) -> tuple[list[str], dict[str, list[str]]]:
     """A YAML's settings as command-line arguments, read as the command line reads them, and those that are lists."""
     if not path.is_file():
-        raise ValueError(f"{path} is no file: the first argument is a YAML of settings, or starts with --.")
+        raise ValueError(f"{path} is not a file: the first argument is a YAML of settings, or starts with --.")
     check_utf8(path)
     try:
         settings = read_yaml_text(path)
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {error}.") from error
+        raise ValueError(f"{path} is not valid YAML: {error}.") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold one `setting: value` a line.")
     if unknown := [str(name) for name in settings if name not in known]:
@@ -107,7 +107,7 @@ def run_script(prepare: Callable[[list[str]], Any], execute: Callable[[Any], Any
     """
     A recipe as a script: `prepare` with the command line's arguments, and `execute` with what it returns.
 
-    Before training, what is wrong are the settings, and the message says it all: the script ends with it.
+    An error before training is one of the settings: the script ends with its message, without a traceback.
     """
     prepared = None
     try:

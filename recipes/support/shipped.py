@@ -27,8 +27,8 @@ def find_yaml(name: str, folder: str) -> Path:
     own = sorted(str(other) for suffix in ("yaml", "yml") for other in path.parent.glob(f"*.{suffix}"))
     near = did_you_mean(stem, list(shipped)) or did_you_mean(str(path), own)
     raise ValueError(
-        f"{name} is no file, and no YAML of that name ships with this recipe.{near} Name a file of your own or one of "
-        f"{', '.join(shipped)}, which are in {RECIPES / folder}; settings start with --."
+        f"{name} is not a file, and no YAML of that name ships with this recipe.{near} Name a file of your own or one "
+        f"of {', '.join(shipped)}, which are in {RECIPES / folder}; settings start with --."
     )
 
 

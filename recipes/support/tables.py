@@ -39,7 +39,7 @@ def check_file(path: Path, suffixes: Sequence[str]):
     if path.suffix not in suffixes:
         raise ValueError(f"{path} must end in {', '.join(suffixes)}, to say what it holds.")
     if not path.is_file():
-        raise ValueError(f"{path} is no file: {explain_missing(path)}")
+        raise ValueError(f"{path} is not a file: {explain_missing(path)}")
     if path.suffix != ".parquet":
         check_utf8(path)
 

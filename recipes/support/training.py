@@ -40,7 +40,7 @@ def check_training(args: TrainingArguments, metrics: Sequence[str]) -> None:
             )
     metric = args.metric_for_best_model
     if metric is not None and metric.removeprefix("eval_") not in metrics:
+        near = did_you_mean(metric, list(metrics))
         raise ValueError(
-            f"metric_for_best_model={metric} is no metric of this evaluation.{did_you_mean(metric, list(metrics))} It "
-            f"has {', '.join(metrics)}."
+            f"metric_for_best_model={metric} is not a metric of this evaluation.{near} It has {', '.join(metrics)}."
         )

@@ -268,7 +268,7 @@ def test_malformed_files(tmp_path):
 
 
 def test_missing_files(tmp_path):
-    with pytest.raises(ValueError, match=r"train.csv is no file"):
+    with pytest.raises(ValueError, match=r"train.csv is not a file"):
         load(train_file=str(tmp_path / "train.csv"))
     with pytest.raises(ValueError, match=r"train.txt must end in .tsv, .csv, .jsonl, .parquet"):
         load(train_file=str(tmp_path / "train.txt"))

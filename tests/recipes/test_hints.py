@@ -180,7 +180,7 @@ def test_what_is_missing_of_a_path(tmp_path, monkeypatch):
             f"there is no such file in {tmp_path / 'data'}. Did you mean train.csv?"
         )
         assert explain_missing(start / "data") == "it is a folder."
-    with pytest.raises(ValueError, match=r"dat/train.csv is no file: there is no folder dat in .* mean data\?"):
+    with pytest.raises(ValueError, match=r"dat/train.csv is not a file: there is no folder dat in .* mean data\?"):
         run_glue.load_text_data(run_glue.DataArguments(train_file="dat/train.csv"), ["train"], {})
     with pytest.raises(ValueError, match=r"data_dir=dat has .* There is no such folder: there is no .* mean data\?"):
         run_glue.load_text_data(run_glue.DataArguments(task_name="rte", data_dir="dat"), ["train"], {})

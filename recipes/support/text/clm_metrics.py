@@ -1,4 +1,4 @@
-"""How well a language model does: perplexity, and the share of prompts that it answers as it should."""
+"""Metrics of a language model: perplexity, and the share of prompts with the correct answer."""
 
 import re
 from collections.abc import Sequence
