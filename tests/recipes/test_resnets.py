@@ -1,6 +1,7 @@
 """The residual networks are those of their papers, and layer-wise SAM is exact on them."""
 
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -149,6 +150,10 @@ assert not [name for name in sys.modules if name.startswith("hf_lsam")]
 def test_a_saved_model_is_loaded_where_this_package_is_not_installed(name, tmp_path):
     model = SMALL[name]().eval()
     model.save_pretrained(tmp_path / "model")
+    classes = {"AutoConfig": type(model.config), "AutoModelForImageClassification": type(model)}
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["auto_map"] == {
+        name: f"resnets.{kind.__name__}" for name, kind in classes.items()
+    }
     pixels = torch.randn(2, 3, 8, 8)
     save_file({"pixels": pixels}, tmp_path / "in.safetensors")
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
