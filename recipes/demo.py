@@ -5,13 +5,16 @@ Fine-tune a real model on real text with AdamW, SAM and layer-wise SAM, and show
 
 Each run is a process of its own (`recipes/run_glue.py` with the settings below), so that its peak memory is its own.
 Runs of one seed see the same batches in the same order and lie next to each other in time. Finished runs are kept: a
-second call trains only what is missing, or what other settings, code or versions would make different.
+second call trains only what is missing, or what other settings, code or versions would make different. The first two
+methods are compared as soon as both are there with the first seed.
 """
 
 import argparse
 import hashlib
 import importlib.metadata
 import json
+import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -22,13 +25,13 @@ from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import yaml
 from tqdm import tqdm
 
-from hf_lsam_recipes.support.text.demo_assets import AssetError, Splits, model_folder, rated_sentences, write_splits
+from hf_lsam_recipes.support.text.demo_assets import AssetError, model_folder, rated_sentences, write_splits
+from hf_lsam_recipes.support.text.demo_methods import METHODS, SECONDS, SPLITS, STEPS, TRAINING, on_console, table
 
 RECIPES = Path(__file__).resolve().parent
 CODE = [
@@ -37,52 +40,17 @@ CODE = [
     RECIPES / "run_glue.py",
     *(
         RECIPES / "support" / f"{name}.py"
-        for name in ("adapters", "loading", "logits", "measures", "output", "settings", "shipped", "step_timer")
+        for name in ("adapters", "files", "hints", "loading", "logits", "measures", "output", "rows", "settings")
     ),
     *(
         RECIPES / "support" / f"{name}.py"
-        for name in ("rows", "sharpness", "sharpness_callback", "tables", "yaml_text")
+        for name in ("sharpness", "sharpness_callback", "shipped", "step_timer", "tables", "training", "yaml_text")
     ),
     *(RECIPES / "support" / "text" / f"glue_{name}.py" for name in ("data", "metric", "sampling", "tasks")),
 ]
 
-SPLITS = Splits(train=400, validation=1000, test=2000, flipped=0.3)
-TRAINING: dict[str, Any] = {
-    "max_seq_length": 32,
-    "max_eval_samples": 300,
-    "num_train_epochs": 5,
-    "per_device_train_batch_size": 8,
-    "per_device_eval_batch_size": 50,
-    "learning_rate": 5e-5,
-    "warmup_steps": 0.1,
-    "eval_strategy": "steps",
-    "eval_steps": 0.25,
-    "logging_steps": 10,
-    "save_strategy": "no",
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "report_to": "none",
-}
-# Learning rate and rho are the best of four for each method, on the validation part with the seeds 10 and 11: see
-# studies/evidence/demo.yaml and results/demo_tuning.csv. All methods chose the same learning rate. Before about
-# a third of the training the fresh head has not left its start. `last` with 2 blocks costs 0.34 plain steps where a
-# step is perturbed: 0.24 over the training with this start.
-METHODS: dict[str, dict[str, Any]] = {
-    "AdamW": {"block_selection": "none"},
-    "SAM": {"block_selection": "all", "rho": 0.02, "perturb_start": 0.3},
-    "LSAM, the paper's rule": {
-        "block_selection": "top_k",
-        "num_perturbed_blocks": 2,
-        "rho": 0.15,
-        "perturb_start": 0.3,
-    },
-    "LSAM, last 2 blocks": {
-        "block_selection": "last",
-        "num_perturbed_blocks": 2,
-        "rho": 0.15,
-        "perturb_start": 0.3,
-    },
-}
+# Methods of the first seed that are compared before all others run.
+FIRST = 2
 
 
 class RunError(Exception):
@@ -166,6 +134,61 @@ def test(run: Run, test_file: Path, run_glue: Callable[[list[str]], Any]):
     (run.folder / "model" / "model.safetensors").unlink()
 
 
+def test_all(runs: list[Run], test_file: Path):
+    """Evaluate the runs that are not evaluated yet."""
+    from hf_lsam_recipes.run_glue import main as run_glue
+
+    for run in tqdm([run for run in runs if not run.tested], desc="Evaluating on the test part", unit="model"):
+        test(run, test_file, run_glue)
+
+
+def finish(runs: list[Run], test_file: Path):
+    """Train and evaluate the runs that are not there yet."""
+    steps, there = STEPS * len(runs), STEPS * sum(run.trained for run in runs)
+    with tqdm(total=steps, initial=there, unit="step", smoothing=0, mininterval=1, disable=there == steps) as bar:
+        for run in [run for run in runs if not run.trained]:
+            bar.set_description(f"{run.method}, seed {run.seed}")
+            begin = bar.n
+
+            def show(epoch: float, begin: int = begin):
+                bar.update(begin + round(STEPS * epoch / TRAINING["num_train_epochs"]) - bar.n)
+
+            train(run, show)
+            bar.update(begin + STEPS - bar.n)
+    if all(run.tested for run in runs):
+        return
+    # Not in this process: its memory counts into the peak of those that it starts.
+    process = multiprocessing.get_context("spawn").Process(target=test_all, args=(runs, test_file))
+    process.start()
+    try:
+        process.join()
+    except BaseException:
+        process.kill()
+        raise
+    if process.exitcode != 0:
+        raise RunError(f"The evaluation failed. Its output is above and in {runs[0].folder.parent}/*/test.log.")
+
+
+def announcement(runs: list[Run]) -> str:
+    """What will run, and how long it takes."""
+    missing = [run for run in runs if not run.tested]
+    methods = "; ".join(dict.fromkeys(run.method for run in runs))
+    lines = [f"{len(runs)} runs of {STEPS} steps. Methods: {methods}."]
+    if len(missing) < len(runs):
+        lines.append(f"{len(runs) - len(missing)} of {len(runs)} runs are there from before.")
+    if missing:
+        lines.append(f"This takes about {minutes(missing)} on two CPU cores.")
+    if first := [run for run in runs[:FIRST] if run in missing]:
+        lines.append(f"A first comparison, with one seed, is printed after about {minutes(first)}.")
+    return "\n".join(lines)
+
+
+def minutes(runs: list[Run]) -> str:
+    """How long the runs take, rounded up."""
+    number = math.ceil(sum(SECONDS[run.method] for run in runs) / 60)
+    return f"{number} minute{'s' if number > 1 else ''}"
+
+
 def read_run(run: Run) -> dict[str, Any]:
     """The figures of a finished run."""
     train = json.loads((run.folder / "model" / "train_results.json").read_text())
@@ -190,47 +213,6 @@ def read_run(run: Run) -> dict[str, Any]:
     }
 
 
-def table(runs: list[dict[str, Any]]) -> str:
-    """Markdown: mean and range over the seeds; times as ratios to the first method with the same seed."""
-    methods = list(dict.fromkeys(run["method"] for run in runs))
-    plain = {run["seed"]: run for run in runs if run["method"] == methods[0]}
-    titles = [
-        "method",
-        "settings",
-        "test accuracy, %",
-        "test loss",
-        "training time",
-        "median step",
-        "peak memory, MiB",
-    ]
-    lines = [f"| {' | '.join(titles)} |", "|" + " --- |" * len(titles)]
-    for method in methods:
-        own = [run for run in runs if run["method"] == method]
-        cells = [
-            method,
-            _settings(METHODS.get(method, {})),
-            _mean_and_range([100 * run["test_accuracy"] for run in own], "{:.1f}"),
-            _mean_and_range([run["test_loss"] for run in own], "{:.3f}"),
-            *(
-                _mean_and_range([run[time] / plain[run["seed"]][time] for run in own], "{:.2f}x")
-                for time in ("training_seconds", "step_seconds")
-            ),
-            _mean_and_range([run["peak_memory_mib"] for run in own], "{:.0f}"),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _settings(of_method: dict[str, Any]) -> str:
-    short = {"block_selection": "", "num_perturbed_blocks": "k=", "perturb_start": "start="}
-    return ", ".join(f"{short.get(name, f'{name}=')}{value}" for name, value in of_method.items())
-
-
-def _mean_and_range(values: list[float], form: str) -> str:
-    mean = form.format(fmean(values))
-    return mean if len(values) == 1 else f"{mean} ({form.format(min(values))} to {form.format(max(values))})"
-
-
 def _fingerprint(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for path in sorted(paths):
@@ -253,28 +235,18 @@ def demo(output_dir: Path, seeds: list[int], model: Path | None, reviews: Path |
     version = " ".join([_fingerprint(used), *map(importlib.metadata.version, ("torch", "transformers", "accelerate"))])
     runs = plan(seeds, settings, output_dir / "runs", version)
 
-    steps = SPLITS.train // TRAINING["per_device_train_batch_size"] * TRAINING["num_train_epochs"]
-    there = sum(run.trained for run in runs)
-    if there:
-        print(f"{there} of {len(runs)} runs are there from before.")
-    with tqdm(total=steps * len(runs), initial=steps * there, unit="step", smoothing=0, mininterval=1) as bar:
-        for run in [run for run in runs if not run.trained]:
-            bar.set_description(f"{run.method}, seed {run.seed}")
-            begin = bar.n
-
-            def show(epoch: float, begin: int = begin):
-                bar.update(begin + round(steps * epoch / TRAINING["num_train_epochs"]) - bar.n)
-
-            train(run, show)
-            bar.update(begin + steps - bar.n)
+    print(announcement(runs), flush=True)
+    first, rest = runs[:FIRST], runs[FIRST:]
+    test_file = files["test"].resolve()
+    finish(first, test_file)
+    if not all(run.tested for run in rest):
+        comparison = on_console(table([read_run(run) for run in first]))
+        print(f"\nThe first comparison, with one seed; the others follow.\n\n{comparison}", flush=True)
+        finish(rest, test_file)
 
     # Only here: the memory of this process counts into the peak of those that it starts.
-    from hf_lsam_recipes.run_glue import main as run_glue
     from hf_lsam_recipes.support.figures.demo import draw
     from hf_lsam_recipes.support.stamp import stamp
-
-    for run in tqdm([run for run in runs if not run.tested], desc="Evaluating on the test part", unit="model"):
-        test(run, files["test"].resolve(), run_glue)
 
     figures = [read_run(run) for run in runs]
     data = {"train": SPLITS.train, "validation": SPLITS.validation, "test": SPLITS.test, "flipped": SPLITS.flipped}
@@ -282,7 +254,8 @@ def demo(output_dir: Path, seeds: list[int], model: Path | None, reviews: Path |
     (output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (output_dir / "table.md").write_text(table(figures))
     draw(results, output_dir / "results.png")
-    print(f"\n{table(figures)}\n{SPLITS.flipped:.0%} of the {SPLITS.train} training labels are flipped at random; the")
+    print(f"\n{on_console(table(figures))}")
+    print(f"{SPLITS.flipped:.0%} of the {SPLITS.train} training labels are flipped at random; the")
     print(f"{SPLITS.test} test sentences are clean. Mean over seeds {', '.join(map(str, seeds))}, and their range.")
     print(f"Picture: {output_dir / 'results.png'}. Figures: {output_dir / 'results.json'}, {output_dir / 'table.md'}.")
 

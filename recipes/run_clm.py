@@ -37,6 +37,7 @@ from hf_lsam_recipes.support.text.clm_data import (
     prompt_and_response,
 )
 from hf_lsam_recipes.support.text.clm_metrics import (
+    METRICS,
     check_answers,
     compute_perplexity,
     find_answer,
@@ -44,6 +45,7 @@ from hf_lsam_recipes.support.text.clm_metrics import (
     same_answer,
     sum_losses,
 )
+from hf_lsam_recipes.support.training import check_training
 
 SETTINGS = (
     ModelArguments,
@@ -61,7 +63,7 @@ logger = logging.get_logger("hf_lsam.recipes")
 
 @dataclass(frozen=True)
 class Questions:
-    """Prompts to answer: their text, their token ids, and the responses that are right."""
+    """Prompts to answer: their text, their token ids, and the correct responses."""
 
     prompts: list[str]
     ids: list[list[int]]
@@ -105,14 +107,15 @@ def prepare(argv: list[str]) -> Run:
             "or leave it out."
         )
     resume = check_output_dir(args)
+    check_training(args, METRICS)
 
     source = find_model(model_args, args.do_train)
     config, tokenizer = source.config, source.tokenizer
-    # BERT and its like, and encoder-decoders.
+    # BERT and similar models, and encoder-decoders.
     if not getattr(config, "is_decoder", True) or config.is_encoder_decoder:
         raise ValueError(
-            f"model_name_or_path={source.name} is no causal language model: {config.model_type} reads the tokens that "
-            "it would have to predict. Name a decoder, such as HuggingFaceTB/SmolLM2-135M."
+            f"model_name_or_path={source.name} is not a causal language model: {config.model_type} reads the tokens "
+            "that it would have to predict. Name a decoder, such as HuggingFaceTB/SmolLM2-135M."
         )
     block_size = find_block_size(data_args, config, tokenizer)
     rows = load_rows(data_args, splits)
@@ -165,7 +168,7 @@ def prepare(argv: list[str]) -> Run:
 
 
 def execute(run: Run) -> dict[str, float]:
-    """Train, save, evaluate, answer and describe: those that the settings ask for."""
+    """Train, save, evaluate, answer and describe: as far as the settings ask for it."""
     trainer = run.trainer
     metrics: dict[str, float] = {}
 
@@ -214,7 +217,7 @@ def find_questions(
 
 
 def answer(run: Run, questions: Questions) -> float:
-    """Let the model answer, write down what it says, and return the share of answers that are right."""
+    """Let the model answer, write its answers to a file, and return the share that is correct."""
     generated = generate_answers(run.trainer, questions.ids, run.generation_args.max_new_tokens)
     pattern = run.generation_args.answer_pattern
     lines, right = [], 0
@@ -232,7 +235,7 @@ def answer(run: Run, questions: Questions) -> float:
 
 
 def count(run: Run, split: str, prefix: str) -> dict[str, int]:
-    """How many examples a split has, and how many are cut off or left out."""
+    """How many examples a split has, and how many were truncated or left out."""
     examples = run.examples[split]
     return {
         f"{prefix}_samples": len(examples.dataset),

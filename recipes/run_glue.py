@@ -1,5 +1,5 @@
 """
-Fine-tune a text classifier, or a regression, with layer-wise SAM: on a task of GLUE, or on files of one's own.
+Fine-tune a text classifier, or a regression, with layer-wise SAM: on a task of GLUE, or on your own files.
 
     python recipes/run_glue.py recipes/glue/rte.yaml --rho 0.1
 
@@ -36,8 +36,9 @@ from hf_lsam_recipes.support.output import check_output_dir, report
 from hf_lsam_recipes.support.settings import parse_arguments, run_script
 from hf_lsam_recipes.support.step_timer import StepTimer
 from hf_lsam_recipes.support.text.glue_data import TextData, load_text_data
-from hf_lsam_recipes.support.text.glue_metric import GlueMetric
+from hf_lsam_recipes.support.text.glue_metric import METRICS, GlueMetric
 from hf_lsam_recipes.support.text.glue_tasks import DRAWN, GLUE_TASKS, HUB_NAME, PREDICTIONS, STSB_RANGE, DataArguments
+from hf_lsam_recipes.support.training import check_training
 
 SETTINGS = (ModelArguments, AdapterArguments, DataArguments, MeasureArguments, LSAMConfig, TrainingArguments)
 
@@ -77,6 +78,7 @@ def prepare(argv: list[str]) -> Run:
     if not splits:
         raise ValueError("Nothing to do: set do_train, do_eval or do_predict.")
     resume = check_output_dir(args, prediction_names(data_args))
+    check_training(args, ("loss", *METRICS[metric_name(data_args)]))
 
     source = find_model(model_args, args.do_train)
     data = load_text_data(data_args, splits, source.config.label2id)
@@ -113,7 +115,7 @@ def prepare(argv: list[str]) -> Run:
 
 
 def execute(run: Run) -> dict[str, float]:
-    """Train, save, evaluate, predict and describe: those that the settings ask for."""
+    """Train, save, evaluate, predict and describe: as far as the settings ask for it."""
     trainer = run.trainer
     metrics: dict[str, float] = {}
 
@@ -175,7 +177,7 @@ def describe(data_args: DataArguments) -> Subject:
 
 
 def check_labels(data_args: DataArguments, data: TextData, config, training: bool) -> dict:
-    """The label settings of the model; raises where a model that is not trained here has others."""
+    """The label settings of the model; raises if a model that is not trained here has others."""
     if data.labels is None:
         settings: dict = {"num_labels": 1, "problem_type": "regression"}
         fits = config.num_labels == 1
@@ -202,7 +204,7 @@ def longest_text(max_seq_length: int, tokenizer: PreTrainedTokenizerBase, model:
     length = min(max_seq_length, tokenizer.model_max_length)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
-    # RoBERTa and its like begin to count behind the position of padding.
+    # RoBERTa and similar models number the positions from the index of padding on.
     pads = [table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None]
     return min(length, positions - max(pads, default=-1) - 1) if positions else length
 
@@ -225,10 +227,14 @@ def tokenize(data: TextData, tokenizer: PreTrainedTokenizerBase, length: int) ->
     }
 
 
+def metric_name(data_args: DataArguments) -> str:
+    """The configuration of `GlueMetric` for the data."""
+    return data_args.task_name or ("regression" if data_args.is_regression else "classification")
+
+
 def make_compute_metrics(data_args: DataArguments):
     """The `compute_metrics` of the Trainer."""
-    own = "regression" if data_args.is_regression else "classification"
-    metric = GlueMetric(data_args.task_name or own)
+    metric = GlueMetric(metric_name(data_args))
 
     def compute_metrics(output: EvalPrediction) -> dict[str, float]:
         logits = read_logits(output.predictions)
@@ -239,7 +245,7 @@ def make_compute_metrics(data_args: DataArguments):
 
 
 def prediction_names(data_args: DataArguments) -> tuple[str, ...]:
-    """Names of the files of predictions: GLUE's own for its test data, `predictions.tsv` for any other."""
+    """Names of the files of predictions: GLUE's own for its test data, `predictions.tsv` for other data."""
     task = data_args.task_name
     return PREDICTIONS if task is None or data_args.validation_fraction else GLUE_TASKS[task].submissions
 

@@ -1,5 +1,5 @@
 """
-Fine-tune a text classifier, or a regression, with layer-wise SAM, in a loop of its own: with Accelerate, no Trainer.
+Fine-tune a text classifier, or a regression, with layer-wise SAM: a training loop with Accelerate, without a Trainer.
 
     accelerate launch recipes/run_glue_no_trainer.py recipes/glue/rte.yaml --rho 0.1
 
@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from hf_lsam import LSAM, LSAMConfig
-from hf_lsam_recipes.run_glue import check_labels, longest_text, tokenize
+from hf_lsam_recipes.run_glue import check_labels, longest_text, metric_name, tokenize
 from hf_lsam_recipes.support.adapters import AdapterArguments
 from hf_lsam_recipes.support.loading import ModelArguments, find_model, load_model
 from hf_lsam_recipes.support.settings import parse_arguments
@@ -61,13 +61,18 @@ class LoopArguments:
     max_grad_norm: float = field(default=1.0, metadata={"help": "Norm that gradients are clipped to."})
     num_train_epochs: int = field(default=3, metadata={"help": "Epochs."})
     warmup_steps: int = field(default=0, metadata={"help": "Steps in which the learning rate rises from 0."})
-    logging_steps: int = field(default=500, metadata={"help": "Steps between two lines of the log."})
+    logging_steps: float = field(
+        default=500, metadata={"help": "Steps between two lines of the log; if less than 1, their share of all steps."}
+    )
     seed: int = field(default=42, metadata={"help": "Decides the new head, the order of the rows and dropout."})
     resume_from_checkpoint: bool = field(default=False, metadata={"help": "Go on after the last finished epoch."})
 
     def __post_init__(self):
         if not (self.do_train and self.do_eval):
             raise ValueError("This script trains and evaluates. To evaluate or predict alone, use run_glue.py.")
+        every = self.logging_steps
+        if every <= 0 or (every >= 1 and every != int(every)):
+            raise ValueError(f"logging_steps must be a whole number of steps, or a share of them, but is {every}.")
         has_log = (Path(self.output_dir) / "log.jsonl").exists()
         if has_log and not self.resume_from_checkpoint:
             raise ValueError(
@@ -136,6 +141,7 @@ def execute(run: Run) -> dict[str, float]:
     }
     steps_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
     max_steps = steps_per_epoch * args.num_train_epochs
+    log_every = math.ceil(max_steps * args.logging_steps) if args.logging_steps < 1 else args.logging_steps
     scheduler = get_scheduler("linear", optimizer, args.warmup_steps, max_steps)
     accelerator.register_for_checkpointing(scheduler)
 
@@ -160,7 +166,7 @@ def execute(run: Run) -> dict[str, float]:
                 optimizer.zero_grad()
             if accelerator.sync_gradients:
                 scheduler.step()
-                if lsam.step % args.logging_steps == 0 or lsam.step % steps_per_epoch == 0:
+                if lsam.step % log_every == 0 or lsam.step % steps_per_epoch == 0:
                     loss = accelerator.reduce(total / count, "mean").item()
                     write(accelerator, output, {"step": lsam.step, "loss": loss} | lsam.log())
                     total, count = torch.zeros_like(total), 0
@@ -184,8 +190,7 @@ def execute(run: Run) -> dict[str, float]:
 
 def evaluate(run: Run, accelerator: Accelerator, model, loader) -> Iterable[tuple[str, float]]:
     """Names and values of the task's metrics."""
-    own = "regression" if run.data_args.is_regression else "classification"
-    metric = GlueMetric(run.data_args.task_name or own)
+    metric = GlueMetric(metric_name(run.data_args))
     model.eval()
     for batch in loader:
         with torch.no_grad():
@@ -210,7 +215,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 def script() -> None:
-    """Run the command line; of what is wrong before training, the message says it all."""
+    """Run the command line; an error before training ends it with its message alone."""
     try:
         run = prepare(sys.argv[1:])
     except (ValueError, OSError) as problem:

@@ -30,12 +30,15 @@ from hf_lsam import LSAMConfig, LSAMTrainer
 from hf_lsam_recipes.support.images import resnets
 from hf_lsam_recipes.support.images.data import DataArguments, ImageData, load_image_data
 from hf_lsam_recipes.support.images.examples import Augmentation, EpochCallback, ImageExamples, without_augmentation
+from hf_lsam_recipes.support.loading import check_weights
 from hf_lsam_recipes.support.logits import make_compute_loss, read_logits
 from hf_lsam_recipes.support.measures import MeasureArguments, set_up_measures, write_landscapes
 from hf_lsam_recipes.support.model_card import OWN_FILES, Subject, write_model_card
 from hf_lsam_recipes.support.output import check_output_dir, report
 from hf_lsam_recipes.support.settings import parse_arguments, run_script
+from hf_lsam_recipes.support.shipped import did_you_mean
 from hf_lsam_recipes.support.step_timer import StepTimer
+from hf_lsam_recipes.support.training import check_training
 
 PREDICTIONS = "predictions.tsv"
 ARCHITECTURES = ("resnet", "wide_resnet")
@@ -51,7 +54,7 @@ class ModelArguments:
     Args:
         model_name_or_path (`str`, *optional*):
             Any model that `AutoModelForImageClassification` loads, or that this recipe trained: its name on the Hub,
-            or its folder. Its weights are loaded as 32-bit numbers, whose steps are fine enough for a small `rho`.
+            or its folder. Its weights are loaded in float32, which is precise enough for a small `rho`.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to run code that comes with the model.
 
@@ -88,7 +91,10 @@ class ModelArguments:
                 "other one to null."
             )
         if self.architecture not in (None, *ARCHITECTURES):
-            raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}, but is {self.architecture!r}.")
+            near = did_you_mean(self.architecture, list(ARCHITECTURES))
+            raise ValueError(
+                f"architecture must be one of {', '.join(ARCHITECTURES)}, but is {self.architecture!r}.{near}"
+            )
         if self.image_size < 1:
             raise ValueError(f"image_size must be at least 1, but is {self.image_size}.")
 
@@ -137,8 +143,9 @@ def prepare(argv: list[str]) -> Run:
     if not splits:
         raise ValueError("Nothing to do: set do_train, do_eval or do_predict.")
     if model_args.from_scratch and not args.do_train:
-        raise ValueError("A model from scratch knows nothing yet: set do_train, or model_name_or_path to a model.")
+        raise ValueError("A model from scratch has random weights: set do_train, or model_name_or_path to a model.")
     resume = check_output_dir(args, (PREDICTIONS, "test_results.json"))
+    check_training(args, ("loss", "accuracy"))
 
     config, processor = find_model(model_args)
     data = load_image_data(data_args, splits, None if args.do_train else config.label2id)
@@ -170,7 +177,7 @@ def prepare(argv: list[str]) -> Run:
 
 
 def execute(run: Run) -> dict[str, float]:
-    """Train, save, evaluate, predict and describe: those that the settings ask for."""
+    """Train, save, evaluate, predict and describe: as far as the settings ask for it."""
     trainer = run.trainer
     metrics: dict[str, float] = {}
 
@@ -214,10 +221,17 @@ def find_model(model_args: ModelArguments) -> tuple[PreTrainedConfig, BaseImageP
     name, code = model_args.model_name_or_path, model_args.trust_remote_code
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model_name_or_path={name} cannot be loaded: {' '.join(str(error).split())}") from error
+    try:
         # Pixels are the same whether torchvision is installed or not.
         return config, AutoImageProcessor.from_pretrained(name, trust_remote_code=code, backend="pil")
     except (OSError, ValueError) as error:
-        raise ValueError(f"model_name_or_path={name} cannot be loaded: {' '.join(str(error).split())}") from error
+        raise ValueError(
+            f"The image processor of model_name_or_path={name} cannot be loaded: {' '.join(str(error).split())} If "
+            "preprocessor_config.json is missing, save it beside the model, from the model that it was made of: "
+            f"AutoImageProcessor.from_pretrained(ORIGINAL).save_pretrained({str(name)!r})."
+        ) from error
 
 
 def make_processor(data: ImageData, image_size: int) -> BaseImageProcessor:
@@ -240,13 +254,17 @@ def build_model(model_args: ModelArguments, config: PreTrainedConfig, data: Imag
         for name, value in labels.items():
             setattr(config, name, value)
         return AutoModelForImageClassification.from_config(config)
-    return AutoModelForImageClassification.from_pretrained(
+    model, loaded = AutoModelForImageClassification.from_pretrained(
         model_args.model_name_or_path,
         trust_remote_code=model_args.trust_remote_code,
         dtype=torch.float32,
         ignore_mismatched_sizes=training,
+        output_loading_info=True,
         **labels,
     )
+    if not training:
+        check_weights(str(model_args.model_name_or_path), loaded["missing_keys"])
+    return model
 
 
 def compute_metrics(output: EvalPrediction) -> dict[str, float]:
@@ -255,7 +273,7 @@ def compute_metrics(output: EvalPrediction) -> dict[str, float]:
 
 
 def describe_architecture(config: PreTrainedConfig) -> str:
-    """A model from scratch by the name that its paper gives it."""
+    """The name of a model from scratch in its paper."""
     if isinstance(config, resnets.WideResNetConfig):
         return f"WRN-{config.depth}-{config.widen_factor}"
     return f"ResNet-{config.depth}"

@@ -10,10 +10,10 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, Trainer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.peft_utils import find_adapter_config_file
 
-# Folder beside the adapter with the configuration of the whole model: its labels and its padding token. A
-# `config.json` beside it would pass the folder off as that of a whole model.
+# Folder beside the adapter with the configuration of the whole model: its labels and its padding token. With a
+# `config.json` beside the adapter, the folder would look like that of a whole model.
 MODEL_CONFIG = "model_config"
-# Modules that PEFT by itself trains whole in a text classifier.
+# Modules of a text classifier that PEFT trains in full by default.
 _HEADS = {"classifier", "score"}
 
 
@@ -30,7 +30,7 @@ class AdapterArguments:
         lora_dropout (`float`, *optional*, defaults to `0.0`):
             Dropout on what the adapter reads. Default: PEFT's.
         lora_target_modules (`list[str]`, *optional*):
-            Names of the layers that get an adapter, or the ends of their names; `all-linear`: every linear layer but
+            Names of the layers that get an adapter, or suffixes of them; `all-linear`: every linear layer but
             the head. Not set: PEFT's choice for the model type.
         use_dora (`bool`, *optional*, defaults to `False`):
             Whether to train the length of each weight's columns as well: DoRA (Liu et al., ICML 2024).
@@ -79,7 +79,7 @@ def add_adapter(
         model (`PreTrainedModel`): A text classifier, or a language model.
         args (`AdapterArguments`): The settings of the adapter.
         new_parameters (`set[str]`): Names of the parameters that the checkpoint did not hold. They are random, so the
-            modules that hold them are trained whole, such as the pooler of DeBERTa.
+            modules that hold them are trained in full, such as the pooler of DeBERTa.
         task_type (`TaskType`, *optional*, defaults to `TaskType.SEQ_CLS`): What the model is for.
 
     Raises:
@@ -100,7 +100,7 @@ def add_adapter(
     )
     try:
         if isinstance(targets, list):
-            # PEFT passes over a name that no layer has, as long as another one has some.
+            # PEFT ignores a name that no layer has if another name has one.
             names = [f".{name}" for name, _ in model.named_modules()]
             unknown = [t for t in targets if not any(name.endswith(f".{t}") for name in names)]
             if unknown:
@@ -126,7 +126,7 @@ def load_config(name: str, base: str | None, trust_remote_code: bool):
     """The configuration of the model `name`; of an adapter of `base`, the one that `save_model_config` left."""
     if base is not None and PreTrainedConfig.get_config_dict(name, subfolder=MODEL_CONFIG)[0]:
         return AutoConfig.from_pretrained(name, subfolder=MODEL_CONFIG, trust_remote_code=trust_remote_code)
-    # An adapter that was made elsewhere has no names of labels: the data has to know them.
+    # An adapter that was made elsewhere has no label names: they come from the data.
     return AutoConfig.from_pretrained(base or name, trust_remote_code=trust_remote_code)
 
 

@@ -1,4 +1,4 @@
-"""Files of results: written whole or not at all, in a folder that is known to be there."""
+"""Result files: written completely or not at all, in a folder that was checked first."""
 
 import json
 import os
@@ -7,12 +7,14 @@ from typing import Any
 
 
 def check_output_file(setting: str, path: str | Path | None) -> None:
-    """Raise `ValueError` if `path` is set and no file can be written there: to be known before hours of work."""
+    """Raise `ValueError` if `path` is set and no file can be written there: checked before hours of work."""
     if path is None:
         return
     folder = Path(path).parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"{setting}={path}: {folder} is no folder that can be written to. Make it, or name another.")
+        raise ValueError(
+            f"{setting}={path}: {folder} is not a folder that can be written to. Create it, or name another."
+        )
     if Path(path).is_dir():
         raise ValueError(f"{setting}={path} is a folder: name a file in it.")
 

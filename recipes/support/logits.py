@@ -9,8 +9,8 @@ def make_compute_loss(label_smoothing: float, is_regression: bool = False):
     The `compute_loss_func` of the Trainer for a classifier, or a regression: the mean over all rows of an optimizer
     step.
 
-    BERT and its like take the mean over a micro-batch, whatever number of rows the Trainer tells them: with gradient
-    accumulation, or in several processes, their own loss would be as many times too large.
+    BERT and similar models average over a micro-batch and ignore the number of rows that the Trainer passes: with
+    gradient accumulation, or in several processes, their own loss would be too large by that factor.
     """
 
     def compute_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None):
@@ -25,5 +25,5 @@ def make_compute_loss(label_smoothing: float, is_regression: bool = False):
 
 
 def read_logits(predictions: np.ndarray | tuple) -> np.ndarray:
-    """The logits, which some models return with hidden states behind them."""
+    """The logits; some models return hidden states after them."""
     return predictions[0] if isinstance(predictions, tuple) else predictions

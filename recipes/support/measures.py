@@ -1,4 +1,4 @@
-"""What recipes measure on demand: gradient norms while they train, and the loss around the trained weights."""
+"""What recipes can measure: gradient norms while they train, and the loss around the trained weights."""
 
 import json
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from hf_lsam_recipes.support.sharpness_callback import SharpnessCallback, block_
 class MeasureArguments:
     """
     Measurements of the plain loss, in evaluation mode (no dropout; batch normalisation has its running statistics) and
-    on the same training rows in every run. They change nothing of the training, but their memory counts into its peak.
+    on the same training rows in every run. They do not change the training, but their memory counts into its peak.
 
     Args:
         gradient_norm_steps (`int`, *optional*):

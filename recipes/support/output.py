@@ -1,4 +1,4 @@
-"""What a recipe writes: a guarded output directory, and its metrics."""
+"""What a recipe writes: an output directory that is never overwritten, and its metrics."""
 
 import json
 import zipfile
@@ -21,7 +21,7 @@ RUN_OUTPUT = (
     "README.md",
 )
 
-# What training goes on from, in a checkpoint.
+# The files of a checkpoint that training resumes from.
 CHECKPOINT = (
     "trainer_state.json",
     "config.json",
@@ -36,7 +36,7 @@ CHECKPOINT = (
 
 def check_output_dir(args: TrainingArguments, predictions: Sequence[str] = ()) -> str | None:
     """
-    Find the checkpoint to resume from, and see to it that nothing is written over.
+    Find the checkpoint to resume from, and make sure that nothing is overwritten.
 
     Args:
         args (`TrainingArguments`): Its `output_dir`, and its `resume_from_checkpoint`: a folder, or `true` for the
@@ -47,8 +47,11 @@ def check_output_dir(args: TrainingArguments, predictions: Sequence[str] = ()) -
         `str` or `None`: The checkpoint's folder, or `None` for a fresh start.
 
     Raises:
-        ValueError: if there is no such checkpoint, or the run would write over what another one left.
+        ValueError: if `output_dir` is empty, if there is no such checkpoint, or if the run would overwrite what
+            another one left.
     """
+    if not args.output_dir:
+        raise ValueError("output_dir is not set: name a new folder for what the run writes, as outputs/my-run.")
     folder = Path(args.output_dir)
     wanted = args.resume_from_checkpoint
     checkpoint = None
@@ -76,7 +79,7 @@ def check_output_dir(args: TrainingArguments, predictions: Sequence[str] = ()) -
 
 
 def check_checkpoint(folder: Path, wanted: str) -> None:
-    """Raise `ValueError`, naming the file, if one of a checkpoint was not written to its end."""
+    """Raise `ValueError`, naming the file, if a file of a checkpoint is incomplete."""
     for path in sorted(path for pattern in CHECKPOINT for path in folder.glob(pattern)):
         try:
             if path.suffix == ".json":
@@ -85,7 +88,7 @@ def check_checkpoint(folder: Path, wanted: str) -> None:
                 with safe_open(path, framework="np"):
                     pass
             else:
-                # What torch.save writes; its table of contents stands at the end.
+                # What torch.save writes; its table of contents is at the end.
                 zipfile.ZipFile(path).close()
         except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
             raise ValueError(

@@ -28,4 +28,4 @@ def groups_of_rows(batch: Any, size: int) -> Iterator[Any]:
 def check_rows(rows: int) -> None:
     """Raise `ValueError` if there was no row in any batch."""
     if rows == 0:
-        raise ValueError("batches is empty: there is no loss to measure. (A generator can be gone through only once.)")
+        raise ValueError("batches is empty: there is no loss to measure. (A generator can be iterated only once.)")

@@ -1,6 +1,5 @@
-"""Settings of a recipe, from a YAML and the command line, and the recipe as a script that takes them."""
+"""The settings of a recipe, read from a YAML and the command line, and the recipe as a script."""
 
-import dataclasses
 import json
 import os
 import sys
@@ -12,8 +11,15 @@ import torch
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
+from hf_lsam_recipes.support.files import check_utf8
+from hf_lsam_recipes.support.hints import check_names, check_places, choices_hint, explain_all_unknown, setting_names
 from hf_lsam_recipes.support.shipped import find_yaml
 from hf_lsam_recipes.support.yaml_text import read_yaml_text
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str):
+        super().error(choices_hint(message))
 
 
 def parse_arguments(
@@ -28,18 +34,26 @@ def parse_arguments(
         description (`str`): What `--help` says first.
         folder (`str`, *optional*): Where the YAMLs are that ship with the recipe, and may be given by their names.
 
+    Of `TrainingArguments`, two defaults are others: `output_dir` is empty, for `check_output_dir` to refuse, and
+    `dataloader_pin_memory` is off where there is no accelerator that memory is pinned for.
+
     Raises:
-        ValueError: for a YAML that cannot be read, or an unknown setting. (A value of the wrong type ends the program
-            with one line, as argparse does.)
+        ValueError: for a YAML that cannot be read or is not the first argument, or an unknown setting; says what was
+            probably meant. (A value of the wrong type, or that is no choice, ends the program with one line, as
+            argparse does.)
     """
     _train_together_on_cpus()
-    parser = HfArgumentParser(
+    check_names(argv, kinds)
+    check_places(argv, kinds, folder)
+    known = setting_names(kinds)
+    parser = _Parser(
         kinds, usage="%(prog)s [settings.yaml] [--setting value ...]", description=description, allow_abbrev=False
     )
     for kind in (int, float, str, string_to_bool):
         parser.register("type", kind, lambda text, kind=kind: None if text == "null" else kind(text))
+    defaults = {"output_dir": "", "dataloader_pin_memory": torch.accelerator.is_available()}
+    parser.set_defaults(**{name: value for name, value in defaults.items() if name in known})
     if argv and not argv[0].startswith("-"):
-        known = {item.name for kind in kinds for item in dataclasses.fields(kind) if item.init}
         path = Path(argv[0]) if folder is None else find_yaml(argv[0], folder)
         scalars, lists = read_yaml(path, known)
         parser.set_defaults(**lists)
@@ -48,7 +62,10 @@ def parse_arguments(
         argv, return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
-        raise ValueError(f"Unknown setting {unknown[0]!r}: --help lists those there are.")
+        raise ValueError(
+            f"{unknown[0]!r} is neither a setting, which starts with --, nor the value of one. --help lists those "
+            "there are."
+        )
     return tuple(parsed)
 
 
@@ -56,7 +73,7 @@ def _train_together_on_cpus() -> None:
     """
     Tell Accelerate to use the CPU if several processes were launched where there is nothing else.
 
-    Its launcher does not tell them, and without being told each of them would train alone.
+    Its launcher does not tell them, and otherwise each of them would train alone.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -65,15 +82,16 @@ def _train_together_on_cpus() -> None:
 def read_yaml(path: Path, known: set[str]) -> tuple[list[str], dict[str, list[str]]]:
     """A YAML's settings as command-line arguments, read as the command line reads them, and those that are lists."""
     if not path.is_file():
-        raise ValueError(f"{path} is no file: the first argument is a YAML of settings, or starts with --.")
+        raise ValueError(f"{path} is not a file: the first argument is a YAML of settings, or starts with --.")
+    check_utf8(path)
     try:
         settings = read_yaml_text(path)
     except ValueError as error:
-        raise ValueError(f"{path} is no valid YAML: {error}.") from error
+        raise ValueError(f"{path} is not valid YAML: {error}.") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold one `setting: value` a line.")
     if unknown := [str(name) for name in settings if name not in known]:
-        raise ValueError(f"{path} has unknown settings: {', '.join(unknown)}. --help lists those there are.")
+        raise ValueError(f"{path} has unknown settings: {', '.join(unknown)}.{explain_all_unknown(unknown, known)}")
     scalars, lists = [], {}
     for name, value in settings.items():
         if isinstance(value, list):
@@ -88,13 +106,13 @@ def run_script(prepare: Callable[[list[str]], Any], execute: Callable[[Any], Any
     """
     A recipe as a script: `prepare` with the command line's arguments, and `execute` with what it returns.
 
-    Before training, what is wrong are the settings, and the message says it all: the script ends with it.
+    An error before training is one of the settings: the script ends with its message, without a traceback.
     """
     prepared = None
     try:
         prepared = prepare(sys.argv[1:])
         execute(prepared)
-    except (ValueError, NotImplementedError, OSError) as problem:
+    except (ValueError, NotImplementedError, ImportError, OSError) as problem:
         if prepared is not None and (prepared.timer.started or not prepared.args.do_train):
             raise
         sys.exit(f"{Path(sys.argv[0]).name}: error: {problem}")

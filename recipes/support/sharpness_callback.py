@@ -79,7 +79,7 @@ class SharpnessCallback(TrainerCallback):
             figures |= {f"sharpness/sam/{name}": surface.sharpness(self.rho) for name, surface in surfaces.items()}
         if self.top_eigenvalue:
             figures["sharpness/top_eigenvalue"] = surfaces["all"].top_eigenvalue()
-        # Any line that is logged cancels the ordinary one of this step, which is still to come.
+        # A line that is logged here would cancel the Trainer's own line of this step, which comes later.
         should_log = control.should_log
         self.trainer.log(figures | {"sharpness/seconds": time.perf_counter() - start})
         control.should_log = should_log

@@ -24,14 +24,17 @@ def find_yaml(name: str, folder: str) -> Path:
     stem = path.stem if path.suffix in (".yaml", ".yml") else path.name
     if path.name == name and stem in shipped:
         return shipped[stem]
-    near = did_you_mean(stem, list(shipped))
+    own = sorted(str(other) for suffix in ("yaml", "yml") for other in path.parent.glob(f"*.{suffix}"))
+    near = did_you_mean(stem, list(shipped)) or did_you_mean(str(path), own)
     raise ValueError(
-        f"{name} is no file, and no YAML of that name ships with this recipe.{near} Name a file of your own or one of "
-        f"{', '.join(shipped)}, which are in {RECIPES / folder}; settings start with --."
+        f"{name} is not a file, and no YAML of that name ships with this recipe.{near} Name a file of your own or one "
+        f"of {', '.join(shipped)}, which are in {RECIPES / folder}; settings start with --."
     )
 
 
 def did_you_mean(name: str, names: list[str]) -> str:
-    """` Did you mean X or Y?`: what begins with `name`, or looks like it; or nothing."""
-    near = [other for other in names if other.startswith(name)] or difflib.get_close_matches(name, names)
-    return f" Did you mean {' or '.join(near)}?" if near else ""
+    """` Did you mean X or Y?`: up to three of `names` that begin with `name`, or look like it; or nothing."""
+    lower = {other.lower(): other for other in names}
+    near = [other for other in lower if other.startswith(name.lower())]
+    near = near or difflib.get_close_matches(name.lower(), list(lower))
+    return f" Did you mean {' or '.join(lower[other] for other in near[:3])}?" if near else ""

@@ -1,4 +1,4 @@
-"""What figures were made with: every file of results carries it. As a script, it prints it."""
+"""What figures were made with, which every result file contains. As a script, it prints this."""
 
 import importlib.metadata
 import json

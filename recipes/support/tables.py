@@ -1,5 +1,6 @@
 """Tables of text, from files or from the Hub, with one clear error for what is wrong with them."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,8 +9,13 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 from datasets import DatasetDict, load_dataset
+from transformers.utils import logging
+
+from hf_lsam_recipes.support.files import check_utf8, explain_missing
 
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet")
+
+logger = logging.get_logger("hf_lsam.recipes")
 
 
 def load_hub(setting: str, name: str, config: str | None, instead: str) -> DatasetDict:
@@ -29,11 +35,13 @@ def load_hub(setting: str, name: str, config: str | None, instead: str) -> Datas
 
 
 def check_file(path: Path, suffixes: Sequence[str]):
-    """Raise `ValueError` unless `path` is a file of one of the `suffixes`."""
+    """Raise `ValueError` unless `path` is a file of one of the `suffixes`, in UTF-8 where it is text."""
     if path.suffix not in suffixes:
         raise ValueError(f"{path} must end in {', '.join(suffixes)}, to say what it holds.")
     if not path.is_file():
-        raise ValueError(f"{path} is no file: check the path.")
+        raise ValueError(f"{path} is not a file: {explain_missing(path)}")
+    if path.suffix != ".parquet":
+        check_utf8(path)
 
 
 def read_table(path: Path, columns: Sequence[str]) -> pa.Table:
@@ -76,10 +84,31 @@ def check_columns(source: str, table: pa.Table, columns: Sequence[str], way_out:
             )
 
 
-def read_texts(source: str, name: str, column: pa.ChunkedArray) -> list[str]:
-    """The column `name`, each row of which must be text."""
+def read_texts(source: str, name: str, column: pa.ChunkedArray, keeps_empty: bool) -> list[str]:
+    """
+    The column `name`, each row of which must be text.
+
+    Args:
+        source (`str`): What messages call the table.
+        name (`str`): The column.
+        column (`pa.ChunkedArray`): Its rows.
+        keeps_empty (`bool`): Whether rows without text are used as they are: a warning counts them.
+
+    Raises:
+        ValueError: if a row holds no text at all, but a number or nothing, or if all of them are empty.
+    """
     values = column.to_pylist()
     for row, value in enumerate(values, start=1):
         if not isinstance(value, str):
             raise ValueError(f"{source}, row {row}: column {name!r} must hold text, but holds {value!r}.")
+    empty = [row for row, value in enumerate(values, start=1) if not value.strip()]
+    if values and len(empty) == len(values):
+        raise ValueError(f"{source}: column {name!r} is empty in every row. Check the file, or name another column.")
+    # Each process reads the files.
+    if empty and keeps_empty and int(os.environ.get("RANK", "0")) == 0:
+        rows = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
+        logger.warning(
+            f"{source}: column {name!r} is empty in {len(empty)} of {len(values)} rows ({rows}), which are used as "
+            "they are. Remove them unless they are meant."
+        )
     return values

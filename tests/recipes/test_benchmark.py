@@ -121,7 +121,7 @@ def test_files_that_cannot_be_written_are_refused_before_measuring(tmp_path, mon
     monkeypatch.setattr(benchmark, "measure", None)
     for setting in ("--output_file", "--picture"):
         with pytest.raises(
-            ValueError, match=rf"{setting[2:]}=.*none/cost.json: .*none is no folder that can be writt"
+            ValueError, match=rf"{setting[2:]}=.*none/cost.json: .*none is not a folder that can be writt"
         ):
             benchmark.main([*TINY, setting, str(tmp_path / "none" / "cost.json")])
         with pytest.raises(ValueError, match=rf"{setting[2:]}=.* is a folder: name a file in it"):

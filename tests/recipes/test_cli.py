@@ -92,16 +92,16 @@ def test_help_and_what_starts_processes_need_no_torch():
     [
         (["glu", "rte"], r"^hf-lsam: error: there is no command 'glu'\. Did you mean glue\? The commands are "),
         (["nothing"], r"^hf-lsam: error: there is no command 'nothing'\. The commands are glue, clm, images, "),
-        (["glue", "rtee"], r"^hf-lsam glue: error: rtee is no file, .* Did you mean rte\? Name a file of your own"),
-        (["glue", "stb"], r"^hf-lsam glue: error: stb is no file, .* Did you mean stsb"),
-        (["clm", "gsm8k"], r"^hf-lsam clm: error: gsm8k is no file, .* Did you mean gsm8k_lora\?"),
+        (["glue", "rtee"], r"^hf-lsam glue: error: rtee is not a file, .* Did you mean rte\? Name a file of your own"),
+        (["glue", "stb"], r"^hf-lsam glue: error: stb is not a file, .* Did you mean stsb"),
+        (["clm", "gsm8k"], r"^hf-lsam clm: error: gsm8k is not a file, .* Did you mean gsm8k_lora\?"),
         (["images", "cifar10"], r"^hf-lsam images: error: .* Did you mean cifar100_wrn28 or cifar10_resnet20\?"),
-        (["images", "./vit"], r"^hf-lsam images: error: \./vit is no file"),
+        (["images", "./vit"], r"^hf-lsam images: error: \./vit is not a file"),
         (
             ["glue", "vit"],
-            r"^hf-lsam glue: error: vit is no file, .* ships with this recipe\. Name a file of your own",
+            r"^hf-lsam glue: error: vit is not a file, .* ships with this recipe\. Name a file of your own",
         ),
-        (["compare", "glue_smal"], r"glue_smal is no file, .* Did you mean glue_small\?"),
+        (["compare", "glue_smal"], r"glue_smal is not a file, .* Did you mean glue_small\?"),
     ],
 )
 def test_an_unknown_name_ends_with_one_message_that_names_its_like(run, tmp_path, monkeypatch, argv, message):
@@ -129,8 +129,17 @@ def test_a_yaml_that_ships_goes_by_its_name_unless_there_is_a_file_of_that_name(
     assert find_yaml("rte", "glue") == find_yaml("rte.yaml", "glue") == find_yaml(str(shipped), "glue") == shipped
     (tmp_path / "rte.yaml").touch()
     assert find_yaml("rte.yaml", "glue") == Path("rte.yaml")
-    with pytest.raises(ValueError, match="elsewhere/rte.yaml is no file"):
+    with pytest.raises(ValueError, match="elsewhere/rte.yaml is not a file"):
         find_yaml("elsewhere/rte.yaml", "glue")
+
+
+@pytest.mark.parametrize("name", ["own/first_rnu.yaml", "own/first_run", "own/first_run.yml"])
+def test_a_yaml_of_ones_own_that_is_misspelt(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "first_run.yaml").touch()
+    with pytest.raises(ValueError, match=rf"{name} is not a file, .* Did you mean own/first_run.yaml\? Name a file"):
+        find_yaml(name, "glue")
 
 
 def test_a_comparison_that_ships_goes_by_its_name(run, tmp_path):

@@ -226,7 +226,7 @@ def test_settings_at_odds(settings, message):
 @pytest.mark.parametrize(
     "name, content, settings, message",
     [
-        ("none.txt", None, {}, "none.txt is no file"),
+        ("none.txt", None, {}, "none.txt is not a file"),
         ("a.md", b"film", {}, "a.md must end in .txt, .tsv, .csv, .jsonl, .parquet"),
         ("a.txt", b" \n", {}, "a.txt holds no text"),
         ("a.txt", b"\xff", {}, "a.txt is not UTF-8"),

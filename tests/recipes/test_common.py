@@ -61,8 +61,8 @@ def test_null_on_the_command_line():
         ("rho: 1\nrhoo: 1\n", r"run.yaml has unknown settings: rhoo"),
         ("- rho\n", r"run.yaml must hold one `setting: value` a line"),
         ("", r"run.yaml must hold one"),
-        ("rho: [1\n", r"run.yaml is no valid YAML"),
-        ("rho: 1\nalpha: 1\nrho: 2\n", r"run.yaml is no valid YAML: line 3 sets rho a second time. Remove one"),
+        ("rho: [1\n", r"run.yaml is not valid YAML"),
+        ("rho: 1\nalpha: 1\nrho: 2\n", r"run.yaml is not valid YAML: line 3 sets rho a second time. Remove one"),
         ("lr_scheduler_kwargs: {a: 1, a: 2}\n", r"line 1 sets a a second time"),
     ],
 )
@@ -74,7 +74,7 @@ def test_bad_yaml(tmp_path, text, message):
 
 
 def test_bad_command_line(tmp_path, capsys):
-    with pytest.raises(ValueError, match=r"none.yaml is no file"):
+    with pytest.raises(ValueError, match=r"none.yaml is not a file"):
         parse(str(tmp_path / "none.yaml"))
     for unknown in ("--max_step", "--rh"):
         with pytest.raises(ValueError, match=f"Unknown setting '{unknown}'"):

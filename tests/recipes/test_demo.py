@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -159,6 +160,109 @@ def test_table():
     assert rows[3][4:6] == ["1.50x (1.50x to 1.50x)", "2.00x (2.00x to 2.00x)"]
     one_seed = demo.table(synthetic(seeds=[1])).splitlines()[3]
     assert "| 81.0 | 0.500 | 1.50x | 2.00x | 500 |" in one_seed
+
+
+def test_the_table_on_a_console_is_in_line_and_narrow():
+    methods = list(demo.METHODS)
+    text = demo.on_console(demo.table(synthetic(methods)))
+    titles, *rows = text.splitlines()
+    assert [re.split("  +", row)[0] for row in rows] == methods
+    names = ["method", "test accuracy, %", "training time", "median step"]
+    assert re.split("  +", titles) == names
+    for start in [titles.index(name) for name in names[1:]]:
+        assert all(row[start - 2 : start] == "  " and row[start] != " " for row in rows)
+    assert max(map(len, (titles, *rows))) <= 100
+    assert "|" not in text
+
+
+def test_how_long_it_takes_is_said_for_what_is_missing(tmp_path):
+    assert {*demo.SECONDS} == {*demo.METHODS}
+    runs = demo.plan([0, 1], {}, tmp_path, "1")
+    methods = "AdamW; LSAM, last 2 blocks; SAM; LSAM, the paper's rule"
+    assert demo.announcement(runs).splitlines() == [
+        f"8 runs of 250 steps. Methods: {methods}.",
+        "This takes about 13 minutes on two CPU cores.",
+        "A first comparison, with one seed, is printed after about 3 minutes.",
+    ]
+    for run in runs[:2]:
+        run.folder.mkdir()
+    assert demo.announcement(runs).splitlines()[1:] == [
+        "2 of 8 runs are there from before.",
+        "This takes about 10 minutes on two CPU cores.",
+    ]
+    for run in runs[2:]:
+        run.folder.mkdir()
+    assert demo.announcement(runs).splitlines()[1:] == ["8 of 8 runs are there from before."]
+    assert demo.minutes(runs[:1]) == "2 minutes"
+
+
+def test_the_first_comparison_is_of_adamw_and_what_is_recommended():
+    first = [*demo.METHODS.values()][: demo.FIRST]
+    assert [method["block_selection"] for method in first] == ["none", "last"]
+
+
+class InThisProcess:
+    """In the place of `multiprocessing`, whose processes would not have the stand-ins."""
+
+    exitcode = 0
+
+    def __init__(self, target, args):
+        self.start = lambda: target(*args)
+
+    @staticmethod
+    def get_context(method):
+        assert method == "spawn"
+        return type("Context", (), {"Process": InThisProcess})
+
+    def join(self):
+        pass
+
+
+@pytest.fixture
+def small_demo(tmp_path, stand_in, monkeypatch, capfd):
+    """The whole demo with two methods and two seeds; returns what it prints."""
+    files = {name: tmp_path / f"{name}.tsv" for name in ("train", "validation", "test")}
+    for path in files.values():
+        path.touch()
+    model = tmp_path / "base"
+    model.mkdir()
+    monkeypatch.setattr(demo, "model_folder", lambda *_: model)
+    monkeypatch.setattr(demo, "rated_sentences", lambda *_: [])
+    monkeypatch.setattr(demo, "write_splits", lambda *_: files)
+    monkeypatch.setattr(demo, "multiprocessing", InThisProcess)
+    monkeypatch.setattr("hf_lsam_recipes.run_glue.main", stand_in_for_test)
+
+    def run() -> str:
+        demo.demo(tmp_path / "out", [0, 1], None, None)
+        return capfd.readouterr().out
+
+    return run
+
+
+def test_the_first_comparison_comes_before_the_second_seed_and_only_once(small_demo, stand_in, tmp_path, monkeypatch):
+    calls_then = []
+    monkeypatch.setattr(demo, "on_console", lambda text: calls_then.append(stand_in[1]()) or text)
+    printed = small_demo()
+    assert calls_then == [["none 0", "all 0"], ["none 0", "all 0", "none 1", "all 1"]]
+    announced, _, rest = printed.partition("The first comparison, with one seed; the others follow.\n")
+    assert announced.startswith(
+        "4 runs of 250 steps. Methods: AdamW; SAM.\nThis takes about 7 minutes on two CPU cores"
+    )
+    first, _, last = rest.partition("Mean over seeds 0, 1")
+    assert len(re.findall(r"\| AdamW \|.* 70\.0 \|", first)) == 1 and last
+    assert "70.0 (70.0 to 70.0)" in (tmp_path / "out" / "table.md").read_text()
+    again = small_demo()
+    assert "4 of 4 runs are there from before." in again and "first comparison" not in again
+    assert len(stand_in[1]()) == 4
+
+
+def test_an_evaluation_that_fails_ends_the_demo(tmp_path, stand_in):
+    """It has a process of its own, with the real recipe, which finds no model here."""
+    [run] = stand_in[0]([0])[:1]
+    demo.train(run, lambda epoch: None)
+    with pytest.raises(demo.RunError, match=r"The evaluation failed. Its output is above and in .*/runs/\*/test.log"):
+        demo.finish([run], tmp_path / "test.tsv")
+    assert not run.tested
 
 
 @pytest.mark.parametrize("methods", [("AdamW",), ("AdamW", "SAM", "LSAM, last block")])

@@ -263,12 +263,12 @@ def test_malformed_files(tmp_path):
     with pytest.raises(ValueError, match=r"train.jsonl cannot be read as jsonl"):
         load(train_file=str(tmp_path / "train.jsonl"))
     (tmp_path / "train.csv").write_bytes(b"text,label\n\xff,0\n")
-    with pytest.raises(ValueError, match=r"train.csv cannot be read as csv"):
+    with pytest.raises(ValueError, match=r"train.csv is not UTF-8: line 2 has bytes of another encoding"):
         load(train_file=str(tmp_path / "train.csv"))
 
 
 def test_missing_files(tmp_path):
-    with pytest.raises(ValueError, match=r"train.csv is no file"):
+    with pytest.raises(ValueError, match=r"train.csv is not a file"):
         load(train_file=str(tmp_path / "train.csv"))
     with pytest.raises(ValueError, match=r"train.txt must end in .tsv, .csv, .jsonl, .parquet"):
         load(train_file=str(tmp_path / "train.txt"))

@@ -77,7 +77,7 @@ def test_an_error_in_a_training_is_raised(monkeypatch):
         (["--methods", "sam"], "it must hold plain and others of"),
         (["--methods", "plain,pasted-sam"], "it must hold plain and others of"),
         (["--rounds", "0"], "rounds must be at least 1, but is 0"),
-        (["--output_file", "/none/host.json"], "/none is no folder that can be written to"),
+        (["--output_file", "/none/host.json"], "/none is not a folder that can be written to"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(options, message):

@@ -1,9 +1,14 @@
 """The residual networks are those of their papers, and layer-wise SAM is exact on them."""
 
 import functools
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import arguments, assert_equal, largest_difference, passes, weights
 from torch import nn
 from torch.nn import functional as F
@@ -128,6 +133,37 @@ def test_a_saved_model_is_loaded_by_its_class_and_by_the_auto_class(name, tmp_pa
         loaded = loader.from_pretrained(tmp_path)
         assert type(loaded) is type(model) and loaded.config.depth == model.config.depth
         assert_equal(weights(loaded), weights(model))
+
+
+ELSEWHERE = """
+import sys
+from transformers import AutoModelForImageClassification
+from safetensors.torch import load_file, save_file
+import torch
+model = AutoModelForImageClassification.from_pretrained("model", trust_remote_code=True).eval()
+save_file({"logits": model(load_file("in.safetensors")["pixels"]).logits.detach()}, "out.safetensors")
+assert not [name for name in sys.modules if name.startswith("hf_lsam")]
+"""
+
+
+@pytest.mark.parametrize("name", list(SMALL))
+def test_a_saved_model_is_loaded_where_this_package_is_not_installed(name, tmp_path):
+    model = SMALL[name]().eval()
+    model.save_pretrained(tmp_path / "model")
+    classes = {"AutoConfig": type(model.config), "AutoModelForImageClassification": type(model)}
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["auto_map"] == {
+        name: f"resnets.{kind.__name__}" for name, kind in classes.items()
+    }
+    pixels = torch.randn(2, 3, 8, 8)
+    save_file({"pixels": pixels}, tmp_path / "in.safetensors")
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
+    run = functools.partial(subprocess.run, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    result = run([sys.executable, "-c", ELSEWHERE])
+    assert result.returncode == 0, result.stderr
+    assert torch.equal(load_file(tmp_path / "out.safetensors")["logits"], model(pixels).logits.detach())
+    # Its code is not run unasked, and the message says how to ask.
+    result = run([sys.executable, "-c", ELSEWHERE.replace(", trust_remote_code=True", "")], input="n\n")
+    assert result.returncode != 0 and "trust_remote_code=True" in result.stderr
 
 
 @pytest.mark.parametrize("kind, depth", [(CifarResNetConfig, 21), (CifarResNetConfig, 2), (WideResNetConfig, 20)])

@@ -232,7 +232,7 @@ def test_two_launched_processes_evaluate_and_answer_as_one(lora_run, questions, 
     "settings, message",
     [
         (["--response_column", "reply"], "must have one column 'reply', but has question, answer"),
-        (["--train_file", "./nowhere.txt"], "nowhere.txt is no file"),
+        (["--train_file", "./nowhere.txt"], "nowhere.txt is not a file"),
         (["--block_size", "65"], "block_size=65 is larger than the context of the model, 64 tokens"),
         (["--block_size", "2", "--template", "the film is {prompt} {response}"], "no example has a token to learn"),
         (["--block_pattern", "nothing"], "block_pattern"),
@@ -253,5 +253,5 @@ def test_script_ends_with_one_message(model, questions, tmp_path, monkeypatch, s
 
 
 def test_a_model_that_sees_what_it_is_to_predict_is_refused(questions, tmp_path):
-    with pytest.raises(ValueError, match="is no causal language model: bert reads the tokens"):
+    with pytest.raises(ValueError, match="is not a causal language model: bert reads the tokens"):
         run_clm.main(questions_argv(save_bert(tmp_path / "bert"), tmp_path / "out", questions))

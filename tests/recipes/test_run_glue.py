@@ -17,9 +17,11 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GPT2Config,
+    GPT2ForSequenceClassification,
     GPT2Model,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
 )
 
 from hf_lsam_recipes import run_glue
@@ -123,17 +125,20 @@ def test_seed_and_settings_decide_the_weights(bert, glue, tmp_path, trained):
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_decoder_without_padding_token(name, glue, tmp_path):
-    folder = tmp_path / "model"
+    folder, classifier = tmp_path / "model", tmp_path / "classifier"
     if name == "gpt2":
-        GPT2Model(GPT2Config(vocab_size=16, n_embd=16, n_layer=2, n_head=2, n_positions=32)).save_pretrained(folder)
+        config = GPT2Config(vocab_size=16, n_embd=16, n_layer=2, n_head=2, n_positions=32)
+        GPT2Model(config).save_pretrained(folder)
+        GPT2ForSequenceClassification(config).save_pretrained(classifier)
     else:
         sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-        LlamaForCausalLM(LlamaConfig(vocab_size=16, pad_token_id=0, **sizes)).to(torch.bfloat16).save_pretrained(
-            folder
-        )
-    save_tokenizer(folder, with_padding=False)
+        config = LlamaConfig(vocab_size=16, pad_token_id=0, **sizes)
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+        LlamaForSequenceClassification(config).save_pretrained(classifier)
+    for path in (folder, classifier):
+        save_tokenizer(path, with_padding=False)
     # What is evaluated without being trained pads in the same way.
-    run_glue.main([*rte(str(folder), glue, tmp_path / "untrained"), "--do_eval"])
+    run_glue.main([*rte(str(classifier), glue, tmp_path / "untrained"), "--do_eval"])
     metrics = run_glue.main([*rte(str(folder), glue, tmp_path / "out"), "--do_train", "--do_eval"])
     assert math.isfinite(metrics["train_loss"]) and math.isfinite(metrics["eval_loss"])
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")

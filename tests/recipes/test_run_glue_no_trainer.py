@@ -55,6 +55,13 @@ def test_from_training_to_metrics(task, bert, glue, tmp_path):
     AutoTokenizer.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("every, steps", [("0.75", [2, 3, 4]), ("3", [2, 3, 4]), ("0.2", [1, 2, 3, 4])])
+def test_steps_between_lines_of_the_log_or_their_share(every, steps, bert, glue, tmp_path):
+    """The end of an epoch, after 2 and 4 steps, is always one."""
+    run_glue_no_trainer.main(settings(bert, glue, tmp_path, "--logging_steps", every))
+    assert [line["step"] for line in log_of(tmp_path) if "step" in line] == steps
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(bert, glue, tmp_path, monkeypatch):
     looksam = ["--block_selection", "all", "--perturb_interval", "3", "--reuse_correction", "0.7"]
     metrics = run_glue_no_trainer.main(settings(bert, glue, tmp_path / "whole", *looksam))

@@ -245,7 +245,7 @@ def test_model_card_names_model_and_data_of_the_hub(tmp_path):
         (["--depth", "9"], r"depth must be 6n \+ 2"),
         (["--rho", "-1"], r"rho is the length"),
         (["--architecture", "null", "--model_name_or_path", "./nowhere"], r"model_name_or_path=./nowhere cannot be"),
-        (["--do_train", "false", "--do_eval"], r"A model from scratch knows nothing yet"),
+        (["--do_train", "false", "--do_eval"], r"A model from scratch has random weights: set do_train"),
         (["--do_train", "false"], r"Nothing to do: set do_train"),
         (["--block_pattern", "conv1"], r"block_pattern 'conv1' matches no module"),
     ],

@@ -64,7 +64,7 @@ def test_a_run_that_logs_nothing_does_not_keep_every_step():
     [
         (["--steps", "0"], "soak.py: error: steps must be at least 1, but is 0"),
         (["--longest", "3"], "soak.py: error: longest must be at least 12, but is 3"),
-        (["--output_file", "none/soak.json"], "soak.py: error: output_file=none/soak.json: none is no folder"),
+        (["--output_file", "none/soak.json"], "soak.py: error: output_file=none/soak.json: none is not a folder"),
     ],
 )
 def test_a_soak_of_nothing_is_refused(options, message):

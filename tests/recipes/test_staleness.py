@@ -58,7 +58,7 @@ def test_settings_that_it_cannot_measure_are_refused(bert, glue, tmp_path, capsy
 def test_a_single_step_has_none_before_it(bert, glue, tmp_path):
     with pytest.raises(ValueError, match="Nothing was measured, .*: train for 2 steps or more"):
         staleness.main([*rte(bert, glue, tmp_path), "--do_train", "--max_steps", "1"])
-    with pytest.raises(ValueError, match="output_file=.* is no folder that can be written to"):
+    with pytest.raises(ValueError, match="output_file=.* is not a folder that can be written to"):
         staleness.main([*rte(bert, glue, tmp_path), "--do_train", "--output_file", str(tmp_path / "none" / "a.json")])
 
 
@@ -76,7 +76,7 @@ def test_rounding_names_a_model_or_a_text_that_is_not_there(bert, tmp_path):
     with pytest.raises(ValueError, match=r"models: .*none cannot be loaded \("):
         rounding.main([*options, "--models", f"{bert},{tmp_path / 'none'}"])
     for more in (["--rows", "0"], ["--output_file", str(tmp_path / "none" / "a.json")]):
-        with pytest.raises(ValueError, match="rows must be at least 1|is no folder that can be written to"):
+        with pytest.raises(ValueError, match="rows must be at least 1|is not a folder that can be written to"):
             rounding.main([*options, "--models", bert, *more])
     output = tmp_path / "rounding.json"
     rounding.main([*options, "--models", bert, "--output_file", str(output)])

@@ -1,4 +1,4 @@
-"""What one would pick instead: SAM as an optimizer, in a loop written by hand, or in a `training_step` by hand."""
+"""The alternatives: SAM as an optimizer in a hand-written loop, or in a hand-written `training_step`."""
 
 import itertools
 import time
@@ -12,7 +12,7 @@ from transformers import Trainer
 
 
 class PastedSAM(torch.optim.Optimizer):
-    """SAM as it is mostly pasted (after Foret et al., ICLR 2021): a loop over all weights, and a clone of each."""
+    """SAM as it is usually copied (after Foret et al., ICLR 2021): a loop over all weights, and a clone of each."""
 
     def __init__(self, params: Iterable[nn.Parameter], base_optimizer: type, rho: float = 0.05, **kwargs: Any):
         super().__init__(params, {"rho": rho, **kwargs})
@@ -28,7 +28,7 @@ class PastedSAM(torch.optim.Optimizer):
 
     @torch.no_grad()
     def second_step(self) -> None:
-        """Back to w, and a step of the base optimizer along the gradient that is there by now."""
+        """Back to w, and a step of the base optimizer along the current gradient."""
         for _, weight in self._weights():
             weight.copy_(self.state[weight]["before"])
         self.base_optimizer.step()
@@ -96,7 +96,7 @@ class SAMTrainer(Trainer):
 
     @torch.no_grad()
     def _second_step(self) -> None:
-        """Back to w, for the optimizer to step along the gradient that is there by now."""
+        """Back to w, for the optimizer to step along the current gradient."""
         for weight, e_w in self._moves:
             weight.sub_(e_w)
         self._moves.clear()

@@ -105,7 +105,7 @@ class Rows(Dataset):
             if args.model_name_or_path is None:
                 raise ValueError("text_file needs the tokenizer of a model: set model_name_or_path too.")
             tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-            # More than 8 characters for a token would be unusual, and tokenizing a whole book takes its time.
+            # More than 8 characters for a token would be unusual, and tokenizing a whole book is slow.
             text = Path(args.text_file).read_text(encoding="utf-8")[: 8 * size]
             found = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
             if not len(found):

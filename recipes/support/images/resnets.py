@@ -2,8 +2,9 @@
 The residual networks of the CIFAR benchmarks, as models of transformers.
 
 `CifarResNet` is ResNet-(6n+2) of He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
-`WideResNet` is WRN-(6n+4)-k of Zagoruyko and Komodakis, "Wide Residual Networks", BMVC 2016. To import this module
-makes them known to `AutoConfig` and `AutoModelForImageClassification`.
+`WideResNet` is WRN-(6n+4)-k of Zagoruyko and Komodakis, "Wide Residual Networks", BMVC 2016. Importing this module
+registers them with `AutoConfig` and `AutoModelForImageClassification`. Without it, a saved network is loaded with
+`trust_remote_code=True`: this file is saved with the weights, so it must import nothing but torch and transformers.
 """
 
 from collections.abc import Sequence
@@ -196,3 +197,6 @@ def _block_sizes(widen_factor: int, blocks_in_stage: int) -> list[tuple[int, int
 for _config, _model in ((CifarResNetConfig, CifarResNet), (WideResNetConfig, WideResNet)):
     AutoConfig.register(_config.model_type, _config)
     AutoModelForImageClassification.register(_config, _model)
+    # This file is saved beside the weights.
+    _config.register_for_auto_class()
+    _model.register_for_auto_class("AutoModelForImageClassification")

@@ -1,4 +1,4 @@
-"""The settings that say which text `run_clm.py` works on, and how it is written down."""
+"""The settings that say which text `run_clm.py` works on, and how it is formatted."""
 
 import re
 from dataclasses import dataclass, field
@@ -125,7 +125,7 @@ class DataArguments:
 @dataclass
 class GenerationArguments:
     """
-    Whether to let the model answer prompts after training, and how its answers are judged.
+    Whether the model answers prompts after training, and how its answers are scored.
 
     Args:
         max_generation_samples (`int`, *optional*, defaults to `0`):

@@ -77,7 +77,7 @@ def load_rows(args: DataArguments, splits: Sequence[str]) -> dict[str, Rows]:
 def prompt_and_response(
     args: DataArguments, tokenizer: PreTrainedTokenizerBase, prompt: str, response: str
 ) -> tuple[str, str]:
-    """A row as it is written down: what the model is given, and what it is to answer."""
+    """A row as formatted text: what the model is given, and what it should answer."""
     if args.use_chat_template:
         if tokenizer.chat_template is None:
             raise ValueError("use_chat_template: the tokenizer has no chat template. Set template instead.")
@@ -146,7 +146,7 @@ def make_examples(
     if len(dataset) == 0:
         raise ValueError(
             f"{rows.source}: no example has a token to learn, since the prompts fill block_size={block_size} or there "
-            "is no text behind them. Raise block_size, or check the columns."
+            "is no text after them. Raise block_size, or check the columns."
         )
     limit = args.max_train_samples if split == "train" else args.max_eval_samples
     dataset = dataset.select_columns(["input_ids", "labels"]).select(range(min(limit or len(dataset), len(dataset))))
@@ -199,17 +199,13 @@ def _read_files(args: DataArguments, splits: Sequence[str]) -> dict[str, Rows]:
                 f"{path} is one running text, with neither columns nor rows: leave out text_column, prompt_column and "
                 "packing=false, or give a file with columns."
             )
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8: {error}.") from error
-        read[split] = _check_text(Rows(str(path), [(text,)]))
+        read[split] = _check_text(Rows(str(path), [(path.read_text(encoding="utf-8"),)]))
     return read
 
 
 def _rows(args: DataArguments, source: str, table: pa.Table) -> Rows:
     check_columns(source, table, args.columns, "Set text_column, or prompt_column and response_column")
-    columns = [read_texts(source, name, table[name]) for name in args.columns]
+    columns = [read_texts(source, name, table[name], keeps_empty=args.has_prompts) for name in args.columns]
     return _check_text(Rows(source, list(zip(*columns, strict=True))))
 
 
@@ -222,7 +218,7 @@ def _check_text(rows: Rows) -> Rows:
 
 
 def _hold_out(read: Rows, fraction: float) -> dict[str, Rows]:
-    """Part rows at random, but always in the same way; a single text in two."""
+    """Split the rows at random, but always in the same way; a single text into two parts."""
     parts: dict[str, list[tuple[str, ...]]]
     if len(read.rows) == 1 and len(read.rows[0]) == 1:
         text = read.rows[0][0]

@@ -1,4 +1,4 @@
-"""How well a language model does: perplexity, and the share of prompts that it answers as it should."""
+"""Metrics of a language model: perplexity, and the share of prompts with the correct answer."""
 
 import re
 from collections.abc import Sequence
@@ -12,6 +12,9 @@ from tqdm.auto import tqdm
 from transformers import EvalPrediction, Trainer
 
 from hf_lsam_recipes.support.text.clm_arguments import GenerationArguments
+
+# Those of `compute_perplexity`.
+METRICS = ("loss", "perplexity", "tokens")
 
 
 def sum_losses(logits: Tensor | tuple, labels: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 from datasets import Dataset
 
+from hf_lsam_recipes.support.files import explain_missing
 from hf_lsam_recipes.support.tables import SUFFIXES, check_columns, load_hub, read_table, read_texts
 from hf_lsam_recipes.support.text.glue_sampling import split_training_data, with_label_noise
 from hf_lsam_recipes.support.text.glue_tasks import GLUE_TASKS, HUB_NAME, STSB_RANGE, DataArguments
@@ -69,7 +70,7 @@ def load_text_data(args: DataArguments, splits: Sequence[str], model_labels: Map
 
     parts: dict[str, dict[str, list]] = {}
     for split, (source, table) in tables.items():
-        texts = [read_texts(source, name, table[name]) for name in columns]
+        texts = [read_texts(source, name, table[name], keeps_empty=True) for name in columns]
         parts[split] = dict(zip(("text", "text_pair"), texts, strict=False))
         if split in labelled:
             raw = table[label_column].to_pylist()
@@ -141,7 +142,8 @@ def _file_tables(args: DataArguments, splits: Sequence[str]) -> dict[str, tuple[
         if found is None:
             raise ValueError(
                 f"No {split} data: data_dir={args.data_dir} has no {args.task_name}/{{{','.join(stems)}}}"
-                f".{{{','.join(suffix[1:] for suffix in SUFFIXES)}}}. Add one, or leave out {NEEDED_BY[split]}."
+                f".{{{','.join(suffix[1:] for suffix in SUFFIXES)}}}. {_explain_data_dir(args, stems)}"
+                f"Add one, or leave out {NEEDED_BY[split]}."
             )
         paths[split] = found
     return {
@@ -150,9 +152,25 @@ def _file_tables(args: DataArguments, splits: Sequence[str]) -> dict[str, tuple[
     }
 
 
+def _explain_data_dir(args: DataArguments, stems: Sequence[str]) -> str:
+    """What is wrong with `data_dir` itself, if it is."""
+    folder = Path(str(args.data_dir)).expanduser()
+    if not folder.is_dir():
+        return f"There is no such folder: {explain_missing(folder)} "
+    if _files(folder, stems):
+        named = folder.resolve().name == args.task_name
+        inner = folder / str(args.task_name)
+        way_out = f"set data_dir to {folder.resolve().parent}" if named else f"move them to {inner}"
+        return f"It holds the files of the task itself, which belong into a folder {args.task_name} in it: {way_out}. "
+    return ""
+
+
+def _files(folder: Path, stems: Sequence[str]) -> list[Path]:
+    return [path for stem in stems for suffix in SUFFIXES if (path := folder / (stem + suffix)).is_file()]
+
+
 def _find_file(args: DataArguments, stems: Sequence[str]) -> Path | None:
-    folder = Path(str(args.data_dir)).expanduser() / str(args.task_name)
-    found = [path for stem in stems for suffix in SUFFIXES if (path := folder / (stem + suffix)).is_file()]
+    found = _files(Path(str(args.data_dir)).expanduser() / str(args.task_name), stems)
     if len(found) > 1:
         raise ValueError(f"{found[0]} and {found[1]} are both there: keep one of them.")
     return found[0] if found else None

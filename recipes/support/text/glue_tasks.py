@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from hf_lsam_recipes.support.shipped import did_you_mean
+
 HUB_NAME = "nyu-mll/glue"
 
 
@@ -127,7 +129,8 @@ class DataArguments:
                 raise ValueError(f"data_dir holds GLUE tasks, and {own[0]} is no part of one: leave one of them out.")
         else:
             if self.task_name not in GLUE_TASKS:
-                raise ValueError(f"task_name must be one of {', '.join(GLUE_TASKS)}, but is {self.task_name!r}.")
+                near = did_you_mean(self.task_name, list(GLUE_TASKS))
+                raise ValueError(f"task_name must be one of {', '.join(GLUE_TASKS)}, but is {self.task_name!r}.{near}")
             own += [name for name in ("text_column", "text_pair_column", "label_column") if getattr(self, name)]
             own += ["regression"] if self.regression else []
             if own:
