@@ -19,7 +19,6 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     BaseImageProcessor,
-    EvalPrediction,
     PreTrainedConfig,
     TrainingArguments,
     ViTImageProcessorPil,
@@ -27,6 +26,7 @@ from transformers import (
 )
 
 from hf_lsam import LSAMConfig, LSAMTrainer
+from hf_lsam_recipes.support.calibration import ClassifierMetrics
 from hf_lsam_recipes.support.images import resnets
 from hf_lsam_recipes.support.images.data import DataArguments, ImageData, load_image_data
 from hf_lsam_recipes.support.images.examples import Augmentation, EpochCallback, ImageExamples, without_augmentation
@@ -118,6 +118,7 @@ class Run:
     args: TrainingArguments
     data: ImageData
     examples: dict[str, ImageExamples]
+    compute_metrics: ClassifierMetrics
     trainer: LSAMTrainer
     timer: StepTimer
     resume: str | None
@@ -148,6 +149,7 @@ def prepare(argv: list[str]) -> Run:
     set_seed(args.seed)
     model = build_model(model_args, config, data, args.do_train)
     timer = StepTimer()
+    compute_metrics = ClassifierMetrics(accuracy)
     seed = args.seed if args.data_seed is None else args.data_seed
     augmentation = Augmentation(data_args.crop_padding, data_args.horizontal_flip, seed)
     examples = {
@@ -166,7 +168,7 @@ def prepare(argv: list[str]) -> Run:
         callbacks=[timer, *([EpochCallback(examples["train"])] if args.do_train else [])],
     )
     set_up_measures(trainer, measure_args, without_augmentation(examples["train"]) if args.do_train else None)
-    return Run(model_args, data_args, measure_args, args, data, examples, trainer, timer, resume)
+    return Run(model_args, data_args, measure_args, args, data, examples, compute_metrics, trainer, timer, resume)
 
 
 def execute(run: Run) -> dict[str, float]:
@@ -183,9 +185,15 @@ def execute(run: Run) -> dict[str, float]:
         metrics |= report(trainer, "train", train_metrics)
         write_landscapes(trainer, run.measure_args, without_augmentation(run.examples["train"]))
 
+    # Calibrate
+    calibration: dict[str, float] = {}
+    if "calibration" in run.examples:
+        calibration = run.compute_metrics.calibrate(trainer, run.examples["calibration"])
+
     # Evaluate
     if run.args.do_eval:
         eval_metrics = trainer.evaluate() | {"eval_samples": len(run.examples["validation"])}
+        eval_metrics |= {f"eval_{name}": value for name, value in calibration.items()}
         metrics |= report(trainer, "eval", eval_metrics)
 
     # Predict
@@ -249,9 +257,9 @@ def build_model(model_args: ModelArguments, config: PreTrainedConfig, data: Imag
     )
 
 
-def compute_metrics(output: EvalPrediction) -> dict[str, float]:
-    """The `compute_metrics` of the Trainer."""
-    return {"accuracy": float(np.mean(read_logits(output.predictions).argmax(axis=-1) == output.label_ids))}
+def accuracy(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+    """The share of right predictions."""
+    return {"accuracy": float(np.mean(predictions == references))}
 
 
 def describe_architecture(config: PreTrainedConfig) -> str:
