@@ -4,8 +4,8 @@ Fine-tune a text classifier, or a regression, with layer-wise SAM: on a task of 
     python recipes/run_glue.py recipes/glue/rte.yaml --rho 0.1
 
 The first argument may be a YAML of settings; any later `--setting value` overrides it. `null` stands for "not set".
-The settings are those of `ModelArguments`, `AdapterArguments`, `DataArguments`, `MeasureArguments`, `LSAMConfig` and
-`TrainingArguments`; `--help` lists them.
+The settings are those of `ModelArguments`, `AdapterArguments`, `DataArguments`, `MeasureArguments`,
+`RobustnessArguments`, `LSAMConfig` and `TrainingArguments`; `--help` lists them.
 """
 
 import dataclasses
@@ -33,13 +33,22 @@ from hf_lsam_recipes.support.logits import make_compute_loss, read_logits
 from hf_lsam_recipes.support.measures import MeasureArguments, set_up_measures, write_landscapes
 from hf_lsam_recipes.support.model_card import OWN_FILES, Subject, write_model_card
 from hf_lsam_recipes.support.output import check_output_dir, report
+from hf_lsam_recipes.support.robustness import RobustnessArguments, check_robustness, evaluate_changed
 from hf_lsam_recipes.support.settings import parse_arguments, run_script
 from hf_lsam_recipes.support.step_timer import StepTimer
 from hf_lsam_recipes.support.text.glue_data import TextData, load_text_data
 from hf_lsam_recipes.support.text.glue_tasks import DRAWN, GLUE_TASKS, HUB_NAME, PREDICTIONS, STSB_RANGE, DataArguments
 from hf_lsam_recipes.support.text.text_metrics import RegressionMetrics, make_compute_metrics
 
-SETTINGS = (ModelArguments, AdapterArguments, DataArguments, MeasureArguments, LSAMConfig, TrainingArguments)
+SETTINGS = (
+    ModelArguments,
+    AdapterArguments,
+    DataArguments,
+    MeasureArguments,
+    RobustnessArguments,
+    LSAMConfig,
+    TrainingArguments,
+)
 
 
 @dataclass
@@ -50,6 +59,7 @@ class Run:
     adapter_args: AdapterArguments
     data_args: DataArguments
     measure_args: MeasureArguments
+    robustness_args: RobustnessArguments
     args: TrainingArguments
     labels: tuple[str, ...] | None
     datasets: dict[str, Dataset]
@@ -67,7 +77,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 def prepare(argv: list[str]) -> Run:
     """Check settings, output directory and data, then build model and trainer; no file is written."""
     description = (__doc__ or "").strip().splitlines()[0]
-    model_args, adapter_args, data_args, measure_args, lsam_config, args = parse_arguments(
+    model_args, adapter_args, data_args, measure_args, robustness_args, lsam_config, args = parse_arguments(
         SETTINGS, argv, description, "glue"
     )
     splits = [
@@ -111,11 +121,13 @@ def prepare(argv: list[str]) -> Run:
         callbacks=[timer],
     )
     set_up_measures(trainer, measure_args, datasets.get("train"))
+    check_robustness(trainer, robustness_args)
     return Run(
         model_args,
         adapter_args,
         data_args,
         measure_args,
+        robustness_args,
         args,
         data.labels,
         datasets,
@@ -153,6 +165,7 @@ def execute(run: Run) -> dict[str, float]:
             if split in run.datasets:
                 eval_metrics |= trainer.evaluate(run.datasets[split], metric_key_prefix=prefix)
                 eval_metrics[f"{prefix}_samples"] = len(run.datasets[split])
+                eval_metrics |= evaluate_changed(trainer, run.robustness_args, run.datasets[split], prefix)
         metrics |= report(trainer, "eval", eval_metrics)
 
     # Predict
@@ -162,7 +175,9 @@ def execute(run: Run) -> dict[str, float]:
         for (split, prefix), name in zip(parts, prediction_names(run.data_args), strict=False):
             if split in run.datasets:
                 output = trainer.predict(run.datasets[split], metric_key_prefix=prefix)
-                predict_metrics |= output.metrics if "label" in run.datasets[split].column_names else {}
+                if "label" in run.datasets[split].column_names:
+                    changed = evaluate_changed(trainer, run.robustness_args, run.datasets[split], prefix)
+                    predict_metrics |= output.metrics | changed
                 if trainer.is_world_process_zero():
                     path = Path(run.args.output_dir) / name
                     write_predictions(path, read_logits(output.predictions), run.data_args, run.labels)

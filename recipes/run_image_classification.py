@@ -34,6 +34,7 @@ from hf_lsam_recipes.support.logits import make_compute_loss, read_logits
 from hf_lsam_recipes.support.measures import MeasureArguments, set_up_measures, write_landscapes
 from hf_lsam_recipes.support.model_card import OWN_FILES, Subject, write_model_card
 from hf_lsam_recipes.support.output import check_output_dir, report
+from hf_lsam_recipes.support.robustness import RobustnessArguments, check_robustness, evaluate_changed
 from hf_lsam_recipes.support.settings import parse_arguments, run_script
 from hf_lsam_recipes.support.step_timer import StepTimer
 
@@ -105,7 +106,7 @@ class ModelArguments:
         return resnets.WideResNetConfig(widen_factor=self.widen_factor, dropout=self.dropout, **depth)
 
 
-SETTINGS = (ModelArguments, DataArguments, MeasureArguments, LSAMConfig, TrainingArguments)
+SETTINGS = (ModelArguments, DataArguments, MeasureArguments, RobustnessArguments, LSAMConfig, TrainingArguments)
 
 
 @dataclass
@@ -115,6 +116,7 @@ class Run:
     model_args: ModelArguments
     data_args: DataArguments
     measure_args: MeasureArguments
+    robustness_args: RobustnessArguments
     args: TrainingArguments
     data: ImageData
     examples: dict[str, ImageExamples]
@@ -132,7 +134,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 def prepare(argv: list[str]) -> Run:
     """Check settings, output directory and data, then build model and trainer; no file is written."""
     description = (__doc__ or "").strip().splitlines()[0]
-    model_args, data_args, measure_args, lsam_config, args = parse_arguments(SETTINGS, argv, description, "images")
+    model_args, data_args, measure_args, robustness_args, lsam_config, args = parse_arguments(
+        SETTINGS, argv, description, "images"
+    )
     wanted = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
     splits = [split for split in wanted if wanted[split]]
     if not splits:
@@ -168,7 +172,20 @@ def prepare(argv: list[str]) -> Run:
         callbacks=[timer, *([EpochCallback(examples["train"])] if args.do_train else [])],
     )
     set_up_measures(trainer, measure_args, without_augmentation(examples["train"]) if args.do_train else None)
-    return Run(model_args, data_args, measure_args, args, data, examples, compute_metrics, trainer, timer, resume)
+    check_robustness(trainer, robustness_args)
+    return Run(
+        model_args,
+        data_args,
+        measure_args,
+        robustness_args,
+        args,
+        data,
+        examples,
+        compute_metrics,
+        trainer,
+        timer,
+        resume,
+    )
 
 
 def execute(run: Run) -> dict[str, float]:
@@ -194,12 +211,14 @@ def execute(run: Run) -> dict[str, float]:
     if run.args.do_eval:
         eval_metrics = trainer.evaluate() | {"eval_samples": len(run.examples["validation"])}
         eval_metrics |= {f"eval_{name}": value for name, value in calibration.items()}
+        eval_metrics |= evaluate_changed(trainer, run.robustness_args, run.examples["validation"], "eval")
         metrics |= report(trainer, "eval", eval_metrics)
 
     # Predict
     if run.args.do_predict:
         output = trainer.predict(run.examples["test"], metric_key_prefix="test")
         test_metrics = output.metrics | {"test_samples": len(run.examples["test"])}
+        test_metrics |= evaluate_changed(trainer, run.robustness_args, run.examples["test"], "test")
         metrics |= report(trainer, "test", test_metrics)
         if trainer.is_world_process_zero():
             names = run.data.splits["test"]["name"]
