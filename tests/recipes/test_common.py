@@ -46,13 +46,13 @@ def test_command_line_overrides_yaml(tmp_path):
     assert (args.learning_rate, args.do_train, args.do_eval, args.eval_strategy) == (1e-4, True, True, "no")
     assert (args.label_names, args.report_to) == (["labels"], ["tensorboard", "wandb"])
     assert args.lr_scheduler_kwargs == {"num_cycles": 2}
-    assert parse(str(path), "--num_perturbed_blocks", "3")[4].num_perturbed_blocks == 3
+    assert parse(str(path), "--num_perturbed_blocks", "3")[-2].num_perturbed_blocks == 3
 
 
 def test_null_on_the_command_line():
     argv = ["--model_name_or_path", "m", "--task_name", "rte"]
     assert parse(*argv)[-2].num_perturbed_blocks == 2
-    assert parse(*argv, "--num_perturbed_blocks", "null")[4].num_perturbed_blocks is None
+    assert parse(*argv, "--num_perturbed_blocks", "null")[-2].num_perturbed_blocks is None
 
 
 @pytest.mark.parametrize(
