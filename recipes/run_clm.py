@@ -5,7 +5,7 @@ Fine-tune a causal language model with layer-wise SAM: on running text, or on pr
 
 The first argument may be a YAML of settings; any later `--setting value` overrides it. `null` stands for "not set".
 The settings are those of `ModelArguments`, `AdapterArguments`, `DataArguments`, `GenerationArguments`,
-`MeasureArguments`, `LSAMConfig` and `TrainingArguments`; `--help` lists them.
+`MeasureArguments`, `RobustnessArguments`, `LSAMConfig` and `TrainingArguments`; `--help` lists them.
 """
 
 import dataclasses
@@ -14,8 +14,16 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from datasets import Dataset
 from peft import TaskType
-from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorForSeq2Seq,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.utils import logging
 
 from hf_lsam import LSAMConfig, LSAMTrainer
@@ -24,6 +32,7 @@ from hf_lsam_recipes.support.loading import ModelArguments, ModelSource, find_mo
 from hf_lsam_recipes.support.measures import MeasureArguments, set_up_measures, write_landscapes
 from hf_lsam_recipes.support.model_card import OWN_FILES, Subject, write_model_card
 from hf_lsam_recipes.support.output import check_output_dir, report
+from hf_lsam_recipes.support.robustness import RobustnessArguments, check_robustness, evaluate_changed
 from hf_lsam_recipes.support.settings import parse_arguments, run_script
 from hf_lsam_recipes.support.step_timer import StepTimer
 from hf_lsam_recipes.support.text.clm_arguments import DataArguments, GenerationArguments
@@ -53,6 +62,7 @@ SETTINGS = (
     DataArguments,
     GenerationArguments,
     MeasureArguments,
+    RobustnessArguments,
     LSAMConfig,
     TrainingArguments,
 )
@@ -79,8 +89,10 @@ class Run:
     data_args: DataArguments
     generation_args: GenerationArguments
     measure_args: MeasureArguments
+    robustness_args: RobustnessArguments
     args: TrainingArguments
     examples: dict[str, Examples]
+    neutral: Dataset | None
     questions: Questions | None
     trainer: LSAMTrainer
     timer: StepTimer
@@ -95,12 +107,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 def prepare(argv: list[str]) -> Run:
     """Check settings, output directory and data, then build model and trainer; no file is written."""
     description = (__doc__ or "").strip().splitlines()[0]
-    model_args, adapter_args, data_args, generation_args, measure_args, lsam_config, args = parse_arguments(
-        SETTINGS, argv, description, "clm"
+    model_args, adapter_args, data_args, generation_args, measure_args, robustness_args, lsam_config, args = (
+        parse_arguments(SETTINGS, argv, description, "clm")
     )
     splits = [split for split, wanted in (("train", args.do_train), ("validation", args.do_eval)) if wanted]
     if not splits or args.do_predict:
         raise ValueError("Set do_train or do_eval: this recipe trains and evaluates, and has nothing to predict.")
+    if data_args.neutral_file is not None and not args.do_eval:
+        raise ValueError("neutral_file is evaluated on: set do_eval, or leave it out.")
     if generation_args.max_generation_samples and not (args.do_eval and data_args.has_prompts):
         raise ValueError(
             "max_generation_samples has validation prompts answered: set do_eval, prompt_column and response_column, "
@@ -123,6 +137,7 @@ def prepare(argv: list[str]) -> Run:
     if generation_args.max_generation_samples:
         questions = find_questions(data_args, generation_args, source, rows["validation"])
     examples = {split: make_examples(data_args, tokenizer, split, rows[split], block_size) for split in splits}
+    neutral = read_neutral(data_args, tokenizer, block_size)
     for split, made in examples.items():
         if args.should_log and (made.truncated or made.dropped):
             logger.warning(
@@ -152,14 +167,17 @@ def prepare(argv: list[str]) -> Run:
             "it to 0, and evaluate the saved model in a run of its own."
         )
     set_up_measures(trainer, measure_args, train_dataset)
+    check_robustness(trainer, robustness_args)
     return Run(
         model_args,
         adapter_args,
         data_args,
         generation_args,
         measure_args,
+        robustness_args,
         args,
         examples,
+        neutral,
         questions,
         trainer,
         timer,
@@ -171,6 +189,13 @@ def execute(run: Run) -> dict[str, float]:
     """Train, save, evaluate, answer and describe: as far as the settings ask for it."""
     trainer = run.trainer
     metrics: dict[str, float] = {}
+
+    # What the model knows before it is trained. Nothing is drawn that training would draw.
+    neutral_metrics: dict[str, float] = {}
+    if run.neutral is not None and run.args.do_train:
+        with torch.random.fork_rng(devices=[]):
+            before = trainer.predict(run.neutral, metric_key_prefix="neutral").metrics["neutral_loss"]
+        neutral_metrics["eval_neutral_loss_before"] = before
 
     # Train
     if run.args.do_train:
@@ -188,6 +213,11 @@ def execute(run: Run) -> dict[str, float]:
         if run.questions is not None:
             eval_metrics["eval_exact_match"] = answer(run, run.questions)
             eval_metrics["eval_generation_samples"] = len(run.questions.prompts)
+        eval_metrics |= evaluate_changed(trainer, run.robustness_args, run.examples["validation"].dataset, "eval")
+        if run.neutral is not None:
+            after = trainer.predict(run.neutral, metric_key_prefix="neutral").metrics["neutral_loss"]
+            eval_metrics |= neutral_metrics | {"eval_neutral_loss": after}
+            eval_metrics |= evaluate_changed(trainer, run.robustness_args, run.neutral, "eval_neutral")
         metrics |= report(trainer, "eval", eval_metrics)
 
     # Describe
@@ -195,6 +225,17 @@ def execute(run: Run) -> dict[str, float]:
         adapter = dataclasses.asdict(run.adapter_args) if run.adapter_args.enabled else None
         write_model_card(trainer, run.model_args.model_name_or_path, describe(run.data_args), metrics, adapter)
     return metrics
+
+
+def read_neutral(data_args: DataArguments, tokenizer: PreTrainedTokenizerBase, block_size: int) -> Dataset | None:
+    """The text of `neutral_file` in blocks."""
+    if data_args.neutral_file is None:
+        return None
+    own = DataArguments(
+        train_file=data_args.neutral_file, validation_fraction=0.0, max_eval_samples=data_args.max_eval_samples
+    )
+    rows = load_rows(own, ["train"])["train"]
+    return make_examples(own, tokenizer, "neutral", rows, block_size).dataset
 
 
 def find_questions(

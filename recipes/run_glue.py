@@ -4,8 +4,8 @@ Fine-tune a text classifier, or a regression, with layer-wise SAM: on a task of 
     python recipes/run_glue.py recipes/glue/rte.yaml --rho 0.1
 
 The first argument may be a YAML of settings; any later `--setting value` overrides it. `null` stands for "not set".
-The settings are those of `ModelArguments`, `AdapterArguments`, `DataArguments`, `MeasureArguments`, `LSAMConfig` and
-`TrainingArguments`; `--help` lists them.
+The settings are those of `ModelArguments`, `AdapterArguments`, `DataArguments`, `MeasureArguments`,
+`RobustnessArguments`, `LSAMConfig` and `TrainingArguments`; `--help` lists them.
 """
 
 import dataclasses
@@ -19,7 +19,6 @@ from peft import TaskType
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
-    EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
@@ -28,19 +27,29 @@ from transformers import (
 
 from hf_lsam import LSAMConfig, LSAMTrainer
 from hf_lsam_recipes.support.adapters import AdapterArguments, save_model_config
+from hf_lsam_recipes.support.calibration import ClassifierMetrics
 from hf_lsam_recipes.support.loading import ModelArguments, find_model, load_model
 from hf_lsam_recipes.support.logits import make_compute_loss, read_logits
 from hf_lsam_recipes.support.measures import MeasureArguments, set_up_measures, write_landscapes
 from hf_lsam_recipes.support.model_card import OWN_FILES, Subject, write_model_card
 from hf_lsam_recipes.support.output import check_output_dir, report
+from hf_lsam_recipes.support.robustness import RobustnessArguments, check_robustness, evaluate_changed
 from hf_lsam_recipes.support.settings import parse_arguments, run_script
 from hf_lsam_recipes.support.step_timer import StepTimer
 from hf_lsam_recipes.support.text.glue_data import TextData, load_text_data
-from hf_lsam_recipes.support.text.glue_metric import METRICS, GlueMetric
 from hf_lsam_recipes.support.text.glue_tasks import DRAWN, GLUE_TASKS, HUB_NAME, PREDICTIONS, STSB_RANGE, DataArguments
+from hf_lsam_recipes.support.text.text_metrics import RegressionMetrics, make_compute_metrics, metric_names
 from hf_lsam_recipes.support.training import check_training
 
-SETTINGS = (ModelArguments, AdapterArguments, DataArguments, MeasureArguments, LSAMConfig, TrainingArguments)
+SETTINGS = (
+    ModelArguments,
+    AdapterArguments,
+    DataArguments,
+    MeasureArguments,
+    RobustnessArguments,
+    LSAMConfig,
+    TrainingArguments,
+)
 
 
 @dataclass
@@ -51,9 +60,11 @@ class Run:
     adapter_args: AdapterArguments
     data_args: DataArguments
     measure_args: MeasureArguments
+    robustness_args: RobustnessArguments
     args: TrainingArguments
     labels: tuple[str, ...] | None
     datasets: dict[str, Dataset]
+    compute_metrics: ClassifierMetrics | RegressionMetrics
     trainer: LSAMTrainer
     timer: StepTimer
     resume: str | None
@@ -67,7 +78,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 def prepare(argv: list[str]) -> Run:
     """Check settings, output directory and data, then build model and trainer; no file is written."""
     description = (__doc__ or "").strip().splitlines()[0]
-    model_args, adapter_args, data_args, measure_args, lsam_config, args = parse_arguments(
+    model_args, adapter_args, data_args, measure_args, robustness_args, lsam_config, args = parse_arguments(
         SETTINGS, argv, description, "glue"
     )
     splits = [
@@ -78,7 +89,7 @@ def prepare(argv: list[str]) -> Run:
     if not splits:
         raise ValueError("Nothing to do: set do_train, do_eval or do_predict.")
     resume = check_output_dir(args, prediction_names(data_args))
-    check_training(args, ("loss", *METRICS[metric_name(data_args)]))
+    check_training(args, ("loss", *metric_names(data_args.task_name, data_args.is_regression)))
 
     source = find_model(model_args, args.do_train)
     data = load_text_data(data_args, splits, source.config.label2id)
@@ -98,6 +109,7 @@ def prepare(argv: list[str]) -> Run:
 
     datasets = tokenize(data, source.tokenizer, longest_text(data_args.max_seq_length, source.tokenizer, model))
     timer = StepTimer()
+    compute_metrics = make_compute_metrics(data_args)
     trainer = LSAMTrainer(
         model=model,
         args=args,
@@ -106,12 +118,26 @@ def prepare(argv: list[str]) -> Run:
         eval_dataset=datasets.get("validation"),
         processing_class=source.tokenizer,
         data_collator=DataCollatorWithPadding(source.tokenizer),
-        compute_metrics=make_compute_metrics(data_args),
+        compute_metrics=compute_metrics,
         compute_loss_func=make_compute_loss(args.label_smoothing_factor, data_args.is_regression),
         callbacks=[timer],
     )
     set_up_measures(trainer, measure_args, datasets.get("train"))
-    return Run(model_args, adapter_args, data_args, measure_args, args, data.labels, datasets, trainer, timer, resume)
+    check_robustness(trainer, robustness_args)
+    return Run(
+        model_args,
+        adapter_args,
+        data_args,
+        measure_args,
+        robustness_args,
+        args,
+        data.labels,
+        datasets,
+        compute_metrics,
+        trainer,
+        timer,
+        resume,
+    )
 
 
 def execute(run: Run) -> dict[str, float]:
@@ -129,13 +155,19 @@ def execute(run: Run) -> dict[str, float]:
         metrics |= report(trainer, "train", train_metrics)
         write_landscapes(trainer, run.measure_args, run.datasets["train"])
 
+    # Calibrate
+    calibration: dict[str, float] = {}
+    if isinstance(run.compute_metrics, ClassifierMetrics) and "calibration" in run.datasets:
+        calibration = run.compute_metrics.calibrate(trainer, run.datasets["calibration"])
+
     # Evaluate
     if run.args.do_eval:
-        eval_metrics: dict[str, float] = {}
+        eval_metrics: dict[str, float] = {f"eval_{name}": value for name, value in calibration.items()}
         for split, prefix in (("validation", "eval"), ("validation_mismatched", "eval_mm")):
             if split in run.datasets:
                 eval_metrics |= trainer.evaluate(run.datasets[split], metric_key_prefix=prefix)
                 eval_metrics[f"{prefix}_samples"] = len(run.datasets[split])
+                eval_metrics |= evaluate_changed(trainer, run.robustness_args, run.datasets[split], prefix)
         metrics |= report(trainer, "eval", eval_metrics)
 
     # Predict
@@ -145,10 +177,13 @@ def execute(run: Run) -> dict[str, float]:
         for (split, prefix), name in zip(parts, prediction_names(run.data_args), strict=False):
             if split in run.datasets:
                 output = trainer.predict(run.datasets[split], metric_key_prefix=prefix)
-                predict_metrics |= output.metrics if "label" in run.datasets[split].column_names else {}
+                if "label" in run.datasets[split].column_names:
+                    changed = evaluate_changed(trainer, run.robustness_args, run.datasets[split], prefix)
+                    predict_metrics |= output.metrics | changed
                 if trainer.is_world_process_zero():
                     path = Path(run.args.output_dir) / name
                     write_predictions(path, read_logits(output.predictions), run.data_args, run.labels)
+        predict_metrics |= predict_shifted(trainer, run.data_args, run.datasets)
         if predict_metrics:
             trainer.save_metrics("predict", predict_metrics)
             metrics |= predict_metrics
@@ -158,6 +193,19 @@ def execute(run: Run) -> dict[str, float]:
         adapter = dataclasses.asdict(run.adapter_args) if run.adapter_args.enabled else None
         write_model_card(trainer, run.model_args.model_name_or_path, describe(run.data_args), metrics, adapter)
     return metrics
+
+
+def predict_shifted(trainer: LSAMTrainer, data_args: DataArguments, datasets: dict[str, Dataset]) -> dict[str, float]:
+    """The metrics of each of `shift_files`, as `shift_<name>_<metric>`, and their mean over the files."""
+    metrics: dict[str, float] = {}
+    by_metric: dict[str, list[float]] = {}
+    for name in data_args.shift_paths:
+        prefix = f"shift_{name}"
+        found = trainer.predict(datasets[prefix], metric_key_prefix=prefix).metrics
+        metrics |= found
+        for metric in found:
+            by_metric.setdefault(metric.removeprefix(f"{prefix}_"), []).append(found[metric])
+    return metrics | {f"shift_{metric}": float(np.mean(values)) for metric, values in by_metric.items()}
 
 
 def describe(data_args: DataArguments) -> Subject:
@@ -225,23 +273,6 @@ def tokenize(data: TextData, tokenizer: PreTrainedTokenizerBase, length: int) ->
         )
         for split, dataset in data.splits.items()
     }
-
-
-def metric_name(data_args: DataArguments) -> str:
-    """The configuration of `GlueMetric` for the data."""
-    return data_args.task_name or ("regression" if data_args.is_regression else "classification")
-
-
-def make_compute_metrics(data_args: DataArguments):
-    """The `compute_metrics` of the Trainer."""
-    metric = GlueMetric(metric_name(data_args))
-
-    def compute_metrics(output: EvalPrediction) -> dict[str, float]:
-        logits = read_logits(output.predictions)
-        predictions = logits.reshape(-1) if data_args.is_regression else logits.argmax(axis=-1)
-        return metric.compute(predictions=predictions, references=output.label_ids)
-
-    return compute_metrics
 
 
 def prediction_names(data_args: DataArguments) -> tuple[str, ...]:

@@ -29,13 +29,13 @@ from transformers import (
 )
 
 from hf_lsam import LSAM, LSAMConfig
-from hf_lsam_recipes.run_glue import check_labels, longest_text, metric_name, tokenize
+from hf_lsam_recipes.run_glue import check_labels, longest_text, tokenize
 from hf_lsam_recipes.support.adapters import AdapterArguments
 from hf_lsam_recipes.support.loading import ModelArguments, find_model, load_model
 from hf_lsam_recipes.support.settings import parse_arguments
 from hf_lsam_recipes.support.text.glue_data import load_text_data
-from hf_lsam_recipes.support.text.glue_metric import GlueMetric
 from hf_lsam_recipes.support.text.glue_tasks import DataArguments
+from hf_lsam_recipes.support.text.text_metrics import glue_metric
 
 
 @dataclass
@@ -190,7 +190,7 @@ def execute(run: Run) -> dict[str, float]:
 
 def evaluate(run: Run, accelerator: Accelerator, model, loader) -> Iterable[tuple[str, float]]:
     """Names and values of the task's metrics."""
-    metric = GlueMetric(metric_name(run.data_args))
+    metric = glue_metric(run.data_args)
     model.eval()
     for batch in loader:
         with torch.no_grad():

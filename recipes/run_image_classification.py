@@ -19,7 +19,6 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     BaseImageProcessor,
-    EvalPrediction,
     PreTrainedConfig,
     TrainingArguments,
     ViTImageProcessorPil,
@@ -27,6 +26,7 @@ from transformers import (
 )
 
 from hf_lsam import LSAMConfig, LSAMTrainer
+from hf_lsam_recipes.support.calibration import FIGURES, ClassifierMetrics
 from hf_lsam_recipes.support.images import resnets
 from hf_lsam_recipes.support.images.data import DataArguments, ImageData, load_image_data
 from hf_lsam_recipes.support.images.examples import Augmentation, EpochCallback, ImageExamples, without_augmentation
@@ -35,6 +35,7 @@ from hf_lsam_recipes.support.logits import make_compute_loss, read_logits
 from hf_lsam_recipes.support.measures import MeasureArguments, set_up_measures, write_landscapes
 from hf_lsam_recipes.support.model_card import OWN_FILES, Subject, write_model_card
 from hf_lsam_recipes.support.output import check_output_dir, report
+from hf_lsam_recipes.support.robustness import RobustnessArguments, check_robustness, evaluate_changed
 from hf_lsam_recipes.support.settings import parse_arguments, run_script
 from hf_lsam_recipes.support.shipped import did_you_mean
 from hf_lsam_recipes.support.step_timer import StepTimer
@@ -111,7 +112,7 @@ class ModelArguments:
         return resnets.WideResNetConfig(widen_factor=self.widen_factor, dropout=self.dropout, **depth)
 
 
-SETTINGS = (ModelArguments, DataArguments, MeasureArguments, LSAMConfig, TrainingArguments)
+SETTINGS = (ModelArguments, DataArguments, MeasureArguments, RobustnessArguments, LSAMConfig, TrainingArguments)
 
 
 @dataclass
@@ -121,9 +122,11 @@ class Run:
     model_args: ModelArguments
     data_args: DataArguments
     measure_args: MeasureArguments
+    robustness_args: RobustnessArguments
     args: TrainingArguments
     data: ImageData
     examples: dict[str, ImageExamples]
+    compute_metrics: ClassifierMetrics
     trainer: LSAMTrainer
     timer: StepTimer
     resume: str | None
@@ -137,7 +140,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 def prepare(argv: list[str]) -> Run:
     """Check settings, output directory and data, then build model and trainer; no file is written."""
     description = (__doc__ or "").strip().splitlines()[0]
-    model_args, data_args, measure_args, lsam_config, args = parse_arguments(SETTINGS, argv, description, "images")
+    model_args, data_args, measure_args, robustness_args, lsam_config, args = parse_arguments(
+        SETTINGS, argv, description, "images"
+    )
     wanted = {"train": args.do_train, "validation": args.do_eval, "test": args.do_predict}
     splits = [split for split in wanted if wanted[split]]
     if not splits:
@@ -145,7 +150,7 @@ def prepare(argv: list[str]) -> Run:
     if model_args.from_scratch and not args.do_train:
         raise ValueError("A model from scratch has random weights: set do_train, or model_name_or_path to a model.")
     resume = check_output_dir(args, (PREDICTIONS, "test_results.json"))
-    check_training(args, ("loss", "accuracy"))
+    check_training(args, ("loss", "accuracy", *FIGURES))
 
     config, processor = find_model(model_args)
     data = load_image_data(data_args, splits, None if args.do_train else config.label2id)
@@ -155,6 +160,7 @@ def prepare(argv: list[str]) -> Run:
     set_seed(args.seed)
     model = build_model(model_args, config, data, args.do_train)
     timer = StepTimer()
+    compute_metrics = ClassifierMetrics(accuracy)
     seed = args.seed if args.data_seed is None else args.data_seed
     augmentation = Augmentation(data_args.crop_padding, data_args.horizontal_flip, seed)
     examples = {
@@ -173,7 +179,20 @@ def prepare(argv: list[str]) -> Run:
         callbacks=[timer, *([EpochCallback(examples["train"])] if args.do_train else [])],
     )
     set_up_measures(trainer, measure_args, without_augmentation(examples["train"]) if args.do_train else None)
-    return Run(model_args, data_args, measure_args, args, data, examples, trainer, timer, resume)
+    check_robustness(trainer, robustness_args)
+    return Run(
+        model_args,
+        data_args,
+        measure_args,
+        robustness_args,
+        args,
+        data,
+        examples,
+        compute_metrics,
+        trainer,
+        timer,
+        resume,
+    )
 
 
 def execute(run: Run) -> dict[str, float]:
@@ -190,15 +209,23 @@ def execute(run: Run) -> dict[str, float]:
         metrics |= report(trainer, "train", train_metrics)
         write_landscapes(trainer, run.measure_args, without_augmentation(run.examples["train"]))
 
+    # Calibrate
+    calibration: dict[str, float] = {}
+    if "calibration" in run.examples:
+        calibration = run.compute_metrics.calibrate(trainer, run.examples["calibration"])
+
     # Evaluate
     if run.args.do_eval:
         eval_metrics = trainer.evaluate() | {"eval_samples": len(run.examples["validation"])}
+        eval_metrics |= {f"eval_{name}": value for name, value in calibration.items()}
+        eval_metrics |= evaluate_changed(trainer, run.robustness_args, run.examples["validation"], "eval")
         metrics |= report(trainer, "eval", eval_metrics)
 
     # Predict
     if run.args.do_predict:
         output = trainer.predict(run.examples["test"], metric_key_prefix="test")
         test_metrics = output.metrics | {"test_samples": len(run.examples["test"])}
+        test_metrics |= evaluate_changed(trainer, run.robustness_args, run.examples["test"], "test")
         metrics |= report(trainer, "test", test_metrics)
         if trainer.is_world_process_zero():
             names = run.data.splits["test"]["name"]
@@ -267,9 +294,9 @@ def build_model(model_args: ModelArguments, config: PreTrainedConfig, data: Imag
     return model
 
 
-def compute_metrics(output: EvalPrediction) -> dict[str, float]:
-    """The `compute_metrics` of the Trainer."""
-    return {"accuracy": float(np.mean(read_logits(output.predictions).argmax(axis=-1) == output.label_ids))}
+def accuracy(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+    """The share of right predictions."""
+    return {"accuracy": float(np.mean(predictions == references))}
 
 
 def describe_architecture(config: PreTrainedConfig) -> str:

@@ -1,9 +1,9 @@
 """What the names of metrics say: of which part of the data they are, and whether they judge the model."""
 
 # Longer ones first: `eval_mm_accuracy` is the accuracy of `eval_mm`.
-SPLITS = ("eval_mm", "predict_mm", "eval", "predict", "test")
+SPLITS = ("eval_mm", "predict_mm", "eval", "predict", "test", "shift")
 # How much was evaluated, and how fast.
-_AMOUNTS = ("runtime", "samples", "_per_second", "_time", "tokens", "truncated", "dropped")
+_AMOUNTS = ("runtime", "samples", "_per_second", "_time", "tokens", "truncated", "dropped", "temperature")
 
 
 def find_score(name: str) -> str | None:

@@ -40,19 +40,19 @@ def test_command_line_overrides_yaml(tmp_path):
         "do_eval: yes\neval_strategy: no\nlabel_names: [labels]\nreport_to: [tensorboard, wandb]\n"
         "lr_scheduler_kwargs: {num_cycles: 2}\nlearning_rate: 1e-3\nadaptive: true\n"
     )
-    model, _, data, _, lsam, args = parse(str(path), "--alpha", "0.25", "--learning_rate=1e-4", "--adaptive", "false")
+    model, _, data, *_, lsam, args = parse(str(path), "--alpha", "0.25", "--learning_rate=1e-4", "--adaptive", "false")
     assert (model.model_name_or_path, model.trust_remote_code, data.task_name) == ("m", False, "rte")
     assert (lsam.rho, lsam.alpha, lsam.num_perturbed_blocks, lsam.adaptive) == (0.2, 0.25, None, False)
     assert (args.learning_rate, args.do_train, args.do_eval, args.eval_strategy) == (1e-4, True, True, "no")
     assert (args.label_names, args.report_to) == (["labels"], ["tensorboard", "wandb"])
     assert args.lr_scheduler_kwargs == {"num_cycles": 2}
-    assert parse(str(path), "--num_perturbed_blocks", "3")[4].num_perturbed_blocks == 3
+    assert parse(str(path), "--num_perturbed_blocks", "3")[-2].num_perturbed_blocks == 3
 
 
 def test_null_on_the_command_line():
     argv = ["--model_name_or_path", "m", "--task_name", "rte"]
-    assert parse(*argv)[4].num_perturbed_blocks == 2
-    assert parse(*argv, "--num_perturbed_blocks", "null")[4].num_perturbed_blocks is None
+    assert parse(*argv)[-2].num_perturbed_blocks == 2
+    assert parse(*argv, "--num_perturbed_blocks", "null")[-2].num_perturbed_blocks is None
 
 
 @pytest.mark.parametrize(

@@ -126,23 +126,31 @@ def reported(recipe: str, settings: dict[str, Any]) -> set[str]:
         recipe (`str`): The module of the recipe.
         settings (`dict`): The parsed settings.
     """
-    from hf_lsam_recipes.support.text.glue_metric import METRICS
+    from hf_lsam_recipes.support.calibration import FIGURES, SCALED
+    from hf_lsam_recipes.support.text.glue_tasks import GLUE_TASKS
+    from hf_lsam_recipes.support.text.text_metrics import metric_names
 
     predicts = settings.get("do_predict")
     if recipe == "run_clm":
         figures: tuple[str, ...] = ("perplexity", "tokens", "truncated", "dropped")
         if settings["max_generation_samples"]:
             figures += ("exact_match", "generation_samples")
+        if settings["neutral_file"]:
+            figures += ("neutral_loss", "neutral_loss_before")
         splits = {"eval": settings["do_eval"]}
     elif recipe == "run_image_classification":
-        figures = ("accuracy",)
+        figures = ("accuracy", *FIGURES)
         splits = {"eval": settings["do_eval"], "test": predicts}
     else:
         task = settings["task_name"]
-        figures = METRICS[task or ("regression" if settings.get("regression") else "classification")]
+        is_regression = GLUE_TASKS[task].labels is None if task else settings.get("regression", False)
+        figures = metric_names(task, is_regression)
         # The test data of GLUE has no labels. With validation_fraction, its validation data takes its place.
         labelled = task is None or settings["validation_fraction"]
-        splits = {"eval": settings["do_eval"], "predict": predicts and labelled}
+        shift = predicts and settings.get("shift_files")
+        splits = {"eval": settings["do_eval"], "predict": predicts and labelled, "shift": shift}
+    if settings.get("calibration_fraction"):
+        figures += (*SCALED, "temperature", "calibration_samples")
     names = {f"{split}_{figure}" for split, wanted in splits.items() if wanted for figure in (*figures, *COMMON)}
     return names | {f"train_{figure}" for figure in TRAINING} | {"epoch", "total_flos"}
 

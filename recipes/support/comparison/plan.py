@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 Settings = dict[str, Any]
+LOWER_IS_BETTER = ("loss", "loss_before", "perplexity", "nll", "brier", "ece")
 
 
 class CompareError(Exception):
@@ -16,8 +17,8 @@ class CompareError(Exception):
 
 
 def is_greater_better(metric: str) -> bool:
-    """Whether higher is better: for all metrics but losses and perplexities, as for `metric_for_best_model`."""
-    return not metric.endswith(("loss", "perplexity"))
+    """Whether higher is better: for all metrics but losses, perplexities, and the errors of probabilities."""
+    return not metric.removesuffix("_scaled").endswith(LOWER_IS_BETTER)
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,10 @@ class DataArguments:
         validation_fraction (`float`, *optional*):
             Share of the training images, the same of each class, to hold out for `do_eval` where there are no
             validation images. They are the same ones in every run.
+        calibration_fraction (`float`, *optional*):
+            Set this share of the validation images aside, the same of each class, and fit a temperature on it after
+            training (nothing else uses these images). Metrics then include the loss and the Brier score of scaled
+            logits.
         crop_padding (`int`, *optional*, defaults to `4`):
             Training images are padded by so many pixels on each side and cropped at random to the old size. Default:
             that of He et al. (CVPR 2016).
@@ -69,6 +73,10 @@ class DataArguments:
     validation_fraction: float | None = field(
         default=None, metadata={"help": "Share of the training images to evaluate on, where there are no others."}
     )
+    calibration_fraction: float | None = field(
+        default=None,
+        metadata={"help": "Share of the validation images to fit a temperature on, and for nothing else."},
+    )
     crop_padding: int = field(default=4, metadata={"help": "Pixels by which a training image is shifted at most."})
     horizontal_flip: bool = field(default=True, metadata={"help": "Mirror half of the training images."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many images only."})
@@ -80,8 +88,10 @@ class DataArguments:
             raise ValueError("No data: set dataset_name, or train_images, validation_images or test_images.")
         if self.dataset_name is not None and own:
             raise ValueError(f"dataset_name={self.dataset_name} and {own[0]} are both set: set one of them to null.")
-        if self.validation_fraction is not None and not 0 < self.validation_fraction < 1:
-            raise ValueError(f"validation_fraction must lie between 0 and 1, but is {self.validation_fraction}.")
+        for name in ("validation_fraction", "calibration_fraction"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise ValueError(f"{name} must lie between 0 and 1, but is {value}.")
         if self.validation_fraction is not None and self.validation_images is not None:
             raise ValueError("validation_fraction and validation_images are both set: set one of them to null.")
         if self.crop_padding < 0:
@@ -100,7 +110,8 @@ class ImageData:
     Args:
         labels (`tuple[str, ...]`): The classes in the order of their ids.
         splits (`dict[str, Dataset]`):
-            `train`, `validation` and `test`, as far as they are needed: the columns `image` (for `read_image`),
+            `train`, `validation` and `test`, as far as they are needed, and `calibration` if a share is set aside: the
+            columns `image` (for `read_image`),
             `label` (the id) and `name` (the file, or the row on the Hub).
         mean, std (`tuple[float, ...]`):
             Of the channels of the training images, as shares of white; empty without `train`.
@@ -136,18 +147,22 @@ def load_image_data(args: DataArguments, splits: Sequence[str], model_labels: Ma
     known = {name: number for number, name in enumerate(labels)}
     datasets = {split: _with_ids(source, dataset, known, split) for split, (source, dataset) in read.items()}
     if fraction is not None and "train" in datasets:
-        datasets["train"], datasets["validation"] = _hold_out(datasets["train"], fraction)
+        datasets["train"], datasets["validation"] = _hold_out(datasets["train"], "validation_fraction", fraction)
     datasets = {split: dataset for split, dataset in datasets.items() if split in splits}
     for split, dataset in datasets.items():
         limit = {"train": args.max_train_samples, "validation": args.max_eval_samples}.get(split)
         if limit is not None and limit < len(dataset):
             datasets[split] = dataset.select(np.random.default_rng(_DRAW).permutation(len(dataset))[:limit])
+    if args.calibration_fraction is not None and "validation" in datasets:
+        datasets["validation"], datasets["calibration"] = _hold_out(
+            datasets["validation"], "calibration_fraction", args.calibration_fraction
+        )
     if "train" in datasets and len(set(datasets["train"]["label"])) < 2:
         raise ValueError(
             f"{read['train'][0]}: all training images are of one class ({labels[datasets['train'][0]['label']]}), "
             f"which leaves nothing to learn. {_WHERE} If max_train_samples is set, raise it."
         )
-    sources = {split: (read.get(split) or read["train"])[0] for split in datasets}
+    sources = {split: (read.get(split) or read.get("validation") or read["train"])[0] for split in datasets}
     moments = {split: check_images(sources[split], dataset) for split, dataset in datasets.items()}
     return ImageData(labels, datasets, *moments.get("train", ()))
 
@@ -249,13 +264,13 @@ def _with_label(dataset: Dataset, ids: list[int], kind: ClassLabel | Value) -> D
     return dataset.remove_columns("label").add_column("label", ids, feature=kind)
 
 
-def _hold_out(dataset: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
-    """What is trained on, and what is held out: `fraction` of each class, but never all of it."""
+def _hold_out(dataset: Dataset, setting: str, fraction: float) -> tuple[Dataset, Dataset]:
+    """What is left, and what is held out: `fraction` of each class, but never all of it."""
     generator, labels = np.random.default_rng(_DRAW), np.array(dataset["label"])
     held: list[int] = []
     for number in np.unique(labels):
         rows = generator.permutation(np.flatnonzero(labels == number))
         held += rows[: min(round(fraction * len(rows)), len(rows) - 1)].tolist()
     if not held:
-        raise ValueError(f"validation_fraction={fraction} holds out no image of any class: raise it.")
+        raise ValueError(f"{setting}={fraction} holds out no image of any class: raise it.")
     return dataset.select(np.setdiff1d(np.arange(len(labels)), held)), dataset.select(sorted(held))

@@ -24,6 +24,9 @@ class DataArguments:
         validation_fraction (`float`, *optional*, defaults to `0.05`):
             Without validation data, this share of the training rows is held out (of a `.txt`, the end): always the
             same rows, whatever the seed, and in a run without `do_eval`, too.
+        neutral_file (`str`, *optional*):
+            Text of another kind (`.txt`, or a file with a column `text`), to see what training makes the model forget:
+            its loss is `eval_neutral_loss_before` and, after training, `eval_neutral_loss`. Needs do_eval.
         max_train_samples, max_eval_samples (`int`, *optional*):
             Use the first so many examples only: blocks, where they are packed.
 
@@ -58,6 +61,9 @@ class DataArguments:
     validation_file: str | None = field(default=None, metadata={"help": "Validation data, of the same columns."})
     validation_fraction: float = field(
         default=0.05, metadata={"help": "Share of the training rows to hold out, without validation data."}
+    )
+    neutral_file: str | None = field(
+        default=None, metadata={"help": "Text of another kind, whose loss before and after training is reported."}
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many examples."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many examples."})

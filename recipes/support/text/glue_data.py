@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from hf_lsam_recipes.support.files import explain_missing
 from hf_lsam_recipes.support.tables import SUFFIXES, check_columns, load_hub, read_table, read_texts
-from hf_lsam_recipes.support.text.glue_sampling import split_training_data, with_label_noise
+from hf_lsam_recipes.support.text.glue_sampling import split_training_data, split_validation_data, with_label_noise
 from hf_lsam_recipes.support.text.glue_tasks import GLUE_TASKS, HUB_NAME, STSB_RANGE, DataArguments
 
 COLUMN_SETTINGS = "Set text_column, text_pair_column or label_column"
@@ -25,7 +25,8 @@ class TextData:
     Args:
         labels (`tuple[str, ...]` or `None`): The labels in the order of their ids; `None` for a regression.
         splits (`dict[str, Dataset]`):
-            `train`, `validation`, `test`, and the last two also with `_mismatched`: the columns `text`, `text_pair`
+            `train`, `validation`, `test`, and the last two also with `_mismatched`; `calibration`, and `shift_<name>`
+            for each of `shift_files`, where they are set. The columns are `text`, `text_pair`
             if there are two texts, and `label` (a class id or a number), which `test` may lack.
     """
 
@@ -39,13 +40,18 @@ def load_text_data(args: DataArguments, splits: Sequence[str], model_labels: Map
 
     Args:
         args (`DataArguments`): Where the data is.
-        splits (`Sequence[str]`): Those of `train`, `validation` and `test` that the run needs.
+        splits (`Sequence[str]`):
+            Those of `train`, `validation` and `test` that the run needs; `shift_files` are read with `test`.
         model_labels (`Mapping[str, int]`): The model's own label ids, for data that has no training file.
 
     Raises:
         ValueError: naming the file, the row and the setting, for data that cannot be trained or evaluated on.
     """
     tables = _tables(args, splits)
+    if "test" in splits:
+        tables |= {
+            f"shift_{name}": _read_file(args, Path(path).expanduser()) for name, path in args.shift_paths.items()
+        }
     task = GLUE_TASKS[args.task_name] if args.task_name else None
     columns = args.text_columns
     label_column = args.label_column or "label"
@@ -86,8 +92,11 @@ def load_text_data(args: DataArguments, splits: Sequence[str], model_labels: Map
     for split in parts:
         if split.startswith("validation"):
             parts[split] = {name: column[: args.max_eval_samples] for name, column in parts[split].items()}
+    if args.calibration_fraction and "validation" in parts:
+        parts["validation"], parts["calibration"] = split_validation_data(parts["validation"], args)
+    for split in parts:
         needs_two = labels is None or args.task_name == "cola"
-        if split == "train" or (needs_two and not split.startswith("test")):
+        if split == "train" or (needs_two and split.startswith("validation")):
             _check_differ(tables[split if split in tables else "train"][0], split, parts[split]["label"])
     datasets = {split: Dataset.from_dict(columns) for split, columns in parts.items()}
     return TextData(labels, datasets)
@@ -146,10 +155,11 @@ def _file_tables(args: DataArguments, splits: Sequence[str]) -> dict[str, tuple[
                 f"Add one, or leave out {NEEDED_BY[split]}."
             )
         paths[split] = found
-    return {
-        split: (str(path), read_table(path, (*args.text_columns, args.label_column or "label")))
-        for split, path in sorted(paths.items())
-    }
+    return {split: _read_file(args, path) for split, path in sorted(paths.items())}
+
+
+def _read_file(args: DataArguments, path: Path) -> tuple[str, pa.Table]:
+    return str(path), read_table(path, (*args.text_columns, args.label_column or "label"))
 
 
 def _explain_data_dir(args: DataArguments, stems: Sequence[str]) -> str:

@@ -40,6 +40,23 @@ def split_training_data(columns: Columns, args: DataArguments) -> tuple[Columns,
     return _rows(columns, kept), _rows(columns, order[:held_out])
 
 
+def split_validation_data(columns: Columns, args: DataArguments) -> tuple[Columns, Columns]:
+    """
+    The validation data that metrics are computed on, in its order, and the share of `calibration_fraction` that a
+    temperature is fitted on, drawn with `split_seed`. Raises `ValueError` if either is left without a row.
+    """
+    count = len(columns["label"])
+    order = np.random.default_rng([args.split_seed, 2]).permutation(count)
+    aside = round(args.calibration_fraction * count)
+    if aside in (0, count):
+        part = "fit a temperature on" if aside == 0 else "compute metrics from"
+        raise ValueError(
+            f"calibration_fraction={args.calibration_fraction} of {count} validation rows leaves none to {part}. "
+            "Change it, or set it to 0."
+        )
+    return _rows(columns, np.sort(order[aside:])), _rows(columns, np.sort(order[:aside]))
+
+
 def with_label_noise(labels: list[int], classes: int, args: DataArguments) -> list[int]:
     """
     `labels` with a share of `label_noise` of them, rounded to whole rows, replaced by another class at random.

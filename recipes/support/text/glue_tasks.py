@@ -1,5 +1,6 @@
 """The tasks of GLUE, and the settings that say which data `run_glue.py` works on."""
 
+import re
 from dataclasses import dataclass, field
 
 from hf_lsam_recipes.support.shipped import did_you_mean
@@ -94,7 +95,18 @@ class DataArguments:
         label_noise (`float`, *optional*, defaults to `0.0`):
             Share of the training labels to replace by another class at random; those of all other data stay.
         split_seed (`int`, *optional*, defaults to `0`):
-            Seed of these three. It does not depend on `seed`, so that runs that differ in it have the same data.
+            Seed of these three, and of what follows. It does not depend on `seed`, so that runs that differ in it have
+            the same data.
+
+    > Parameters for the probabilities of a classifier
+
+    Args:
+        calibration_fraction (`float`, *optional*, defaults to `0.0`):
+            Set this share of the validation data aside, drawn at random, and fit a temperature on it after training
+            (nothing else uses these rows). Metrics then include the loss and the Brier score of scaled logits.
+        shift_files (`list[str]`, *optional*):
+            Labelled files from elsewhere, as `NAME=PATH`, to predict on, too: their metrics are `shift_NAME_...`, and
+            `shift_...` the means over all of them. The columns are those of the task.
     """
 
     task_name: str | None = field(default=None, metadata={"help": f"GLUE task: {', '.join(GLUE_TASKS)}."})
@@ -116,7 +128,13 @@ class DataArguments:
     )
     train_fraction: float = field(default=1.0, metadata={"help": "Share of the rest to train on."})
     label_noise: float = field(default=0.0, metadata={"help": "Share of the training labels to make wrong."})
-    split_seed: int = field(default=0, metadata={"help": "Seed of the three above."})
+    split_seed: int = field(default=0, metadata={"help": "Seed of the three above, and of calibration_fraction."})
+    calibration_fraction: float = field(
+        default=0.0, metadata={"help": "Share of the validation data to fit a temperature on, and for nothing else."}
+    )
+    shift_files: list[str] | None = field(
+        default=None, metadata={"help": "Labelled files to predict on, too: NAME=PATH ..."}
+    )
 
     def __post_init__(self):
         own = [name for name in ("train_file", "validation_file", "test_file") if getattr(self, name)]
@@ -142,7 +160,7 @@ class DataArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, but is {value}.")
-        for name in ("validation_fraction", "label_noise"):
+        for name in ("validation_fraction", "label_noise", "calibration_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and less than 1, but is {getattr(self, name)}.")
         if not 0 < self.train_fraction <= 1:
@@ -153,6 +171,21 @@ class DataArguments:
             raise ValueError("validation_file and validation_fraction both say what to validate with: leave one out.")
         if self.label_noise and self.is_regression:
             raise ValueError("label_noise replaces classes, and this is a regression: set it to 0.")
+        if self.calibration_fraction and self.is_regression:
+            raise ValueError("calibration_fraction is for probabilities, and this is a regression: set it to 0.")
+        for item in self.shift_files or ():
+            if not re.fullmatch(r"\w+=.+", item):
+                raise ValueError(
+                    f"shift_files must be NAME=PATH ..., with names of letters, digits and underscores, but one is "
+                    f"{item!r}."
+                )
+        if len(self.shift_paths) < len(self.shift_files or ()):
+            raise ValueError("shift_files names one name twice: give each file a name of its own.")
+
+    @property
+    def shift_paths(self) -> dict[str, str]:
+        """The path of each of `shift_files` by its name."""
+        return dict(item.split("=", 1) for item in self.shift_files or ())
 
     @property
     def text_columns(self) -> tuple[str, ...]:
