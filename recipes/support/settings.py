@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
@@ -102,6 +103,13 @@ def read_yaml(path: Path, known: set[str]) -> tuple[list[str], dict[str, list[st
     return scalars, lists
 
 
+def leave_together() -> None:
+    """End the communication of the processes, none of which leaves before the others are done."""
+    state = PartialState()
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
 def run_script(prepare: Callable[[list[str]], Any], execute: Callable[[Any], Any]) -> None:
     """
     A recipe as a script: `prepare` with the command line's arguments, and `execute` with what it returns.
@@ -112,6 +120,7 @@ def run_script(prepare: Callable[[list[str]], Any], execute: Callable[[Any], Any
     try:
         prepared = prepare(sys.argv[1:])
         execute(prepared)
+        leave_together()
     except (ValueError, NotImplementedError, ImportError, OSError) as problem:
         if prepared is not None and (prepared.timer.started or not prepared.args.do_train):
             raise

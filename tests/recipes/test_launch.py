@@ -1,5 +1,6 @@
 """The GLUE recipe under `accelerate launch`, with each of `accelerate_configs` that a machine without GPUs can run."""
 
+import contextlib
 import json
 import math
 import os
@@ -35,9 +36,12 @@ WORLD_SIZES = {"cpu": 1, "bf16": 1, "multi_cpu": 2, "multi_node": 2}
 
 
 def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    """One that no other connection is given by chance, before the launch listens at it: they begin at 32768."""
+    for port in random.sample(range(15000, 30000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return str(port)
+    raise OSError("no port is free")
 
 
 def environment(home: Path) -> dict[str, str]:
