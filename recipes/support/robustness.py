@@ -27,7 +27,7 @@ class RobustnessArguments:
 
     Args:
         quantised_bits (`list[int]`, *optional*):
-            8, 4 or both: weights of so many bits (torchao's symmetric weight-only quantisation). 8 bits have one scale
+            8, 4 or both: weights of so many bits (symmetric weight-only quantisation). 8 bits have one scale
             for each output, 4 bits one for each 64 inputs of it, where these divide evenly.
         weight_noise (`list[float]`, *optional*):
             Gaussian noise, as shares of the standard deviation of each weight matrix. Metrics are means of 3 draws,
@@ -88,18 +88,17 @@ def evaluate_changed(trainer: Trainer, arguments: RobustnessArguments, rows: Dat
 
 
 def quantised(weight: Tensor, bits: int) -> Tensor:
-    """What `bits` bits leave of `weight`, a matrix with a row for each output; symmetric, rounded to the nearest."""
-    # Imported late: it takes seconds.
-    from torchao.quantization import IntxWeightOnlyConfig, quantize_
-    from torchao.quantization.granularity import PerAxis, PerGroup
+    """
+    What `bits` bits leave of `weight`, a matrix with a row for each output; symmetric, rounded to the nearest.
 
-    outputs, inputs = weight.shape
-    grouped = bits == 4 and inputs % GROUP == 0
-    layer = nn.Linear(inputs, outputs, bias=False, device=weight.device, dtype=weight.dtype)
-    layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-    kind = getattr(torch, f"int{bits}")  # torch's stubs lack int4
-    quantize_(layer, IntxWeightOnlyConfig(weight_dtype=kind, granularity=PerGroup(GROUP) if grouped else PerAxis(0)))
-    return layer.weight.dequantize()
+    Done here: with torchao installed, transformers loads it at every start, which prints what it cannot load.
+    """
+    grouped = bits == 4 and weight.shape[1] % GROUP == 0
+    groups = weight.detach().float().unflatten(1, (-1, GROUP if grouped else weight.shape[1]))
+    least, most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    scale = groups.abs().amax(2, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) * 2 / (most - least)
+    steps = (groups / scale).round().clamp(least, most)
+    return (steps * scale).flatten(1).to(weight.dtype)
 
 
 def noisy(weight: Tensor, share: float, generator: torch.Generator) -> Tensor:

@@ -36,5 +36,5 @@ def did_you_mean(name: str, names: list[str]) -> str:
     """` Did you mean X or Y?`: up to three of `names` that begin with `name`, or look like it; or nothing."""
     lower = {other.lower(): other for other in names}
     near = [other for other in lower if other.startswith(name.lower())]
-    near = near or difflib.get_close_matches(name.lower(), list(lower))
+    near = near or difflib.get_close_matches(name.lower(), list(lower), cutoff=0.7)
     return f" Did you mean {' or '.join(lower[other] for other in near[:3])}?" if near else ""

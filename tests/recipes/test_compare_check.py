@@ -48,7 +48,11 @@ def test_settings_that_the_recipe_refuses_are_named(changes, message):
 @pytest.mark.parametrize(
     ("metric", "changes", "message"),
     [
-        ("eval_acuracy", {}, "reports no eval_acuracy with these settings, but eval_accuracy, eval_loss."),
+        (
+            "eval_acuracy",
+            {},
+            "no eval_acuracy with these settings, but eval_accuracy, eval_brier, eval_ece, eval_loss, eval_nll.",
+        ),
         ("eval_acuracy", {}, "Did you mean eval_accuracy?"),
         ("eval_f1", {}, "reports no eval_f1 with these settings"),
         ("eval_accuracy", {"do_eval": "false"}, "but nothing of the kind. Set the metric to one that is reported, or"),

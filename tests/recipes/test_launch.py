@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import random
 import socket
 import subprocess
 import sys
