@@ -98,7 +98,6 @@ class PassState:
             out = [own[key] for key in _LEFT_OUT & own.keys()]
             self._seen.update(map(id, [root, *out, *(getattr(value, "optimizer", None) for value in out)]))
             self._hold(name, own)
-            self._visit_class(type(root))
             self._visit_all(name, [(key, value) for key, value in own.items() if not key.startswith("_lsam")])
         if self.copies_all:
             held = {id(entry.thing) for entry in self._now.entries}
@@ -204,21 +203,13 @@ class PassState:
             slots = Attributes(thing, tuple(s for c in type(thing).__mro__ for s in vars(c).get("__slots__", ())))
             for held in [slots] * bool(slots.names) + [own] * hasattr(thing, "__dict__"):
                 self._hold(name, held)
-            self._visit_class(type(thing))
             self._visit_all(name, [*slots.read().items(), *own.items()])
         if not is_held and (isinstance(thing, io.IOBase) or hasattr(thing, "__next__")):
             self._unheld[name] = thing
 
-    def _visit_class(self, kind: type) -> None:
-        """Visit the attributes of a user's class itself, such as a counter that its objects share."""
-        for part in kind.__mro__:
-            if id(part) not in self._seen and part.__module__.partition(".")[0] not in _LIBRARIES:
-                self._visit(part.__qualname__, part)
-
     def _visit_module(self, name: str, module: nn.Module) -> None:
         """Visit its tensors, its submodules, and the attributes that a user's class has set."""
         self._known[id(module)] = weakref.ref(module)
-        self._visit_class(type(module))
         outer, self._in_module = self._in_module, True
         self._visit_all(name, [*module.named_buffers(recurse=False), *module.named_parameters(recurse=False)])
         self._visit_all(name, module.named_children())
@@ -280,12 +271,9 @@ def _is_opened(thing: Any) -> bool:
 
 
 def _parts(thing: Any) -> Iterable[Any]:
-    """The objects that a function, a class, a method, or another wrapper refers to."""
+    """The objects that a function, a method, or another wrapper refers to."""
     if isinstance(thing, types.FunctionType):
         return (*(thing.__closure__ or ()), *(thing.__defaults__ or ()), vars(thing))
-    if isinstance(thing, type):
-        own = [name for name, value in vars(thing).items() if name[:2] != "__" and not hasattr(value, "__get__")]
-        return (Attributes(thing, tuple(own)), *map(vars(thing).get, own))
     if isinstance(thing, types.MethodType):
         return (thing.__self__,)
     if isinstance(thing, types.CellType):

@@ -32,7 +32,7 @@ from hf_lsam import LSAM, LSAMConfig
 from hf_lsam_recipes.run_glue import check_labels, longest_text, tokenize
 from hf_lsam_recipes.support.adapters import AdapterArguments
 from hf_lsam_recipes.support.loading import ModelArguments, find_model, load_model
-from hf_lsam_recipes.support.settings import leave_together, parse_arguments
+from hf_lsam_recipes.support.settings import parse_arguments
 from hf_lsam_recipes.support.text.glue_data import load_text_data
 from hf_lsam_recipes.support.text.glue_tasks import DataArguments
 from hf_lsam_recipes.support.text.text_metrics import glue_metric
@@ -221,7 +221,6 @@ def script() -> None:
     except (ValueError, OSError) as problem:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {problem}")
     execute(run)
-    leave_together()
 
 
 if __name__ == "__main__":

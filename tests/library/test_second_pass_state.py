@@ -188,12 +188,6 @@ def a_dictionary_with_attributes(self, output, batch):
     return self.kept.calls / 10 + self.kept["rows"] / 40
 
 
-def what_a_class_counts(self, output, batch):
-    type(self.kept).total += 1
-    type(self.kept).rows.append(len(batch["labels"]))
-    return type(self.kept).total / 10 + sum(self.kept.rows) / 40
-
-
 def bytes_that_grow(self, output, batch):
     self.kept.append(1)
     return len(self.kept) / 10
@@ -251,7 +245,6 @@ def counting():
 
 # What the literal step, which copies all that it begins with, would share with the run.
 SHARED = {
-    what_a_class_counts: lambda: type("Total", (), {"total": 0, "rows": []})(),
     a_function_that_counts: counting,
 }
 
