@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hf_lsam_recipes.support.comparison.statistics import COSTS
+from hf_lsam_recipes.support.comparison.statistics import COSTS, TEXTS
 
 # Where there is no terminal to fit into, a table is as wide as it needs to be.
 _UNLIMITED = 1000
@@ -30,7 +30,8 @@ def show(sections: Sequence[tuple[str, str, list[dict[str, str]]]], notes: Seque
         console.print(Text(f"\n{title}", style="bold"))
         # How many settings were tried is the same for all, or told in a note.
         console.print(_table(rows, [name for name in rows[0] if name not in (*costs, "tried")]))
-        console.print(_table(rows, ["method", *costs]))
+        if known := [name for name in costs if name in rows[0]]:
+            console.print(_table(rows, ["method", *known]))
         console.print(Text(caption, style="dim"))
 
 
@@ -40,11 +41,10 @@ def _table(rows: Sequence[dict[str, str]], names: Sequence[str]) -> Table:
     columns: list[list[str]] = []
     for name in names:
         cells = [name, *(row[name] for row in rows)]
-        if not any(cells[1:]):
-            continue
-        if name in ("method", "chosen"):
-            table.add_column(name, overflow="fold")
-            columns.append(cells[1:])
+        if name in TEXTS:
+            if any(cells[1:]):
+                table.add_column(name, overflow="fold")
+                columns.append(cells[1:])
             continue
         split = (
             [cell.partition(" ") for cell in cells]
@@ -52,7 +52,7 @@ def _table(rows: Sequence[dict[str, str]], names: Sequence[str]) -> Table:
             else [(cell, "", "") for cell in cells]
         )
         for head, *column in ([part[0] for part in split], [part[2] for part in split]):
-            if head:
+            if any(column):
                 # No number is broken.
                 longest = max(len(word) for cell in (head, *column) for word in cell.split())
                 table.add_column(Text(head), justify="right", min_width=longest)

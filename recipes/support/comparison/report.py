@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_lsam_recipes.support.comparison.console import show
-from hf_lsam_recipes.support.comparison.html import page, picture
+from hf_lsam_recipes.support.comparison.html import draw_panels, page
 from hf_lsam_recipes.support.comparison.plan import CompareError, Comparison, Run, Task, metric_of
 from hf_lsam_recipes.support.comparison.statistics import COSTS, Row, mean_interval, missing_runs, remarks, table
 from hf_lsam_recipes.support.json_files import write_json
@@ -33,13 +33,11 @@ def write_report(comparison: Comparison) -> list[str]:
     missing = missing_runs(comparison, finished)
     tables = {task.name: table(comparison, task, results) for task in comparison.tasks}
     notes = remarks(comparison, tuning + results, missing)
-    sections = [
-        (task.name, caption(comparison, task), [cells(row) for row in tables[task.name]]) for task in comparison.tasks
-    ]
-    pictures = [picture(comparison, task, tables[task.name], results) for task in comparison.tasks]
+    sections = [(task.name, caption(comparison, task), lines(tables[task.name])) for task in comparison.tasks]
+    panels = [draw_panels(comparison, task, tables[task.name], results) for task in comparison.tasks]
     output = comparison.output_dir
     (output / "report.md").write_text(markdown(sections, notes), encoding="utf-8")
-    (output / "report.html").write_text(page(sections, pictures, notes), encoding="utf-8")
+    (output / "report.html").write_text(page(sections, panels, notes), encoding="utf-8")
     write_csv(output / "runs.csv", comparison, tuning + results)
     directions = {task.name: task.greater_is_better for task in comparison.tasks}
     report = {"baseline": comparison.baseline, "greater_is_better": directions}
@@ -69,22 +67,17 @@ def caption(comparison: Comparison, task: Task) -> str:
     )
 
 
-def cells(row: Row) -> dict[str, str]:
-    """A row of the table, as text, by the titles of the columns."""
-    values, difference = list(row.values.values()), row.difference
-    mean = f"{mean_interval(values).mean:.4f}" if values else "missing"
-    if values and all(map(math.isfinite, values)):
-        mean += f" ({min(values):.4f} to {max(values):.4f})"
-    return {
-        "method": row.method,
-        "chosen": ", ".join(f"{name}={value}" for name, value in row.chosen.items()),
-        "tried": str(row.tried),
-        "mean (range)": mean,
-        "difference [95 %]": f"{difference:+.4f}" if difference is not None else "",
-        "wins / losses": f"{row.wins} / {row.losses}" if difference is not None else "",
-        **{title: _times(row.costs[name]) for name, title in COSTS.items()},
-        "n": str(len(values)),
-    }
+def lines(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """
+    The rows of a table, as text, by the titles of the columns.
+
+    A column that is empty throughout is left out, and so is `tried` where no method had settings to choose from.
+    """
+    found = [_cells(row) for row in rows]
+    names = [name for name in found[0] if any(line[name] for line in found)]
+    if all(row.tried == 1 for row in rows):
+        names.remove("tried")
+    return [{name: line[name] for name in names} for line in found]
 
 
 def write_csv(path: Path, comparison: Comparison, results: Sequence[dict[str, Any]]) -> None:
@@ -127,3 +120,21 @@ def _better(greater_is_better: bool) -> str:
 
 def _times(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}x"
+
+
+def _cells(row: Row) -> dict[str, str]:
+    """All cells of a row; the range of a single value is left out."""
+    values, difference = list(row.values.values()), row.difference
+    mean = f"{mean_interval(values).mean:.4f}" if values else "missing"
+    if len(values) > 1 and all(map(math.isfinite, values)):
+        mean += f" ({min(values):.4f} to {max(values):.4f})"
+    return {
+        "method": row.method,
+        "chosen": ", ".join(f"{name}={value}" for name, value in row.chosen.items()),
+        "tried": str(row.tried),
+        "mean (range)": mean,
+        "difference [95 %]": f"{difference:+.4f}" if difference is not None else "",
+        "wins / losses": f"{row.wins} / {row.losses}" if difference is not None else "",
+        **{title: _times(row.costs[name]) for name, title in COSTS.items()},
+        "n": str(len(values)),
+    }

@@ -18,6 +18,8 @@ COSTS = {
     "flops": "FLOPs",
     "peak_memory_mib": "peak memory",
 }
+# The columns of the report that hold text; the others hold numbers.
+TEXTS = ("method", "chosen")
 # The report names at most so many runs.
 _NAMED = 4
 
