@@ -1,1 +1,1 @@
-"""The recipes: what `hf-lsam` runs, and the scripts of a clone. They need the `recipes` extra."""
+"""The recipes: the scripts in `recipes/` of a clone, and the commands of `hf-lsam`. They need the `recipes` extra."""

@@ -1,14 +1,14 @@
 """
-What each method costs: time of a step and peak memory as ratios to the plain Trainer's, beside the bound, and the
-peers that one would pick instead.
+Measure the cost of each method: time per step and peak memory as ratios to the plain Trainer, with the predicted
+bound, and the same for other implementations of SAM.
 
     python recipes/benchmark.py
     python recipes/benchmark.py --hidden_size 768 --methods plain,sam,last-2 --output_file cost.json --picture cost.svg
 
-The methods take turns in one process, a few steps each, over and over, and between any two of them the plain Trainer
-takes one: each is compared with the plain turns right before and after it, so that a machine whose speed changes hits
-both alike. Memory is what is allocated on the GPU or, on a CPU, that of a process of its own for each method. The
-bound is 1 + the predicted overhead, counted from the parameters of the model (hf_lsam/costs.py).
+The methods take turns of a few steps in one process. A turn of the plain Trainer precedes and follows each turn of
+another method, which is compared with the mean of these two. A change in the speed of the machine thus affects both
+alike. Memory is the peak allocated on the GPU or, on a CPU, the peak of a separate process for each method. The bound
+is 1 + the predicted overhead, counted from the parameters of the model (hf_lsam/costs.py).
 """
 
 import gc
@@ -62,28 +62,33 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class BenchmarkArguments(WorkloadArguments):
-    """What is measured."""
+    """Settings of the benchmark."""
 
     methods: str = field(
         default=",".join([*METHODS, IN_TRAINER, *PEERS]),
-        metadata={"help": "Names of methods and peers, the plain one among them."},
+        metadata={"help": "Comma-separated methods and peers; must include plain."},
     )
     torch_compile: str | None = field(
         default=None, metadata={"help": "Compile the model: whole, or regional (its blocks one by one)."}
     )
-    rounds: int = field(default=7, metadata={"help": "Turns of each method; the figure is their median. 0: no times."})
-    steps: int = field(default=3, metadata={"help": "Steps of a turn that count, after one or more that do not."})
+    rounds: int = field(
+        default=7, metadata={"help": "Turns of each method; the median is reported. 0: measure no time."}
+    )
+    steps: int = field(default=3, metadata={"help": "Measured steps of a turn, after one or more of warm-up."})
     memory_repeats: int = field(
-        default=1, metadata={"help": "Processes of each method for its peak memory, the median of which counts."}
+        default=1,
+        metadata={"help": "Processes of each method that measure peak memory; the median is reported. 0: none."},
     )
     output_file: str | None = field(
-        default=None, metadata={"help": "JSON of figures; a run is added to those that the file already holds."}
+        default=None, metadata={"help": "JSON file for the results; if it exists, this run is appended to it."}
     )
-    picture: str | None = field(default=None, metadata={"help": "Draw cost over first perturbed block here."})
+    picture: str | None = field(
+        default=None, metadata={"help": "File for a plot of step time against the first perturbed block."}
+    )
 
 
 class LogFigures(TrainerCallback):
-    """Keeps the last log line with the method's figures."""
+    """Stores the last training log line, with the values that the method logs."""
 
     def __init__(self):
         self.line: dict[str, float] = {}
@@ -94,11 +99,18 @@ class LogFigures(TrainerCallback):
 
 
 class Contender:
-    """A method, or a peer, with its own model, which goes a few steps whenever it is its turn."""
+    """
+    A method or peer with a model of its own, which trains a few steps in each turn.
+
+    Args:
+        name (`str`): A key of `METHODS` or `PEERS`, or `IN_TRAINER`.
+        args (`BenchmarkArguments`): The model, the data and the number of steps.
+        folder (`str`): Folder for the Trainer's files.
+    """
 
     def __init__(self, name: str, args: BenchmarkArguments, folder: str):
         self.settings = METHODS.get(name, {})
-        # LookSAM's cost is that of a whole interval, and the first step of a turn is the warm-up.
+        # LookSAM is measured over whole intervals, and its warm-up is one interval. Others warm up for one step.
         interval = 5 if name.endswith("looksam-5") else 1
         self.warm_up = interval
         self.steps = self.warm_up + max(args.steps, interval) // interval * interval
@@ -111,7 +123,7 @@ class Contender:
             batches = DataLoader(rows, args.batch_size)
             self.loop = HandWrittenLoop(name, model.to(device), batches, args.gradient_accumulation_steps, args.bf16)
             return
-        # What Accelerate reads when the Trainer is made.
+        # Accelerate reads this when the Trainer is constructed.
         os.environ["ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"] = str(args.torch_compile == "regional")
         kind, extra = LSAMTrainer, {"lsam_config": LSAMConfig(**self.settings)}
         if name == IN_TRAINER:
@@ -139,14 +151,14 @@ class Contender:
         self.trainer.remove_callback(PrinterCallback)
 
     def take_turn(self) -> float:
-        """Seconds of a step in this turn: the median, or the mean over whole intervals."""
+        """Train for a turn; returns seconds per step: the median, or for LookSAM the mean over whole intervals."""
         if self.loop is not None:
             seconds = self.loop.run(self.steps)
         else:
             self.timer.seconds.clear()
             self.trainer.train()
             seconds = self.timer.seconds
-            # While others have their turns, its model alone stays in memory.
+            # Between its turns, only the model stays in memory.
             self.trainer.optimizer = self.trainer.lr_scheduler = None
             self.trainer.accelerator.free_memory()
         average = statistics.mean if self.warm_up > 1 else statistics.median
@@ -155,12 +167,12 @@ class Contender:
 
 def measure_times(args: BenchmarkArguments, names: list[str]) -> dict[str, dict[str, Any]]:
     """
-    The figures of each method that have to do with time.
+    Measure the time per step of each method.
 
     Returns:
-        By name: `ratio` (median over the rounds of its step's time over the mean of the plain turns before and after
-        it), `lowest` and `highest` ratio (of the plain one: a turn over the one before, which is the noise), `seconds`
-        of a step (median), `bound`, `first_block` and `captured` (of the last turn).
+        By name: `ratio` of its time to the mean of the plain turns before and after it (median over the rounds),
+        `lowest` and `highest` ratio (for plain, a turn over the one before it: the noise), `seconds` per step
+        (median), the `bound`, the `settings`, and `first_block` and `captured` as logged in the last turn.
     """
     others = [name for name in names if name != "plain"]
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -203,7 +215,7 @@ def measure_times(args: BenchmarkArguments, names: list[str]) -> dict[str, dict[
 
 
 def peak_memory(args: BenchmarkArguments, name: str) -> float:
-    """Peak memory in MiB of a turn of a method, which on a CPU is that of this process."""
+    """Peak memory in MiB during a turn of a method: allocated on the GPU or, without one, resident in this process."""
     logging.set_verbosity_error()
     on_gpu = torch.cuda.is_available()
     if on_gpu:
@@ -214,38 +226,49 @@ def peak_memory(args: BenchmarkArguments, name: str) -> float:
         return peak_memory_mib(on_gpu)
 
 
-def in_a_process(args: BenchmarkArguments, name: str) -> float:
-    """The same, of a fresh process."""
+def peak_memory_of_new_process(args: BenchmarkArguments, name: str) -> float:
+    """Peak memory in MiB of a new process that runs a turn of a method."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(peak_memory, args, name).result()
 
 
 def measure_memory(args: BenchmarkArguments, names: list[str]) -> dict[str, dict[str, float]]:
-    """By name the peak `memory_mib`, on a CPU of a fresh process, and its ratio to the plain one's."""
+    """Measure the peak memory of each method: by name, `memory_mib`, and `memory_ratio` to plain."""
     if torch.cuda.is_available():
         peaks = {name: peak_memory(args, name) for name in tqdm(names, unit="method")}
     else:
         peaks = {
-            name: statistics.median(in_a_process(args, name) for _ in tqdm(range(args.memory_repeats), desc=name))
+            name: statistics.median(
+                peak_memory_of_new_process(args, name) for _ in tqdm(range(args.memory_repeats), desc=name)
+            )
             for name in names
         }
     return {name: {"memory_mib": peak, "memory_ratio": peak / peaks["plain"]} for name, peak in peaks.items()}
 
 
 def measure(args: BenchmarkArguments) -> dict[str, dict[str, Any]]:
-    """The figures of each method: those of `measure_times` and of `measure_memory`, as far as they are asked for."""
+    """
+    Measure the peak memory and time of each method, as requested by `memory_repeats` and `rounds`.
+
+    Returns:
+        By name, the values of `measure_memory` and `measure_times`.
+
+    Raises:
+        ValueError: if `methods` or `torch_compile` is not valid, or if they do not go together.
+    """
     names = args.methods.split(",")
     known = [*METHODS, IN_TRAINER, *PEERS]
     if "plain" not in names or not set(known).issuperset(names):
-        raise ValueError(f"methods={args.methods}: it must hold plain and others of {', '.join(known)}.")
+        raise ValueError(f"methods={args.methods}: it must include plain, and only names among {', '.join(known)}.")
     if args.torch_compile not in (None, "whole", "regional"):
         raise ValueError(f"torch_compile must be whole or regional, or left out, but is {args.torch_compile!r}.")
     if args.torch_compile is not None and not PEERS.keys().isdisjoint(names):
         raise ValueError(
-            f"torch_compile={args.torch_compile} compiles for the Trainer only: leave peers out of methods."
+            f"torch_compile={args.torch_compile} is supported in the Trainer only: leave {', '.join(PEERS)} out of "
+            "methods."
         )
     figures: dict[str, dict[str, Any]] = {name: {} for name in names}
-    # Memory first: Linux counts into the peak of a new process what its parent has in memory as it starts it.
+    # Memory first: on Linux, the peak of a new process includes the memory of its parent at the time of the fork.
     for wanted, measured in ((args.memory_repeats, measure_memory), (args.rounds, measure_times)):
         if wanted:
             for name, row in measured(args, names).items():
@@ -254,7 +277,7 @@ def measure(args: BenchmarkArguments) -> dict[str, dict[str, Any]]:
 
 
 def bound_lines(args: BenchmarkArguments) -> dict[str, list[float]]:
-    """For 1, 2 and 4 neighbouring blocks, 1 + the predicted overhead by the first of them."""
+    """The bound (1 + predicted overhead) for 1, 2 and 4 adjacent blocks, listed by the index of the first of them."""
     model = make_model(args)
     blocks = find_blocks(model)
     candidates, costs = find_candidates(model, blocks, None), CostModel.of(model, blocks)
@@ -266,7 +289,7 @@ def bound_lines(args: BenchmarkArguments) -> dict[str, list[float]]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Measure, print the table, and write the files that are named."""
+    """Run the command line `argv`: measure, print the table, and write `output_file` and `picture` if they are set."""
     (args,) = parse_arguments((BenchmarkArguments,), sys.argv[1:] if argv is None else argv, __doc__ or "")
     for setting in ("output_file", "picture"):
         check_output_file(setting, getattr(args, setting))
@@ -286,7 +309,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
 
 
 def script() -> None:
-    """Run the command line, as the file and as `hf-lsam benchmark`."""
+    """Entry point of the script and of `hf-lsam benchmark`."""
     try:
         main()
     except ValueError as error:

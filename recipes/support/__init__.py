@@ -1,1 +1,1 @@
-"""What the recipes are made of; nothing here is run by itself."""
+"""Modules that the recipes share. They are not run directly."""

@@ -1,4 +1,4 @@
-"""LoRA adapters for the recipes: their settings, how one is put on a model, and how its model is found again."""
+"""LoRA adapters for the recipes: settings, adding an adapter to a model, and loading a saved one with its model."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -10,8 +10,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, Trainer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.peft_utils import find_adapter_config_file
 
-# Folder beside the adapter with the configuration of the whole model: its labels and its padding token. With a
-# `config.json` beside the adapter, the folder would look like that of a whole model.
+# Subfolder of the adapter's folder for the configuration of the whole model: its labels and its padding token. A
+# `config.json` in the adapter's folder itself would make it look like the folder of a whole model.
 MODEL_CONFIG = "model_config"
 # Modules of a text classifier that PEFT trains in full by default.
 _HEADS = {"classifier", "score"}
@@ -20,30 +20,30 @@ _HEADS = {"classifier", "score"}
 @dataclass
 class AdapterArguments:
     """
-    Whether to train a LoRA adapter (Hu et al., ICLR 2022), and a classifier's head, instead of the whole model.
+    Settings of a LoRA adapter (Hu et al., ICLR 2022). With one, only it and a classifier's head are trained.
 
     Args:
         lora_r (`int`, *optional*):
-            Rank of the adapter. Not set: the whole model is trained, without an adapter.
+            Rank of the adapter. If not set, the whole model is trained, without an adapter.
         lora_alpha (`int`, *optional*, defaults to `8`):
-            What the adapter adds is scaled by `lora_alpha / lora_r`. Default: PEFT's.
+            The output of the adapter is scaled by `lora_alpha / lora_r`. The default is PEFT's.
         lora_dropout (`float`, *optional*, defaults to `0.0`):
-            Dropout on what the adapter reads. Default: PEFT's.
+            Dropout probability on the input of the adapter. The default is PEFT's.
         lora_target_modules (`list[str]`, *optional*):
-            Names of the layers that get an adapter, or suffixes of them; `all-linear`: every linear layer but
-            the head. Not set: PEFT's choice for the model type.
+            Names of the layers that get an adapter, or suffixes of the names; `all-linear` is every linear layer
+            except the head. If not set, PEFT's choice for the model type.
         use_dora (`bool`, *optional*, defaults to `False`):
-            Whether to train the length of each weight's columns as well: DoRA (Liu et al., ICML 2024).
+            Whether to use DoRA (Liu et al., ICML 2024), which also trains the norms of the columns of each weight.
     """
 
     lora_r: int | None = field(default=None, metadata={"help": "Train a LoRA adapter of this rank."})
     lora_alpha: int = field(default=8, metadata={"help": "The adapter is scaled by lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on what the adapter reads."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the adapter's input."})
     lora_target_modules: list[str] | None = field(
         default=None,
-        metadata={"help": "Names of the layers that get one, or all-linear; PEFT's choice unless set."},
+        metadata={"help": "Layers that get an adapter, or all-linear; PEFT's choice unless set."},
     )
-    use_dora: bool = field(default=False, metadata={"help": "Train the lengths of the weights, too: DoRA."})
+    use_dora: bool = field(default=False, metadata={"help": "Use DoRA: also train the norms of the weights' columns."})
 
     def __post_init__(self):
         if self.lora_target_modules == [None]:
@@ -73,17 +73,18 @@ def add_adapter(
     task_type: TaskType = TaskType.SEQ_CLS,
 ) -> PeftModel:
     """
-    Put a fresh adapter on `model`, of which it and a classifier's head are all that is trained.
+    Add a new adapter to `model`. Only it, a classifier's head and modules with new parameters are trained.
 
     Args:
         model (`PreTrainedModel`): A text classifier, or a language model.
         args (`AdapterArguments`): The settings of the adapter.
-        new_parameters (`set[str]`): Names of the parameters that the checkpoint did not hold. They are random, so the
-            modules that hold them are trained in full, such as the pooler of DeBERTa.
-        task_type (`TaskType`, *optional*, defaults to `TaskType.SEQ_CLS`): What the model is for.
+        new_parameters (`set[str]`): Names of the parameters that are missing in the checkpoint. They are initialised
+            at random, so the modules that contain them are trained in full, such as the pooler of DeBERTa.
+        task_type (`TaskType`, *optional*, defaults to `TaskType.SEQ_CLS`): PEFT's name for the task of the model.
 
     Raises:
-        ValueError: if the model has no such layers, or PEFT has no choice for its type; names those it has.
+        ValueError: if the model lacks a layer of `lora_target_modules`, or PEFT has no default for its type; the
+            message lists the layers that it has.
     """
     targets: list[str] | str | None = args.lora_target_modules
     if targets == ["all-linear"]:
@@ -100,7 +101,7 @@ def add_adapter(
     )
     try:
         if isinstance(targets, list):
-            # PEFT ignores a name that no layer has if another name has one.
+            # PEFT ignores a name without a layer if another name has one.
             names = [f".{name}" for name, _ in model.named_modules()]
             unknown = [t for t in targets if not any(name.endswith(f".{t}") for name in names)]
             if unknown:
@@ -116,26 +117,26 @@ def add_adapter(
 
 
 def find_base(name: str) -> str | None:
-    """The model that an adapter was made for; `None` if `name`, on the Hub or a folder, is no adapter."""
+    """The base model of the adapter `name`, a Hub name or folder; `None` if it is not an adapter."""
     if find_adapter_config_file(name) is None:
         return None
     return PeftConfig.from_pretrained(name).base_model_name_or_path
 
 
 def load_config(name: str, base: str | None, trust_remote_code: bool):
-    """The configuration of the model `name`; of an adapter of `base`, the one that `save_model_config` left."""
+    """Load the configuration of the model `name`; for an adapter of `base`, the one that `save_model_config` wrote."""
     if base is not None and PreTrainedConfig.get_config_dict(name, subfolder=MODEL_CONFIG)[0]:
         return AutoConfig.from_pretrained(name, subfolder=MODEL_CONFIG, trust_remote_code=trust_remote_code)
-    # An adapter that was made elsewhere has no label names: they come from the data.
+    # An adapter that was trained with other software has no label names. They come from the data.
     return AutoConfig.from_pretrained(base or name, trust_remote_code=trust_remote_code)
 
 
 def load_adapter(model: PreTrainedModel, name: str) -> PeftModel:
     """
-    `model` with the adapter `name` on it.
+    Load the adapter `name` into `model`.
 
     Raises:
-        ValueError: if the adapter was made for a model of other sizes, such as another number of labels.
+        ValueError: if their sizes differ, for instance in the number of labels.
     """
     try:
         return PeftModel.from_pretrained(model, name)
@@ -144,6 +145,6 @@ def load_adapter(model: PreTrainedModel, name: str) -> PeftModel:
 
 
 def save_model_config(trainer: Trainer) -> None:
-    """Write the configuration of an adapter's whole model to where the adapter is saved, for `load_config`."""
+    """Write the configuration of the whole model to a subfolder of a saved adapter, where `load_config` reads it."""
     if isinstance(trainer.model, PeftModel) and trainer.is_world_process_zero():
         trainer.model.config.save_pretrained(Path(trainer.args.output_dir) / MODEL_CONFIG)

@@ -1,4 +1,4 @@
-"""How good the probabilities of a classifier are: figures beside accuracy, before and after temperature scaling."""
+"""Quality of a classifier's probabilities: likelihood, Brier score and calibration error, and temperature scaling."""
 
 import math
 from collections.abc import Callable
@@ -13,27 +13,27 @@ from transformers import EvalPrediction, Trainer
 
 from hf_lsam_recipes.support.logits import read_logits
 
-# Names of the figures, and of those that temperature scaling adds.
+# Names of the metrics, and of those that temperature scaling adds.
 FIGURES, SCALED = ("nll", "brier", "ece"), ("nll_scaled", "brier_scaled")
 BINS = 15
-# The temperature is looked for between its inverse and this.
-MOST = 100.0
+# The temperature is searched from 1 / MAX_TEMPERATURE to this.
+MAX_TEMPERATURE = 100.0
 
 
 def probability_metrics(logits: np.ndarray, labels: np.ndarray, temperature: float | None = None) -> dict[str, float]:
     """
-    Figures of the predicted probabilities, all of them better when lower.
+    Metrics of the predicted probabilities; lower is better for all of them.
 
     Args:
-        logits (`np.ndarray` of shape `(rows, classes)`): What the model returns.
+        logits (`np.ndarray` of shape `(rows, classes)`): The output of the model.
         labels (`np.ndarray` of shape `(rows,)`): The true classes.
-        temperature (`float`, *optional*): That of `fit_temperature`, fitted on other rows.
+        temperature (`float`, *optional*): The result of `fit_temperature` on other rows.
 
     Returns:
         `nll`, the mean negative log-likelihood in nats; `brier`, the mean squared distance between the probabilities
         of all classes and the true ones (Brier, 1950: from 0 to 2); `ece`, the expected calibration error of the most
         probable class in 15 bins of equal width (Guo et al., ICML 2017). With a temperature also `nll_scaled` and
-        `brier_scaled`, of the logits divided by it. All are NaN where a logit is not finite.
+        `brier_scaled`, of the logits divided by it. All are NaN if any logit is not finite.
     """
     if not np.isfinite(logits).all():
         return dict.fromkeys((*FIGURES, *(SCALED if temperature is not None else ())), math.nan)
@@ -53,36 +53,37 @@ def probability_metrics(logits: np.ndarray, labels: np.ndarray, temperature: flo
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """
-    The number by which to divide logits so that their negative log-likelihood is lowest (Guo et al., ICML 2017).
+    Fit the temperature: the divisor of the logits that minimises the negative log-likelihood (Guo et al., ICML 2017).
 
     Args:
-        logits (`np.ndarray` of shape `(rows, classes)`): Of rows that no figure is computed from.
-        labels (`np.ndarray` of shape `(rows,)`): Their true classes.
+        logits (`np.ndarray` of shape `(rows, classes)`): The output of the model on rows held out for this purpose.
+        labels (`np.ndarray` of shape `(rows,)`): The true classes of these rows.
 
     Returns:
-        `float`: The temperature, from 0.01 to 100; NaN where a logit is not finite.
+        `float`: The temperature, from 0.01 to 100; NaN if any logit is not finite.
     """
     if not np.isfinite(logits).all():
         return math.nan
     logits, labels = np.asarray(logits, dtype=np.float64), np.asarray(labels)
 
-    # Convex in the inverse of the temperature, so its minimum is the only one on the logarithmic scale, too.
+    # The loss is convex in the inverse temperature, so it has a single minimum on the logarithmic scale as well.
     def loss(log_temperature: float) -> float:
         return _nll(logits / math.exp(log_temperature), labels)
 
-    bound = math.log(MOST)
+    bound = math.log(MAX_TEMPERATURE)
     return math.exp(minimize_scalar(loss, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-8}).x)
 
 
 class ClassifierMetrics:
     """
-    The `compute_metrics` of the Trainer for a classifier: those of the predicted classes, and of their probabilities.
+    The `compute_metrics` of the Trainer for a classifier: metrics of the predicted classes and of the probabilities.
 
     Args:
         metric (`Callable`): Takes `predictions` and `references`, class ids, and returns metrics by name.
 
     Attributes:
-        temperature (`float` or `None`): What logits are divided by for `nll_scaled` and `brier_scaled`.
+        temperature (`float` or `None`): The divisor of the logits for `nll_scaled` and `brier_scaled`. `None`, which
+            leaves both out, until `calibrate` is called.
     """
 
     def __init__(self, metric: Callable[..., dict[str, float]]):
@@ -95,7 +96,7 @@ class ClassifierMetrics:
         return metrics | probability_metrics(logits, output.label_ids, self.temperature)
 
     def calibrate(self, trainer: Trainer, rows: Dataset) -> dict[str, float]:
-        """Fit the temperature on `rows`, which nothing else uses; returns it, and how many there are."""
+        """Fit the temperature on `rows`, held out for it; returns `temperature` and `calibration_samples`."""
         output = trainer.predict(rows, metric_key_prefix="calibration")
         self.temperature = fit_temperature(read_logits(output.predictions), output.label_ids)
         return {"temperature": self.temperature, "calibration_samples": len(rows)}  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The command `hf-lsam`: the recipes by their names."""
+"""The command `hf-lsam`, which runs a recipe by its name."""
 
 import importlib.metadata
 import sys
@@ -8,13 +8,13 @@ from hf_lsam_recipes.support.shipped import RECIPES, did_you_mean, shipped_yamls
 
 # What each command does, and an example.
 COMMANDS = {
-    "glue": ("fine-tune a text classifier, or a regression", "hf-lsam glue rte --rho 0.1"),
+    "glue": ("fine-tune a text classification or regression model", "hf-lsam glue rte --rho 0.1"),
     "clm": ("fine-tune a causal language model", "hf-lsam clm gsm8k_lora --rho 0.1"),
     "images": ("train an image classifier", "hf-lsam images cifar10_resnet20 --rho 0.1"),
     "compare": ("compare methods over tasks and seeds", "hf-lsam compare glue_small --seeds 0 1 2"),
     "plot": ("draw the figures of a comparison", "hf-lsam plot outputs/compare/glue_small figures/"),
     "benchmark": ("measure what a step costs", "hf-lsam benchmark --methods plain,sam,last-2"),
-    "demo": ("AdamW, SAM and layer-wise SAM on real text", "hf-lsam demo --seeds 0"),
+    "demo": ("compare AdamW, SAM and layer-wise SAM on real text", "hf-lsam demo --seeds 0"),
 }
 # Where the YAMLs of a command are.
 FOLDERS = ("glue", "clm", "images", "compare")
@@ -34,7 +34,7 @@ def main() -> None:
         near = did_you_mean(name, list(COMMANDS))
         sys.exit(
             f"hf-lsam: error: there is no command {name!r}.{near} The commands are {', '.join(COMMANDS)}; "
-            "hf-lsam --help shows an example of each."
+            "hf-lsam --help has an example of each."
         )
     sys.argv = [f"hf-lsam {name}", *arguments[1:]]
     try:
@@ -44,13 +44,13 @@ def main() -> None:
             raise
         sys.exit(
             f"hf-lsam: error: hf-lsam {name} needs {error.name}, which is not installed: "
-            "pip install 'hf-lsam[recipes]' installs all that the commands need."
+            "pip install 'hf-lsam[recipes]' installs everything that the commands need."
         )
     script()
 
 
 def find_script(name: str) -> Callable[[], None]:
-    """What runs a command, with its arguments in `sys.argv`; nothing of the others is imported."""
+    """Import the entry point of a command, which reads `sys.argv`. Other commands are not imported."""
     match name:
         case "glue":
             from hf_lsam_recipes.run_glue import script
@@ -70,7 +70,7 @@ def find_script(name: str) -> Callable[[], None]:
 
 
 def usage() -> str:
-    """What `hf-lsam --help` prints."""
+    """The text of `hf-lsam --help`."""
     commands = [f"  {name:<10} {does}\n             {example}" for name, (does, example) in COMMANDS.items()]
     yamls = [f"  {name:<10} {', '.join(shipped_yamls(name))}" for name in FOLDERS]
     return "\n".join(
@@ -82,11 +82,11 @@ def usage() -> str:
             "Commands, each with an example; hf-lsam COMMAND --help lists its settings:",
             *commands,
             "",
-            "The first argument may be a YAML of settings: a file of your own, or one that ships, by its name. What",
-            f"follows overrides it. Those that ship are in {RECIPES}:",
+            "The first argument may be a YAML of settings: the path of your own file, or the name of a shipped one.",
+            f"Later arguments override it. The shipped ones are in {RECIPES}:",
             *yamls,
             "",
-            "In several processes (hf_lsam_recipes.run_clm and hf_lsam_recipes.run_image_classification as well):",
+            "To run in several processes (also hf_lsam_recipes.run_clm and hf_lsam_recipes.run_image_classification):",
             "  accelerate launch --num_processes 2 -m hf_lsam_recipes.run_glue rte --rho 0.1",
             "",
             "hf-lsam --version prints the version.",

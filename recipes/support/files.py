@@ -1,4 +1,4 @@
-"""Files that a user names: whether they are there, and whether their text can be read."""
+"""Checks of the files that a user names: whether they exist, and whether their text is UTF-8."""
 
 import codecs
 import os
@@ -10,7 +10,7 @@ UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def check_utf8(path: Path) -> None:
-    """Raise `ValueError`, with the line and the way out, unless the file is text in UTF-8."""
+    """Raise `ValueError` if the file is not UTF-8; the message says where, and how to convert it."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if wrong := _wrong_with(line, number):
@@ -22,7 +22,7 @@ def check_utf8(path: Path) -> None:
 
 
 def _wrong_with(line: bytes, number: int) -> tuple[str, str] | None:
-    """Why line `number` of a file is no UTF-8, and the encoding that it may be."""
+    """Return why line `number` of a file is not UTF-8, and the likely encoding; `None` if it is."""
     if line.startswith(UTF_16) or b"\0" in line:
         return "it looks like UTF-16, as some editors and spreadsheets save it", "UTF-16"
     try:
@@ -33,7 +33,7 @@ def _wrong_with(line: bytes, number: int) -> tuple[str, str] | None:
 
 
 def explain_missing(path: Path) -> str:
-    """Why `path` is not there: the first folder of it that does not exist, or the files that it may be instead."""
+    """Explain why `path` is not a file: its first folder that does not exist, or files with similar names."""
     for folder in reversed(path.parents):
         if not folder.is_dir():
             above = folder.parent if str(folder.parent) != "." else Path.cwd()

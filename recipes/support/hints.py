@@ -1,4 +1,4 @@
-"""What a setting was probably meant to be: names of older transformers, misspellings, and a YAML out of place."""
+"""Hints for wrong settings: names of older transformers, misspellings, and a YAML in the wrong place."""
 
 import dataclasses
 import itertools
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hf_lsam_recipes.support.shipped import did_you_mean, shipped_yamls
 
-# Training arguments that transformers had once, and what takes their place.
+# Training arguments that transformers has removed, and their replacements.
 REMOVED = {
     "adafactor": "set optim to adafactor",
     "evaluate_during_training": "set eval_strategy to steps or epoch",
@@ -36,8 +36,8 @@ REMOVED = {
     "torchdynamo": "set torch_compile_backend",
     "tpu_num_cores": "set num_processes of accelerate launch",
     "use_ipex": "leave it out",
-    "use_mps_device": "leave it out, since the device is found",
-    "warmup_ratio": "set warmup_steps to the same share, less than 1",
+    "use_mps_device": "leave it out, since the device is detected",
+    "warmup_ratio": "set warmup_steps to the same fraction, below 1",
 }
 
 
@@ -47,22 +47,22 @@ def setting_names(kinds: Sequence[type]) -> set[str]:
 
 
 def explain_unknown(name: str, known: Collection[str]) -> str:
-    """What to write instead of the setting `name`, which is not among the `known` ones."""
+    """Suggest what to write instead of the unknown setting `name`: its replacement, or one of `known`."""
     plain = name.lstrip("-").replace("-", "_").lower()
     if plain in REMOVED:
         return f" This version of transformers has no {plain}: {REMOVED[plain]}."
-    return did_you_mean(plain, sorted(known)) or " --help lists those there are."
+    return did_you_mean(plain, sorted(known)) or " --help lists all settings."
 
 
 def explain_all_unknown(names: Sequence[str], known: Collection[str]) -> str:
-    """What to write instead of each of several settings."""
+    """Suggest what to write instead of each of the unknown settings `names`."""
     return "".join(dict.fromkeys(explain_unknown(name, known) for name in names))
 
 
 def check_names(argv: Sequence[str], kinds: Sequence[type]) -> None:
-    """Raise `ValueError`, with what was probably meant, for a `--setting` that no dataclass of `kinds` has."""
+    """Raise `ValueError`, with a suggestion, for a `--setting` that is not a field of the dataclasses `kinds`."""
     known = setting_names(kinds)
-    # A switch that is on unless set can be turned off by its name, too.
+    # A switch that is on by default can also be turned off with `--no_<name>`.
     negated = {f"no_{item.name}" for kind in kinds for item in dataclasses.fields(kind) if item.default is True}
     for word in argv:
         option = word.partition("=")[0]
@@ -71,21 +71,28 @@ def check_names(argv: Sequence[str], kinds: Sequence[type]) -> None:
 
 
 def check_places(argv: Sequence[str], kinds: Sequence[type], folder: str | None) -> None:
-    """Raise `ValueError` if a YAML, by its path or by the name of one in `folder`, is not the first argument."""
+    """
+    Raise `ValueError` if a YAML is not the first argument.
+
+    Args:
+        argv (`Sequence[str]`): The command-line arguments.
+        kinds (`Sequence[type]`): The dataclasses of the settings.
+        folder (`str` or `None`): Folder of shipped YAMLs, which are recognised by their names as well.
+    """
     hints = {name: kind for owner in kinds for name, kind in typing.get_type_hints(owner).items()}
     switches = {name for name, kind in hints.items() if bool in (kind, *typing.get_args(kind))}
     shipped = shipped_yamls(folder) if folder else {}
     for before, word in itertools.pairwise(argv):
         if word.startswith("-") or (Path(word).suffix not in (".yaml", ".yml") and word not in shipped):
             continue
-        # Else it is the value of the setting before it.
+        # Otherwise it is the value of the setting before it.
         if not before.startswith("--") or "=" in before or before[2:].replace("-", "_") in switches:
             rest = " ".join(other for other in argv if other is not word)
             raise ValueError(f"The YAML of settings must be the first argument, and the only one: {word} {rest}")
 
 
 def choices_hint(message: str) -> str:
-    """The `message` of argparse; about a value that is no choice, with the choices that look like it."""
+    """The `message` of argparse. If it is about an invalid choice, similar choices are added."""
     found = re.search(r"invalid choice: '?(.*?)'? \(choose from (.*)\)", message)
     if found is None:
         return message

@@ -1,4 +1,4 @@
-"""Result files: written completely or not at all, in a folder that was checked first."""
+"""JSON result files, which are written completely or not at all."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def check_output_file(setting: str, path: str | Path | None) -> None:
-    """Raise `ValueError` if `path` is set and no file can be written there: checked before hours of work."""
+    """Raise `ValueError` if `path`, the value of `setting`, is not `None` and no file can be written there."""
     if path is None:
         return
     folder = Path(path).parent
@@ -20,12 +20,12 @@ def check_output_file(setting: str, path: str | Path | None) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What `path` holds, or `None` where it does not exist."""
+    """Read the JSON file `path`; `None` if it does not exist."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write all of it or nothing."""
+    """Write `content` to `path` as JSON, replacing the file only when everything is written."""
     draft = path.with_name(f"{path.name}.draft")
     draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     draft.replace(path)

@@ -1,4 +1,4 @@
-"""Which model a recipe fine-tunes, and how it, its tokenizer and its adapter are loaded."""
+"""Loading of the model that a recipe fine-tunes, with its tokenizer and adapter."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -19,8 +19,8 @@ class ModelArguments:
     Args:
         model_name_or_path (`str`):
             Any model that transformers loads for the task: its name on the Hub, or its folder. Its weights are loaded
-            in float32, which is precise enough for a small `rho`. Without `do_train` it may be an adapter,
-            whose base is loaded with it.
+            in float32, which is precise enough for a small `rho`. Without `do_train` it may be an adapter, whose base
+            model is then loaded as well.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to run code that comes with the model.
     """
@@ -32,12 +32,12 @@ class ModelArguments:
 @dataclass(frozen=True)
 class ModelSource:
     """
-    A model that was found, but is not loaded yet.
+    A model whose configuration and tokenizer are loaded, but not its weights.
 
     Args:
         name (`str`): Its name on the Hub, or its folder.
         trust_remote_code (`bool`): Whether to run code that comes with it.
-        base (`str` or `None`): The model that it is an adapter for; `None` if it is no adapter.
+        base (`str` or `None`): The base model if it is an adapter, else `None`.
         config (`PreTrainedConfig`): The configuration of the whole model.
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer, which has a padding token.
     """
@@ -51,11 +51,15 @@ class ModelSource:
 
 def find_model(args: ModelArguments, training: bool) -> ModelSource:
     """
-    Load the configuration and the tokenizer.
+    Load the configuration and the tokenizer of a model.
+
+    Args:
+        args (`ModelArguments`): The model.
+        training (`bool`): Whether it is going to be trained.
 
     Raises:
-        ValueError: if there are none, if the tokenizer has no vocabulary, if the model is an adapter and is to be
-            trained, or if nothing can serve as padding.
+        ValueError: if either cannot be loaded, if the tokenizer has no vocabulary, if the model is an adapter but is
+            to be trained, or if the tokenizer has no token for padding.
     """
     name, code = args.model_name_or_path, args.trust_remote_code
     try:
@@ -66,25 +70,29 @@ def find_model(args: ModelArguments, training: bool) -> ModelSource:
     tokenizer = load_tokenizer(name, code)
     if training and base is not None:
         raise ValueError(
-            f"model_name_or_path={name} is an adapter, which can be evaluated and predicts. To train, name the model "
-            f"that it was made for ({base}); to go on with an interrupted run, add resume_from_checkpoint."
+            f"model_name_or_path={name} is an adapter, which can only be evaluated or used for prediction. To train, "
+            f"name its base model ({base}); to resume an interrupted run, also set resume_from_checkpoint."
         )
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise ValueError(f"The tokenizer of {name} has neither a pad_token nor an eos_token: give it a pad_token.")
+            raise ValueError(
+                f"The tokenizer of model_name_or_path={name} has neither a pad_token nor an eos_token: save it with a "
+                "pad_token."
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return ModelSource(name, code, base, config, tokenizer)
 
 
 def load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """
-    The tokenizer of the model `name`.
+    Load the tokenizer of the model `name`.
 
     Raises:
-        ValueError: if there is none. Of a folder without its files, transformers makes a tokenizer that knows no word.
+        ValueError: if it cannot be loaded, or has no vocabulary: transformers returns such a tokenizer for a folder
+            without tokenizer files.
     """
     way_out = (
-        "If its tokenizer files are missing, save them beside the model, from the model that it was made of: "
+        "If its tokenizer files are missing, save them with the model, from the model that it was fine-tuned from: "
         f"AutoTokenizer.from_pretrained(ORIGINAL).save_pretrained({name!r})."
     )
     try:
@@ -93,17 +101,17 @@ def load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBas
         raise ValueError(
             f"The tokenizer of model_name_or_path={name} cannot be loaded: {' '.join(str(error).split())} {way_out}"
         ) from error
-    # SentencePiece's mark of a space is not a word.
+    # "▁" is SentencePiece's mark of a space, not a word.
     if {token for token in tokenizer.get_vocab() if token.strip("▁")} <= {*tokenizer.all_special_tokens}:
         raise ValueError(
-            f"The tokenizer of model_name_or_path={name} knows no token but its special ones: every text would look "
-            f"the same. {way_out}"
+            f"The tokenizer of model_name_or_path={name} has only special tokens: all texts would be encoded alike. "
+            f"{way_out}"
         )
     return tokenizer
 
 
 def check_weights(name: str, missing: Iterable[str]) -> None:
-    """Raise `ValueError` if weights are `missing` in the checkpoint of the model `name`, which is not trained here."""
+    """Raise `ValueError` if weights are `missing` in the checkpoint of a model `name` that will not be trained."""
     if names := sorted(missing):
         raise ValueError(
             f"model_name_or_path={name} has no trained weights for {', '.join(names[:3])}"
@@ -121,10 +129,18 @@ def load_model(
     **settings: Any,
 ):
     """
-    The model of `auto_class`, in float32, with its own adapter or, for training, a fresh one if wanted.
+    Load the model in float32, with its own adapter or, for training, a new one if `adapter_args` enable it.
+
+    Args:
+        auto_class: A class of transformers such as `AutoModelForCausalLM`.
+        source (`ModelSource`): The result of `find_model`.
+        adapter_args (`AdapterArguments`): Settings of a new adapter.
+        task_type (`TaskType`): The task of a new adapter.
+        training (`bool`): Whether the model is going to be trained.
+        settings: Further arguments of `from_pretrained`.
 
     Raises:
-        ValueError: if it is not to be trained, and its checkpoint lacks some of its weights.
+        ValueError: if an adapter does not fit, or if a model that is not trained lacks weights in its checkpoint.
     """
     model, loaded = auto_class.from_pretrained(
         source.base or source.name,
@@ -133,7 +149,7 @@ def load_model(
         output_loading_info=True,
         **settings,
     )
-    # A decoder uses it to find the last token of a text.
+    # A decoder that classifies uses it to find the last token of a text.
     model.config.get_text_config().pad_token_id = source.tokenizer.pad_token_id
     # An adapter contains what its base lacks.
     if source.base is not None:

@@ -1,4 +1,4 @@
-"""The loss of a classifier or a regression, and the logits that its metrics are computed from."""
+"""The loss of a classification or regression model, and the logits for its metrics."""
 
 import numpy as np
 import torch
@@ -6,11 +6,14 @@ import torch
 
 def make_compute_loss(label_smoothing: float, is_regression: bool = False):
     """
-    The `compute_loss_func` of the Trainer for a classifier, or a regression: the mean over all rows of an optimizer
-    step.
+    Make the `compute_loss_func` of the Trainer: the mean loss over all examples of an optimizer step.
 
-    BERT and similar models average over a micro-batch and ignore the number of rows that the Trainer passes: with
-    gradient accumulation, or in several processes, their own loss would be too large by that factor.
+    BERT and similar models average over a micro-batch and ignore the number of examples that the Trainer passes. With
+    gradient accumulation or several processes, their own loss would be too large by the number of micro-batches.
+
+    Args:
+        label_smoothing (`float`): Label smoothing of the cross-entropy, from 0 to 1.
+        is_regression (`bool`, *optional*, defaults to `False`): Use the squared error instead of the cross-entropy.
     """
 
     def compute_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None):
@@ -25,5 +28,5 @@ def make_compute_loss(label_smoothing: float, is_regression: bool = False):
 
 
 def read_logits(predictions: np.ndarray | tuple) -> np.ndarray:
-    """The logits; some models return hidden states after them."""
+    """The logits among the `predictions` of a Trainer; some models return hidden states after them."""
     return predictions[0] if isinstance(predictions, tuple) else predictions

@@ -1,4 +1,4 @@
-"""What recipes can measure: gradient norms while they train, and the loss around the trained weights."""
+"""Optional measurements: gradient norms during training, and the loss landscape around the trained weights."""
 
 import json
 from collections.abc import Iterable
@@ -16,24 +16,24 @@ from hf_lsam_recipes.support.sharpness_callback import SharpnessCallback, block_
 @dataclass
 class MeasureArguments:
     """
-    Measurements of the plain loss, in evaluation mode (no dropout; batch normalisation has its running statistics) and
-    on the same training rows in every run. They do not change the training, but their memory counts into its peak.
+    Measurements of the plain loss in evaluation mode (no dropout, running statistics of batch normalisation), on the
+    same training rows in every run. They do not affect the training, but may raise the reported peak memory.
 
     Args:
         gradient_norm_steps (`int`, *optional*):
-            Log the gradient norm of each block and of the whole model after every so many optimizer steps.
+            Number of optimizer steps after which the gradient norms of each block and of the whole model are logged.
         landscape_points (`int`, *optional*):
-            After training, write the loss along one random direction of each block, and of the whole model, at so
-            many points to `landscapes.json`.
+            Number of points of the loss landscapes: the loss along one random direction of each block, and of the
+            whole model, is written to `landscapes.json` after training.
         measured_samples (`int`, *optional*, defaults to `64`):
-            How many training rows both are measured on.
+            Number of training rows that both are measured on.
     """
 
     gradient_norm_steps: int | None = field(
-        default=None, metadata={"help": "Log each block's gradient norm after every so many steps."}
+        default=None, metadata={"help": "Log each block's gradient norm every this many optimizer steps."}
     )
     landscape_points: int | None = field(
-        default=None, metadata={"help": "Points of each block's landscape, which is measured after training."}
+        default=None, metadata={"help": "Points of each block's loss landscape, measured after training."}
     )
     measured_samples: int = field(default=64, metadata={"help": "Training rows that both are measured on."})
 
@@ -50,15 +50,27 @@ class MeasureArguments:
 
 
 def set_up_measures(trainer: Trainer, arguments: MeasureArguments, rows: Dataset | None) -> None:
-    """Check that what is wanted can be measured on some of `rows`, and let the trainer log gradient norms."""
+    """
+    Check that the requested measurements are possible, and add the callback that logs gradient norms.
+
+    Args:
+        trainer (`Trainer`): The trainer, before training.
+        arguments (`MeasureArguments`): The requested measurements.
+        rows (`Dataset` or `None`): The training rows, of which a random part is used.
+
+    Raises:
+        ValueError: if there are no training rows, or if FSDP or DeepSpeed shards the model.
+    """
     if not arguments.wanted:
         return
     if rows is None:
-        raise ValueError("gradient_norm_steps and landscape_points measure on training rows: set do_train.")
+        raise ValueError(
+            "gradient_norm_steps and landscape_points measure on training rows: set do_train, or leave them out."
+        )
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ValueError(
-            "gradient_norm_steps and landscape_points need the whole model in each process, which FSDP and DeepSpeed "
-            "share out: leave them out, or train without FSDP and DeepSpeed."
+            "gradient_norm_steps and landscape_points need the whole model in each process, but FSDP and DeepSpeed "
+            "shard it: leave them out, or train without FSDP and DeepSpeed."
         )
     if arguments.gradient_norm_steps is not None:
         batches = _measured_batches(trainer, arguments, rows)
@@ -66,7 +78,7 @@ def set_up_measures(trainer: Trainer, arguments: MeasureArguments, rows: Dataset
 
 
 def write_landscapes(trainer: Trainer, arguments: MeasureArguments, rows: Dataset) -> None:
-    """Write places and losses of each block's landscape, and of the whole model's, by name, if they are wanted."""
+    """If `landscape_points` is set, write `landscapes.json`: points and losses of each block and the whole model."""
     if arguments.landscape_points is None:
         return
     model = trainer.accelerator.unwrap_model(trainer.model)

@@ -37,7 +37,7 @@ TRAINING_FIELDS = (
     "mixed_precision",
 )
 
-OWN_FILES = "files of the user's own"
+OWN_FILES = "local files of the user"
 
 TEMPLATE = """\
 ---
@@ -68,7 +68,7 @@ Trained by the recipe `{{ recipe }}` of `hf_lsam`.
 
 ## Citation
 
-Layer-wise SAM perturbs only the layers with the largest gradient norms before it takes the gradient:
+Layer-wise SAM computes the gradient at weights of which only the layers with the largest gradient norms are perturbed:
 
 ```bibtex
 @inproceedings{lee2024layerwise,
@@ -91,11 +91,12 @@ class Subject:
 
     Args:
         recipe (`str`): File name of the script.
-        kind (`str`): What stands before "model" or "adapter" in the title.
-        pipeline_tag (`str`): The task, as the Hub names it.
-        data (`str`): The data that it was trained on.
-        dataset (`str` or `None`): Its name on the Hub, if it is from there.
-        from_scratch (`bool`): Whether the weights were random at first; the model's name is then an architecture's.
+        kind (`str`): The kind of model in the title of the card, such as `text classification`.
+        pipeline_tag (`str`): The Hub's name of the task, such as `text-classification`.
+        data (`str`): Description of the training data.
+        dataset (`str` or `None`): Name of the data set on the Hub; `None` for local files.
+        from_scratch (`bool`): Whether training started from random weights. The name of the model is then that of an
+            architecture.
         pairs (`bool`): Whether an input is a pair of texts.
     """
 
@@ -116,18 +117,18 @@ def write_model_card(
     adapter: dict[str, Any] | None = None,
 ):
     """
-    Write `README.md` beside the model, and to the Hub where the Trainer pushes to it.
+    Write `README.md` to the output directory, and to the Hub if `push_to_hub` is set.
 
     Args:
         trainer (`LSAMTrainer`): The trainer that trained the model.
-        model_name (`str`): Name or folder of the model that was fine-tuned.
+        model_name (`str`): Name or folder of the model that was fine-tuned, or the name of an architecture.
         subject (`Subject`): What the model is for, and what it was trained on.
         metrics (`dict[str, float]`): The metrics of training and evaluation.
         adapter (`dict[str, Any]`, *optional*): The settings of the LoRA adapter, if one was trained.
     """
     args, lsam_config = trainer.args, trainer.lsam_config
     on_hub = not Path(model_name).is_dir()
-    # The folders of this machine are not published.
+    # Paths of the local machine are not published.
     shown_name = model_name if on_hub else Path(model_name).name
     output = Path(args.output_dir)
     own_name = trainer.hub_model_id if args.push_to_hub else f"path/to/{output.resolve().name}"
@@ -174,7 +175,7 @@ def write_model_card(
 
 
 def eval_results(subject: Subject, metrics: dict[str, float]) -> list[EvalResult]:
-    """The finite scores among `metrics`, for the card's `model-index`."""
+    """Convert the finite scores among `metrics` to entries of the card's `model-index`."""
     return [
         EvalResult(
             task_type=subject.pipeline_tag,
@@ -190,7 +191,7 @@ def eval_results(subject: Subject, metrics: dict[str, float]) -> list[EvalResult
 
 
 def find_license(model_name: str) -> dict[str, Any]:
-    """What the card of the model that was fine-tuned says about its licence; empty if it cannot be read."""
+    """Read the licence from the card of the model that was fine-tuned; empty if there is none."""
     folder = Path(model_name)
     try:
         card = ModelCard.load(folder / "README.md" if folder.is_dir() else model_name, ignore_metadata_errors=True)
@@ -201,12 +202,21 @@ def find_license(model_name: str) -> dict[str, Any]:
 
 
 def usage(model: PreTrainedModel, name: str, base: str, subject: Subject, is_adapter: bool) -> str:
-    """Python code that loads the model `name`, an adapter with its `base`, and calls it."""
+    """
+    Python code that loads the model and runs it on an example.
+
+    Args:
+        model (`PreTrainedModel`): The trained model.
+        name (`str`): The name that it is loaded by.
+        base (`str`): The name of its base model; used for an adapter only.
+        subject (`Subject`): The task.
+        is_adapter (`bool`): Whether it is an adapter.
+    """
     tag, is_pair = subject.pipeline_tag, subject.pairs
     if is_adapter:
         generates = tag == "text-generation"
         kind = "AutoModelForCausalLM" if generates else "AutoModelForSequenceClassification"
-        # The adapter brings its own head.
+        # The adapter contains its own head.
         labels = "" if generates else f", num_labels={model.config.num_labels}, ignore_mismatched_sizes=True"
         lines = [
             "from peft import PeftModel",
@@ -233,7 +243,7 @@ def usage(model: PreTrainedModel, name: str, base: str, subject: Subject, is_ada
 
 
 def _table(title: str, values: dict[str, Any]) -> str:
-    """Names and values, these as in a YAML of settings: `null` is "not set"."""
+    """A table of names and values. Values are written as in a YAML of settings: `null` is "not set"."""
     return markdown_table([{title: name, "value": _shown(value)} for name, value in values.items()])
 
 

@@ -1,4 +1,4 @@
-"""What a recipe writes: an output directory that is never overwritten, and its metrics."""
+"""The output directory of a recipe, which is never overwritten, and its metrics."""
 
 import json
 import zipfile
@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-# What a finished or interrupted training run leaves in its output directory.
+# Files that a finished or interrupted training run leaves in its output directory.
 RUN_OUTPUT = (
     "checkpoint-*",
     "*_results.json",
@@ -36,7 +36,7 @@ CHECKPOINT = (
 
 def check_output_dir(args: TrainingArguments, predictions: Sequence[str] = ()) -> str | None:
     """
-    Find the checkpoint to resume from, and make sure that nothing is overwritten.
+    Find the checkpoint to resume from, and check that the run would not overwrite the results of another one.
 
     Args:
         args (`TrainingArguments`): Its `output_dir`, and its `resume_from_checkpoint`: a folder, or `true` for the
@@ -44,14 +44,14 @@ def check_output_dir(args: TrainingArguments, predictions: Sequence[str] = ()) -
         predictions (`Sequence[str]`): Names of the files that `do_predict` writes.
 
     Returns:
-        `str` or `None`: The checkpoint's folder, or `None` for a fresh start.
+        `str` or `None`: The checkpoint's folder, or `None` to start from the beginning.
 
     Raises:
-        ValueError: if `output_dir` is empty, if there is no such checkpoint, or if the run would overwrite what
-            another one left.
+        ValueError: if `output_dir` is not set, if the checkpoint is missing or damaged, or if the run would overwrite
+            results of another one.
     """
     if not args.output_dir:
-        raise ValueError("output_dir is not set: name a new folder for what the run writes, as outputs/my-run.")
+        raise ValueError("output_dir is not set: name a new folder for what the run writes, such as outputs/my-run.")
     folder = Path(args.output_dir)
     wanted = args.resume_from_checkpoint
     checkpoint = None
@@ -61,7 +61,7 @@ def check_output_dir(args: TrainingArguments, predictions: Sequence[str] = ()) -
         if checkpoint is None or not (Path(checkpoint) / "trainer_state.json").is_file():
             raise ValueError(
                 f"resume_from_checkpoint={wanted}: {checkpoint or folder} holds no checkpoint of the Trainer. Name a "
-                "folder checkpoint-<step>, or leave the setting out to start afresh."
+                "folder checkpoint-<step>, or leave the setting out to start from the beginning."
             )
         check_checkpoint(Path(checkpoint), wanted)
         if Path(checkpoint).resolve().parent == folder.resolve():
@@ -72,14 +72,14 @@ def check_output_dir(args: TrainingArguments, predictions: Sequence[str] = ()) -
     if found:
         resume = " Resume with resume_from_checkpoint=true," if args.do_train and get_last_checkpoint(folder) else ""
         raise ValueError(
-            f"output_dir={folder} already holds {', '.join(found)}, which this run would write over.{resume} "
+            f"output_dir={folder} already holds {', '.join(found)}, which this run would overwrite.{resume} "
             f"{'set' if resume else 'Set'} output_dir to a new folder, or remove the old one."
         )
     return checkpoint
 
 
 def check_checkpoint(folder: Path, wanted: str) -> None:
-    """Raise `ValueError`, naming the file, if a file of a checkpoint is incomplete."""
+    """Raise `ValueError`, with the value `wanted` of `resume_from_checkpoint`, if a file in `folder` is incomplete."""
     for path in sorted(path for pattern in CHECKPOINT for path in folder.glob(pattern)):
         try:
             if path.suffix == ".json":
@@ -88,7 +88,7 @@ def check_checkpoint(folder: Path, wanted: str) -> None:
                 with safe_open(path, framework="np"):
                     pass
             else:
-                # What torch.save writes; its table of contents is at the end.
+                # torch.save writes a zip file, whose table of contents is at the end.
                 zipfile.ZipFile(path).close()
         except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
             raise ValueError(

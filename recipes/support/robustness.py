@@ -1,4 +1,4 @@
-"""What recipes measure on demand after training: metrics with quantised weights, and with noise on the weights."""
+"""Optional measurements after training: metrics with quantised weights, and with noise on the weights."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -11,34 +11,39 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer
 
-GROUP = 64
+# Inputs that share a scale in 4-bit quantisation.
+GROUP_SIZE = 64
+# Draws of the noise that metrics are averaged over.
 DRAWS = 3
-# Figures of an evaluation that say nothing of the weights.
+# Endings of metrics that do not depend on the weights.
 TIMES = ("_runtime", "_per_second", "_preparation_time")
 
 
 @dataclass
 class RobustnessArguments:
     """
-    Metrics of the trained model with other weights, as `<split>_int<bits>_...` and `<split>_noise_<share>_...`, on the
-    validation data, and on the test data if its labels are known. The saved model is not changed.
+    Metrics of the trained model with quantised or noisy weights, as `<split>_int<bits>_...` and
+    `<split>_noise_<scale>_...`, on the validation data, and on the test data if it has labels. The saved model is not
+    changed.
 
-    What changes are the weights of all linear layers, but for those that an embedding shares.
+    The weights of all linear layers are changed, except those that are tied to an embedding.
 
     Args:
         quantised_bits (`list[int]`, *optional*):
-            8, 4 or both: weights of so many bits (symmetric weight-only quantisation). 8 bits have one scale
-            for each output, 4 bits one for each 64 inputs of it, where these divide evenly.
+            Numbers of bits: 8, 4 or both (symmetric weight-only quantisation). With 8 bits, each output has
+            one scale. With 4 bits, each group of 64 inputs of an output has one, if the number of inputs is a multiple
+            of 64.
         weight_noise (`list[float]`, *optional*):
-            Gaussian noise, as shares of the standard deviation of each weight matrix. Metrics are means of 3 draws,
-            the same ones in every run.
+            Standard deviations of Gaussian noise, relative to the standard deviation of each weight matrix. Metrics
+            are means over 3 draws, which are the same in every run.
     """
 
     quantised_bits: list[int] | None = field(
-        default=None, metadata={"help": "Also evaluate with weights of so many bits: 8, 4 or both."}
+        default=None, metadata={"help": "Also evaluate with weights quantised to this many bits: 8, 4 or both."}
     )
     weight_noise: list[float] | None = field(
-        default=None, metadata={"help": "Also evaluate with noise on the weights: shares of each matrix's deviation."}
+        default=None,
+        metadata={"help": "Also evaluate with noise of this size, relative to each weight matrix's deviation."},
     )
 
     def __post_init__(self):
@@ -56,23 +61,26 @@ class RobustnessArguments:
 
 
 def check_robustness(trainer: Trainer, arguments: RobustnessArguments) -> None:
-    """Raise `ValueError` where the weights are not whole in each process."""
+    """Raise `ValueError` if changed weights are requested, but FSDP or DeepSpeed shards the model."""
     if arguments.wanted and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise ValueError(
-            "quantised_bits and weight_noise need the whole model in each process, which FSDP and DeepSpeed share "
-            "out. Leave them out, and evaluate the saved model in a run of its own."
+            "quantised_bits and weight_noise need the whole model in each process, but FSDP and DeepSpeed shard it. "
+            "Leave them out, and evaluate the saved model in a separate run."
         )
 
 
 def evaluate_changed(trainer: Trainer, arguments: RobustnessArguments, rows: Dataset, prefix: str) -> dict[str, float]:
     """
-    Metrics on `rows` under each change that is wanted; the weights are put back.
+    Evaluate on `rows` with each requested change of the weights, and restore them.
 
     Args:
-        trainer (`Trainer`): With the trained model.
-        arguments (`RobustnessArguments`): The changes.
-        rows (`Dataset`): With labels.
-        prefix (`str`): Of the names: `eval` gives `eval_int8_loss` and `eval_noise_0.1_loss`.
+        trainer (`Trainer`): The trainer, with the trained model.
+        arguments (`RobustnessArguments`): The requested changes.
+        rows (`Dataset`): Data with labels.
+        prefix (`str`): Prefix of the metrics: `eval` gives `eval_int8_loss` and `eval_noise_0.1_loss`.
+
+    Returns:
+        `dict[str, float]`: The metrics of all changes, without times; those of noise are means over the draws.
     """
     metrics: dict[str, float] = {}
     for bits in arguments.quantised_bits or ():
@@ -89,12 +97,12 @@ def evaluate_changed(trainer: Trainer, arguments: RobustnessArguments, rows: Dat
 
 def quantised(weight: Tensor, bits: int) -> Tensor:
     """
-    What `bits` bits leave of `weight`, a matrix with a row for each output; symmetric, rounded to the nearest.
+    Quantise `weight`, of shape `(outputs, inputs)`, to `bits` bits (symmetric, to nearest) and dequantise it.
 
-    Done here: with torchao installed, transformers loads it at every start, which prints what it cannot load.
+    This does not use torchao: where that is installed, transformers loads it at every start, with its warnings.
     """
-    grouped = bits == 4 and weight.shape[1] % GROUP == 0
-    groups = weight.detach().float().unflatten(1, (-1, GROUP if grouped else weight.shape[1]))
+    grouped = bits == 4 and weight.shape[1] % GROUP_SIZE == 0
+    groups = weight.detach().float().unflatten(1, (-1, GROUP_SIZE if grouped else weight.shape[1]))
     least, most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     scale = groups.abs().amax(2, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) * 2 / (most - least)
     steps = (groups / scale).round().clamp(least, most)
@@ -102,7 +110,7 @@ def quantised(weight: Tensor, bits: int) -> Tensor:
 
 
 def noisy(weight: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """`weight` and Gaussian noise whose standard deviation is `share` of its own; drawn on the CPU."""
+    """Add to `weight` Gaussian noise of `share` times its own standard deviation, drawn on the CPU by `generator`."""
     noise = torch.randn(weight.shape, generator=generator, dtype=torch.float32)
     return weight + (share * weight.float().std() * noise.to(weight.device)).to(weight.dtype)
 
@@ -115,7 +123,7 @@ def _evaluate(trainer: Trainer, change: Callable[[Tensor], Tensor], rows: Datase
 
 @contextmanager
 def changed_weights(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """`change` what linear layers multiply by, and put it back to the bit."""
+    """Apply `change` to the weights of the linear layers in the context, and restore them bitwise afterwards."""
     modules = list(model.modules())
     linear = [module for module in modules if isinstance(module, nn.Linear)]
     others = [module for module in modules if not isinstance(module, nn.Linear)]

@@ -1,4 +1,8 @@
-"""The rows of a batch: tensors, or dictionaries or tuples of tensors, with the rows along the first axis."""
+"""
+The rows of a batch.
+
+A batch is a tensor, or a dictionary or tuple of tensors, with the rows along the first axis.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -20,12 +24,12 @@ def count_rows(batch: Any) -> int:
 
 
 def groups_of_rows(batch: Any, size: int) -> Iterator[Any]:
-    """`batch` in groups of `size` rows, the last of which may be smaller."""
+    """Split `batch` into groups of `size` rows. The last one may be smaller."""
     for start in range(0, count_rows(batch), size):
         yield recursively_apply(lambda tensor, start=start: tensor[start : start + size], batch)
 
 
 def check_rows(rows: int) -> None:
-    """Raise `ValueError` if there was no row in any batch."""
+    """Raise `ValueError` if `rows`, the number of rows in all batches, is 0."""
     if rows == 0:
         raise ValueError("batches is empty: there is no loss to measure. (A generator can be iterated only once.)")

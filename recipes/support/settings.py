@@ -1,4 +1,4 @@
-"""The settings of a recipe, read from a YAML and the command line, and the recipe as a script."""
+"""Reading the settings of a recipe from a YAML and the command line, and running the recipe as a script."""
 
 import json
 import os
@@ -32,16 +32,19 @@ def parse_arguments(
     Args:
         kinds (`Sequence[type]`): The dataclasses whose fields are the settings.
         argv (`list[str]`): `[settings.yaml] [--setting value ...]`; `null` as a value is `None`.
-        description (`str`): What `--help` says first.
-        folder (`str`, *optional*): Where the YAMLs are that ship with the recipe, and may be given by their names.
+        description (`str`): The first line of `--help`.
+        folder (`str`, *optional*): Folder of the YAMLs that ship with the recipe, which can be given by name.
 
-    Of `TrainingArguments`, two defaults are others: `output_dir` is empty, for `check_output_dir` to refuse, and
-    `dataloader_pin_memory` is off where there is no accelerator that memory is pinned for.
+    Two defaults differ from those of `TrainingArguments`: `output_dir` is empty, so that `check_output_dir` can
+    require it, and `dataloader_pin_memory` is off if there is no accelerator.
+
+    Returns:
+        `tuple`: An instance of each of `kinds`, in their order.
 
     Raises:
-        ValueError: for a YAML that cannot be read or is not the first argument, or an unknown setting; says what was
-            probably meant. (A value of the wrong type, or that is no choice, ends the program with one line, as
-            argparse does.)
+        ValueError: for a YAML that cannot be read or is not the first argument, or an unknown setting; the message
+            suggests what was meant. A value of the wrong type, or an invalid choice, ends the program with a one-line
+            message, as usual for argparse.
     """
     _train_together_on_cpus()
     check_names(argv, kinds)
@@ -64,24 +67,36 @@ def parse_arguments(
     )
     if unknown:
         raise ValueError(
-            f"{unknown[0]!r} is neither a setting, which starts with --, nor the value of one. --help lists those "
-            "there are."
+            f"{unknown[0]!r} is neither a setting, which starts with --, nor the value of one. --help lists all "
+            "settings."
         )
     return tuple(parsed)
 
 
 def _train_together_on_cpus() -> None:
     """
-    Tell Accelerate to use the CPU if several processes were launched where there is nothing else.
+    Tell Accelerate to use the CPU if several processes were launched on a machine without an accelerator.
 
-    Its launcher does not tell them, and otherwise each of them would train alone.
+    Its launcher does not set this, and each process would train separately without it.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"
 
 
 def read_yaml(path: Path, known: set[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """A YAML's settings as command-line arguments, read as the command line reads them, and those that are lists."""
+    """
+    Read a YAML of settings.
+
+    Args:
+        path (`Path`): The file.
+        known (`set[str]`): Names of all settings.
+
+    Returns:
+        The settings with a single value, as command-line arguments `--name=value`, and those with a list, by name.
+
+    Raises:
+        ValueError: if the file is missing or not a valid YAML of settings in UTF-8, or has an unknown setting.
+    """
     if not path.is_file():
         raise ValueError(f"{path} is not a file: the first argument is a YAML of settings, or starts with --.")
     check_utf8(path)
@@ -90,7 +105,7 @@ def read_yaml(path: Path, known: set[str]) -> tuple[list[str], dict[str, list[st
     except ValueError as error:
         raise ValueError(f"{path} is not valid YAML: {error}.") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold one `setting: value` a line.")
+        raise ValueError(f"{path} must have one `setting: value` per line.")
     if unknown := [str(name) for name in settings if name not in known]:
         raise ValueError(f"{path} has unknown settings: {', '.join(unknown)}.{explain_all_unknown(unknown, known)}")
     scalars, lists = [], {}
@@ -112,9 +127,9 @@ def leave_together() -> None:
 
 def run_script(prepare: Callable[[list[str]], Any], execute: Callable[[Any], Any]) -> None:
     """
-    A recipe as a script: `prepare` with the command line's arguments, and `execute` with what it returns.
+    Run a recipe as a script: call `prepare` with the command-line arguments, and `execute` with its result.
 
-    An error before training is one of the settings: the script ends with its message, without a traceback.
+    An error before training is caused by the settings, so the script ends with its message, without a traceback.
     """
     prepared = None
     try:

@@ -1,8 +1,8 @@
 """
-How flat a minimum is: gradient norms, sharpness, Hessian eigenvalue and trace, and the loss around the weights.
+Measures of flatness: gradient norm, sharpness, top Hessian eigenvalue, Hessian trace, and loss landscapes.
 
-Every figure is that of a [`LossSurface`]: the mean loss of a model over some batches, as a function of all or some of
-its weights. Measuring leaves weights, gradients, modes and random state bitwise as they were.
+All are methods of [`LossSurface`]: the mean loss of a model over some batches, as a function of all or some of its
+weights. Measuring changes neither weights, gradients and train/eval modes nor the random state, bitwise.
 """
 
 import math
@@ -33,16 +33,16 @@ class LossSurface:
     The mean loss over `batches` as a function of `parameters`.
 
     Args:
-        model (`nn.Module`): Any model; it is in evaluation mode while it is measured.
-        batches (`Iterable`): Batches, or a `DataLoader`; gone through anew for each figure, so it must yield the same
-            batches each time.
-        loss_function (`Callable`, *optional*): Maps model and batch to the batch's mean loss. Default: the `loss` that
-            the model returns.
+        model (`nn.Module`): Any model. It is set to evaluation mode during a measurement.
+        batches (`Iterable`): Batches, or a `DataLoader`. Each measurement iterates over them, so they must be the same
+            each time.
+        loss_function (`Callable`, *optional*): Maps model and batch to the mean loss of the batch. Default: the `loss`
+            that the model returns.
         parameters (`Sequence[Tensor]`, *optional*): The weights that the surface is a function of, for instance
-            those of one block. Default: all that are trained.
+            those of one block. Default: all parameters with `requires_grad`.
 
     Raises:
-        ValueError: if there is no parameter, or `batches` is empty.
+        ValueError: if there is no parameter, or, when measuring, if `batches` is empty.
     """
 
     def __init__(
@@ -58,18 +58,21 @@ class LossSurface:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.parameters: list[Tensor] = list(trained if parameters is None else parameters)
         if not self.parameters:
-            raise ValueError("There is no weight to measure along: parameters is empty, or none is trained.")
+            raise ValueError(
+                "There are no weights to measure: parameters is empty, or the model has none with requires_grad. Pass "
+                "some parameters."
+            )
         self.device = self.parameters[0].device
         self._perturbation = Perturbation()
 
     def loss(self) -> float:
         """The mean loss over all rows. Costs a forward pass."""
-        with _undisturbed(self.model, self.device), torch.no_grad():
+        with _evaluating(self.model, self.device), torch.no_grad():
             return self._mean_loss()
 
     def gradient(self) -> list[Tensor]:
-        """The gradient of the mean loss, a tensor for each parameter; `.grad` is left alone. Costs a backward pass."""
-        with _undisturbed(self.model, self.device):
+        """The gradient of the mean loss, a tensor per parameter; `.grad` is not changed. Costs a backward pass."""
+        with _evaluating(self.model, self.device):
             return self._mean_over_batches(lambda loss: _gradient(loss, self.parameters))
 
     def gradient_norm(self) -> float:
@@ -82,8 +85,8 @@ class LossSurface:
 
         Args:
             rho (`float`, *optional*, defaults to `0.05`): Length of the perturbation. Default: SAM's.
-            adaptive (`bool`, *optional*, defaults to `False`): ASAM's (Kwon et al., ICML 2021), which rescaling the
-                weights of a layer leaves as it is: `eps = rho * w^2 g / || |w| g ||`.
+            adaptive (`bool`, *optional*, defaults to `False`): Use ASAM's sharpness (Kwon et al., ICML 2021), which is
+                invariant to rescaling the weights of layers: `eps = rho * w^2 g / || |w| g ||`.
         """
         gradient = self.gradient()
         direction, norm = gradient, math.sqrt(_dot(gradient, gradient))
@@ -99,11 +102,11 @@ class LossSurface:
         """
         The mean sharpness over groups of `m` rows, each perturbed by its own gradient (Foret et al., ICLR 2021).
 
-        Batches must be tensors, or dictionaries or tuples of tensors, with the rows along the first axis. What remains
-        of each batch after groups of `m` is a smaller group of its own, counted by its rows.
+        Batches must be tensors, or dictionaries or tuples of tensors, with the rows along the first axis. The last
+        group of a batch may be smaller. Groups are weighted by their number of rows.
 
         Args:
-            m (`int`): Rows of a group.
+            m (`int`): Rows per group.
             rho (`float`, *optional*, defaults to `0.05`): Length of each perturbation. Default: SAM's.
             adaptive (`bool`, *optional*, defaults to `False`): ASAM's scaling, as for [`~LossSurface.sharpness`].
 
@@ -127,29 +130,29 @@ class LossSurface:
             return self.loss()
 
     def hessian_times(self, vector: Sequence[Tensor]) -> list[Tensor]:
-        """The Hessian of the mean loss times `vector`, by differentiating twice. Costs about 2 backward passes."""
+        """The Hessian of the mean loss times `vector`, by double backward. Costs about 2 backward passes."""
 
         def product(loss: Tensor) -> list[Tensor]:
             gradient = _gradient(loss, self.parameters, create_graph=True)
             along = torch.stack([(g * v).sum() for g, v in zip(gradient, vector, strict=True)]).sum()
             return _gradient(along, self.parameters)
 
-        # Only the plain attention can be differentiated twice.
-        with _undisturbed(self.model, self.device), sdpa_kernel(SDPBackend.MATH):
+        # Fused attention kernels do not support double backward.
+        with _evaluating(self.model, self.device), sdpa_kernel(SDPBackend.MATH):
             return self._mean_over_batches(product)
 
     def top_eigenvalue(self, max_products: int = 100, tolerance: float = 1e-3, seed: int = 0) -> float:
         """
         The largest eigenvalue of the Hessian, by power iteration.
 
-        Power iteration finds the eigenvalue of the largest size. Where that is negative, a second round on the Hessian
-        shifted by it finds the largest.
+        Power iteration finds the eigenvalue of the largest absolute value. If that is negative, a second run on the
+        Hessian shifted by it finds the largest eigenvalue.
 
         Args:
-            max_products (`int`, *optional*, defaults to `100`): Most Hessian products of a round.
-            tolerance (`float`, *optional*, defaults to `1e-3`): A round ends when its estimate changes by less than
-                this share of itself.
-            seed (`int`, *optional*, defaults to `0`): Seed of the vector to begin with.
+            max_products (`int`, *optional*, defaults to `100`): Maximum number of Hessian products per run.
+            tolerance (`float`, *optional*, defaults to `1e-3`): A run ends when the relative change of its estimate is
+                at most this.
+            seed (`int`, *optional*, defaults to `0`): Seed of the initial vector.
 
         Raises:
             ValueError: if `max_products` is below 1.
@@ -163,10 +166,10 @@ class LossSurface:
 
     def trace(self, samples: int = 30, seed: int = 0) -> tuple[float, float]:
         """
-        The trace of the Hessian by Hutchinson's estimate, the mean of `v . H v` over random signs `v`.
+        The trace of the Hessian by Hutchinson's estimator, the mean of `v . H v` over vectors `v` of random signs.
 
         Args:
-            samples (`int`, *optional*, defaults to `30`): Number of vectors `v`. Default: ours.
+            samples (`int`, *optional*, defaults to `30`): Number of vectors `v`.
             seed (`int`, *optional*, defaults to `0`): Seed of the signs.
 
         Returns:
@@ -188,10 +191,10 @@ class LossSurface:
 
     def random_direction(self, seed: int = 0) -> list[Tensor]:
         """
-        A random direction, normalised filter by filter (Li et al., NeurIPS 2018).
+        A random direction with filter normalisation (Li et al., NeurIPS 2018).
 
-        Each row of a matrix, or filter of a convolution, gets the norm of that of the weights. Biases and weights of
-        norm layers stay where they are.
+        Each row of a matrix, or filter of a convolution, is scaled to the norm of the corresponding weights. The
+        direction is zero for biases and the weights of normalisation layers.
         """
         generator = torch.Generator().manual_seed(seed)
         direction = []
@@ -210,7 +213,8 @@ class LossSurface:
         The loss along one or two random directions, from `-span` to `span`.
 
         Args:
-            span (`float`, *optional*, defaults to `1.0`): How far; 1 is as far as the weights are long.
+            span (`float`, *optional*, defaults to `1.0`): Largest multiple of a direction, in both senses. With 1, a
+                filter moves by its own norm.
             points (`int`, *optional*, defaults to `21`): Points on each axis. Costs `points ** axes` forward passes.
             axes (`int`, *optional*, defaults to `1`): 1 for a line, 2 for a plane.
             seed (`int`, *optional*, defaults to `0`): Seed of the directions.
@@ -232,7 +236,7 @@ class LossSurface:
         return Landscape(places, rows)
 
     def _power_iteration(self, shift: float, max_products: int, tolerance: float, seed: int) -> float:
-        """The eigenvalue of the largest size of the Hessian plus `shift`."""
+        """The eigenvalue of the largest absolute value of the Hessian plus `shift` times the identity."""
         generator = torch.Generator().manual_seed(seed)
         vector = [torch.randn(p.shape, generator=generator).to(p) for p in self.parameters]
         eigenvalue = math.inf
@@ -258,7 +262,7 @@ class LossSurface:
         return total / rows
 
     def _mean_over_batches(self, of: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
-        """The mean over all rows of what `of` makes of each batch's mean loss."""
+        """The mean over all rows of `of(loss)`, with the mean loss of each batch."""
         sums, rows = [torch.zeros_like(parameter) for parameter in self.parameters], 0
         for batch in self.batches:
             batch = send_to_device(batch, self.device)
@@ -272,11 +276,11 @@ class LossSurface:
 @dataclass(frozen=True)
 class Landscape:
     """
-    The loss around the weights.
+    The loss along one or two directions from the weights.
 
     Attributes:
-        places: Points of each axis; 0 is where the weights are.
-        losses: The loss at each, for two axes a list for each place on the first.
+        places (`list[float]`): Multiples of a direction, the same for both axes; 0 is at the weights.
+        losses (`list`): The loss at each place; for two axes, a list of losses for each place on the first axis.
     """
 
     places: list[float]
@@ -284,8 +288,8 @@ class Landscape:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Inside, the model evaluates; afterwards modes and random state are what they were."""
+def _evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Set the model to evaluation mode; restore the modes of its modules and the random state afterwards."""
     modes = {module: module.training for module in model.modules()}
     state = RandomState.capture(device)
     model.eval()
@@ -299,7 +303,7 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def _gradient(loss: Tensor, parameters: Sequence[Tensor], create_graph: bool = False) -> list[Tensor]:
-    """Zeros for a parameter that the loss does not depend on."""
+    """The gradient of `loss`, with zeros for a parameter that it does not depend on."""
     return list(torch.autograd.grad(loss, parameters, create_graph=create_graph, materialize_grads=True))
 
 

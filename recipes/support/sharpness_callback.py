@@ -1,4 +1,4 @@
-"""Sharpness block by block, and a callback that logs it while a model is trained."""
+"""Gradient norm and sharpness of each block, and a callback that logs them during training."""
 
 import time
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ from hf_lsam_recipes.support.sharpness import LossFunction, LossSurface, model_l
 def block_surfaces(
     model: nn.Module, batches: Iterable[Any], loss_function: LossFunction = model_loss
 ) -> dict[str, LossSurface]:
-    """A surface for each transformer block that has trained weights, by its name, and `"all"` for the whole model."""
+    """A [`LossSurface`] for each block with trainable weights, by its name, and one for the whole model as `"all"`."""
     surfaces = {}
     for name, block in find_blocks(model).items():
         if parameters := [parameter for parameter in block.parameters() if parameter.requires_grad]:
@@ -24,7 +24,7 @@ def block_surfaces(
 
 
 def gradient_norms(surfaces: dict[str, LossSurface]) -> dict[str, float]:
-    """The gradient norm of each of [`block_surfaces`], from a single gradient of the whole model."""
+    """The gradient norm of each of `surfaces` (see [`block_surfaces`]), from one gradient of the whole model."""
     whole = surfaces["all"]
     gradient = dict(zip(whole.parameters, whole.gradient(), strict=True))
     return {
@@ -35,20 +35,21 @@ def gradient_norms(surfaces: dict[str, LossSurface]) -> dict[str, float]:
 
 class SharpnessCallback(TrainerCallback):
     """
-    Logs how flat the loss is around the weights while they are trained, and changes nothing of the training.
+    Logs the flatness of the loss during training, without affecting the training.
 
         trainer.add_callback(SharpnessCallback(trainer, batches, interval=100))
 
-    The log gets `sharpness/gradient_norm/<block>` and `sharpness/sam/<block>`, for each block and for `all`, on demand
-    `sharpness/top_eigenvalue`, and `sharpness/seconds`, the time that measuring took.
+    It logs `sharpness/gradient_norm/<block>` and `sharpness/sam/<block>` for each block and for `all`, optionally
+    `sharpness/top_eigenvalue`, and `sharpness/seconds`, the time of the measurement.
 
     Args:
         trainer ([`~transformers.Trainer`]): The trainer that it is added to.
-        batches (`Iterable`): See [`LossSurface`]; some hundred rows are enough to follow a training.
-        interval (`int`): Measure after every so many optimizer steps.
-        rho (`float` or `None`, *optional*, defaults to `0.05`): Length of the perturbation. `None` leaves out
-            `sharpness/sam`: what is left costs a single backward pass. Default: SAM's.
-        top_eigenvalue (`bool`, *optional*, defaults to `False`): Whether to log it: up to 200 Hessian products.
+        batches (`Iterable`): See [`LossSurface`]. A few hundred rows are enough to follow the training.
+        interval (`int`): Number of optimizer steps between measurements.
+        rho (`float` or `None`, *optional*, defaults to `0.05`): Length of the perturbation; the default is SAM's.
+            `None` leaves out `sharpness/sam`; a measurement then costs a single backward pass.
+        top_eigenvalue (`bool`, *optional*, defaults to `False`): Whether to log the largest eigenvalue of the Hessian,
+            which costs up to 200 Hessian products.
         loss_function (`Callable`, *optional*): See [`LossSurface`].
 
     Raises:
@@ -79,7 +80,7 @@ class SharpnessCallback(TrainerCallback):
             figures |= {f"sharpness/sam/{name}": surface.sharpness(self.rho) for name, surface in surfaces.items()}
         if self.top_eigenvalue:
             figures["sharpness/top_eigenvalue"] = surfaces["all"].top_eigenvalue()
-        # A line that is logged here would cancel the Trainer's own line of this step, which comes later.
+        # Logging resets `should_log`, which would suppress the Trainer's own log line of this step.
         should_log = control.should_log
         self.trainer.log(figures | {"sharpness/seconds": time.perf_counter() - start})
         control.should_log = should_log

@@ -1,4 +1,4 @@
-"""The YAMLs that ship with the recipes, which go by their name: `rte` for `glue/rte.yaml`."""
+"""The YAMLs that ship with the recipes, which can be given by name: `rte` for `glue/rte.yaml`."""
 
 import difflib
 from pathlib import Path
@@ -7,16 +7,16 @@ RECIPES = Path(__file__).resolve().parents[1]
 
 
 def shipped_yamls(folder: str) -> dict[str, Path]:
-    """The YAMLs of `folder`, such as `glue`, by their names without a suffix."""
+    """The paths of the YAMLs in `folder`, such as `glue`, by name without suffix."""
     return {path.stem: path for path in sorted((RECIPES / folder).glob("*.yaml"))}
 
 
 def find_yaml(name: str, folder: str) -> Path:
     """
-    The file that is meant by `name`: a path or, where no such file exists, the name of a YAML that ships in `folder`.
+    Find a YAML: `name` is a path or, if no such file exists, the name of a YAML that ships in `folder`.
 
     Raises:
-        ValueError: if it is neither, with the names that look like it.
+        ValueError: if it is neither; the message suggests similar names.
     """
     path, shipped = Path(name), shipped_yamls(folder)
     if path.is_file():
@@ -33,7 +33,7 @@ def find_yaml(name: str, folder: str) -> Path:
 
 
 def did_you_mean(name: str, names: list[str]) -> str:
-    """` Did you mean X or Y?`: up to three of `names` that begin with `name`, or look like it; or nothing."""
+    """` Did you mean X or Y?` with up to three of `names` that begin with or resemble `name`; empty if none does."""
     lower = {other.lower(): other for other in names}
     near = [other for other in lower if other.startswith(name.lower())]
     near = near or difflib.get_close_matches(name.lower(), list(lower), cutoff=0.7)

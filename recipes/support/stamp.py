@@ -1,4 +1,4 @@
-"""What figures were made with, which every result file contains. As a script, it prints this."""
+"""The provenance of results: seeds, commit, versions and machine. As a script, it prints them as JSON."""
 
 import importlib.metadata
 import json
@@ -17,7 +17,7 @@ LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "numpy")
 
 
 def stamp(seeds: Sequence[int]) -> dict[str, Any]:
-    """The seeds, the commit, the versions and the machine."""
+    """The provenance of results that were computed with `seeds`: also `commit`, `versions` and `machine`."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPUs"
     return {
         "seeds": list(seeds),
@@ -29,7 +29,7 @@ def stamp(seeds: Sequence[int]) -> dict[str, Any]:
 
 
 def find_commit(folder: Path) -> str:
-    """The commit of a clone; of the installed package, which may lie in somebody else's repository, its version."""
+    """The commit if `folder` is a clone, else the version: an installed package may be inside another repository."""
     if not (folder / "pyproject.toml").exists():
         return f"hf-lsam {hf_lsam.__version__}"
     git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]

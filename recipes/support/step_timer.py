@@ -1,4 +1,4 @@
-"""The time of an optimizer step, and the peak of the memory."""
+"""The time of an optimizer step, and the peak memory."""
 
 import resource
 import statistics
@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 
 def peak_memory_mib(on_gpu: bool) -> float:
-    """Peak memory: allocated on the GPU since its statistics were reset, or resident in this process without one."""
+    """Peak memory in MiB: allocated on the GPU since its statistics were reset or, without one, resident memory."""
     if on_gpu:
         return torch.cuda.max_memory_allocated() / 2**20
     unit = 2**20 if sys.platform == "darwin" else 2**10
@@ -18,7 +18,7 @@ def peak_memory_mib(on_gpu: bool) -> float:
 
 
 class StepTimer(TrainerCallback):
-    """Wall time of each optimizer step: the passes and the update, but neither loading of data nor evaluation."""
+    """Measures the wall time of each optimizer step: passes and update, without data loading and evaluation."""
 
     def __init__(self):
         self.seconds: list[float] = []
@@ -39,7 +39,7 @@ class StepTimer(TrainerCallback):
         self.seconds.append(self._now() - self._start)
 
     def metrics(self) -> dict[str, float]:
-        """Median time of a step, and the peak memory."""
+        """The median of `seconds` as `train_step_seconds`, and `train_peak_memory_mib`."""
         seconds = {"train_step_seconds": statistics.median(self.seconds)} if self.seconds else {}
         return seconds | {"train_peak_memory_mib": peak_memory_mib(self._on_gpu)}
 

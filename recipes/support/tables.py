@@ -1,4 +1,4 @@
-"""Tables of text, from files or from the Hub, with one clear error for what is wrong with them."""
+"""Reading tables of text from files or from the Hub, with clear errors for bad data."""
 
 import os
 from collections.abc import Sequence
@@ -20,10 +20,16 @@ logger = logging.get_logger("hf_lsam.recipes")
 
 def load_hub(setting: str, name: str, config: str | None, instead: str) -> DatasetDict:
     """
-    Every split of a data set on the Hub, or in the cache.
+    Load every split of a data set from the Hub, or from the cache.
+
+    Args:
+        setting (`str`): The setting with its value, for the error message.
+        name (`str`): Name of the data set on the Hub.
+        config (`str` or `None`): Its configuration.
+        instead (`str`): The settings for local files, for the error message.
 
     Raises:
-        ValueError: naming the `setting`, and the one that reads files `instead`, if it cannot be loaded.
+        ValueError: if it cannot be loaded.
     """
     try:
         return load_dataset(name, config)
@@ -35,9 +41,9 @@ def load_hub(setting: str, name: str, config: str | None, instead: str) -> Datas
 
 
 def check_file(path: Path, suffixes: Sequence[str]):
-    """Raise `ValueError` unless `path` is a file of one of the `suffixes`, in UTF-8 where it is text."""
+    """Raise `ValueError` unless `path` is a file with one of the `suffixes` and, if it is text, in UTF-8."""
     if path.suffix not in suffixes:
-        raise ValueError(f"{path} must end in {', '.join(suffixes)}, to say what it holds.")
+        raise ValueError(f"{path} must end in {', '.join(suffixes)}, which tells its format.")
     if not path.is_file():
         raise ValueError(f"{path} is not a file: {explain_missing(path)}")
     if path.suffix != ".parquet":
@@ -46,20 +52,23 @@ def check_file(path: Path, suffixes: Sequence[str]):
 
 def read_table(path: Path, columns: Sequence[str]) -> pa.Table:
     """
-    Read a file straight into memory: no cache that a changed file could disagree with.
+    Read a file into memory. There is no cache, so changes of the file always take effect.
 
     Args:
-        path (`Path`): A file, whose suffix says what it holds.
-        columns (`Sequence[str]`): Columns of text.
+        path (`Path`): A file whose suffix, one of `SUFFIXES`, tells its format.
+        columns (`Sequence[str]`): Columns that are read as text, even if they look like numbers.
+
+    Raises:
+        ValueError: if the file is missing, empty or malformed.
     """
     check_file(path, SUFFIXES)
-    # Read as text, `01` or `true` stay what they are.
+    # As text, so that `01` and `true` keep their spelling.
     convert = pa.csv.ConvertOptions(column_types={name: pa.string() for name in columns})
     if path.suffix == ".csv":
         parse = pa.csv.ParseOptions(newlines_in_values=True)
     else:
         parse = pa.csv.ParseOptions(delimiter="\t", quote_char=False)
-    # With one thread, the message about a malformed row has its number.
+    # With one thread, the error about a malformed row has the number of the row.
     read = pa.csv.ReadOptions(use_threads=False)
     try:
         if path.suffix == ".parquet":
@@ -76,7 +85,7 @@ def read_table(path: Path, columns: Sequence[str]) -> pa.Table:
 
 
 def check_columns(source: str, table: pa.Table, columns: Sequence[str], way_out: str):
-    """Raise `ValueError`, with the `way_out`, unless `table` has each of the columns once."""
+    """Raise `ValueError`, ending in `way_out`, unless `table` (from `source`) has each of `columns` exactly once."""
     for name in columns:
         if table.column_names.count(name) != 1:
             raise ValueError(
@@ -86,16 +95,16 @@ def check_columns(source: str, table: pa.Table, columns: Sequence[str], way_out:
 
 def read_texts(source: str, name: str, column: pa.ChunkedArray, keeps_empty: bool) -> list[str]:
     """
-    The column `name`, each row of which must be text.
+    Read a column of text.
 
     Args:
-        source (`str`): What messages call the table.
-        name (`str`): The column.
+        source (`str`): Name of the table in messages.
+        name (`str`): The name of the column.
         column (`pa.ChunkedArray`): Its rows.
-        keeps_empty (`bool`): Whether rows without text are used as they are: a warning counts them.
+        keeps_empty (`bool`): Whether rows with empty text are used. If so, a warning counts them.
 
     Raises:
-        ValueError: if a row holds no text at all, but a number or nothing, or if all of them are empty.
+        ValueError: if the value of a row is not text, or if all rows are empty.
     """
     values = column.to_pylist()
     for row, value in enumerate(values, start=1):
@@ -104,11 +113,11 @@ def read_texts(source: str, name: str, column: pa.ChunkedArray, keeps_empty: boo
     empty = [row for row, value in enumerate(values, start=1) if not value.strip()]
     if values and len(empty) == len(values):
         raise ValueError(f"{source}: column {name!r} is empty in every row. Check the file, or name another column.")
-    # Each process reads the files.
+    # Every process reads the files, but only one warns.
     if empty and keeps_empty and int(os.environ.get("RANK", "0")) == 0:
         rows = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
         logger.warning(
-            f"{source}: column {name!r} is empty in {len(empty)} of {len(values)} rows ({rows}), which are used as "
-            "they are. Remove them unless they are meant."
+            f"{source}: column {name!r} is empty in {len(empty)} of {len(values)} rows ({rows}), which are used "
+            "anyway. Remove them if they are not intended."
         )
     return values

@@ -1,4 +1,4 @@
-"""Training arguments that transformers checks late, or only by a traceback."""
+"""Checks of training arguments that transformers checks late or reports with a traceback."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -8,22 +8,22 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_rep
 
 from hf_lsam_recipes.support.shipped import did_you_mean
 
-# Modules of trackers that are not among the available ones of transformers, or not beside MLflow.
+# Modules of trackers that transformers never lists as available, or not together with MLflow.
 UNLISTED = {"azure_ml": "azureml", "flyte": "flytekit"}
-# Packages that have another name than their tracker.
+# Packages whose name differs from that of their tracker.
 PACKAGES = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml", "flyte": "flytekit"}
 
 
 def check_training(args: TrainingArguments, metrics: Sequence[str]) -> None:
     """
-    Check what a run reports to, and the metric that its best model is chosen by.
+    Check `report_to` and `metric_for_best_model`.
 
     Args:
         args (`TrainingArguments`): The arguments of the run.
-        metrics (`Sequence[str]`): The metrics of its evaluation, without `eval_`.
+        metrics (`Sequence[str]`): Names of the metrics of its evaluation, without `eval_`.
 
     Raises:
-        ValueError: if a tracker is unknown or not installed, or if there is no such metric.
+        ValueError: if a tracker is unknown or not installed, or if the metric is not one of `metrics`.
     """
     for name in args.report_to:
         if name not in INTEGRATION_TO_CALLBACK:
@@ -35,8 +35,8 @@ def check_training(args: TrainingArguments, metrics: Sequence[str]) -> None:
         if name not in available and not (name in UNLISTED and importlib.util.find_spec(UNLISTED[name])):
             others = f", or to {' or '.join(available)}, which can be used here" if available else ""
             raise ValueError(
-                f"report_to={name} cannot be used here: its package is not installed or not set up. Install it, as by "
-                f"pip install {PACKAGES.get(name, name)}, or set report_to to none{others}."
+                f"report_to={name} cannot be used here: its package is not installed or not set up. Install it, for "
+                f"instance with pip install {PACKAGES.get(name, name)}, or set report_to to none{others}."
             )
     metric = args.metric_for_best_model
     if metric is not None and metric.removeprefix("eval_") not in metrics:

@@ -1,4 +1,4 @@
-"""YAMLs of settings, in which every scalar is read as text."""
+"""Reading YAMLs of settings, with every scalar as text."""
 
 import re
 from pathlib import Path
@@ -11,10 +11,10 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 def read_yaml_text(path: Path) -> Any:
     """
-    The content of a YAML file. `no`, `null` and `5e-2` stay text, and are parsed as on the command line.
+    Read a YAML file. All scalars, such as `no`, `null` and `5e-2`, are strings, to be parsed as on the command line.
 
     Raises:
-        ValueError: if the file is no valid YAML in UTF-8, or sets a name twice.
+        ValueError: if the file is not valid YAML in UTF-8, or sets a name twice.
         OSError: if it cannot be read.
     """
     text = path.read_text(encoding="utf-8")
@@ -26,5 +26,5 @@ def read_yaml_text(path: Path) -> Any:
         raise ValueError(f"line {line} sets {name} a second time. Remove one of the two") from error
     except MarkedYAMLError as error:
         raise ValueError(f"line {error.problem_mark.line + 1}: {error.problem}") from error
-    except YAMLError as error:  # a character that no YAML may hold
+    except YAMLError as error:  # a character that YAML does not allow
         raise ValueError(" ".join(str(error).split())) from error

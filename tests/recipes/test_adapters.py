@@ -236,7 +236,7 @@ def test_an_adapter_with_another_head_is_not_evaluated(lora_run, glue, tmp_path)
 
 def test_an_adapter_is_not_trained_on(lora_run, glue, tmp_path):
     argv = [*rte(str(lora_run[0]), glue, tmp_path), "--do_train"]
-    with pytest.raises(ValueError, match="is an adapter.* To train, name the model that it was made for"):
+    with pytest.raises(ValueError, match="is an adapter.* To train, name its base model"):
         run_glue.main(argv)
     assert not files_in(tmp_path)
 

@@ -165,7 +165,7 @@ def test_a_run_on_images_reports_them_too(tmp_path, monkeypatch):
         ({"calibration_fraction": 1.0}, "calibration_fraction must be at least 0 and less than 1"),
         ({"task_name": "stsb", "calibration_fraction": 0.2}, "this is a regression: set it to 0"),
         ({"shift_files": ["books.tsv"]}, "shift_files must be NAME=PATH .*'books.tsv'"),
-        ({"shift_files": ["a=1.tsv", "a=2.tsv"]}, "shift_files names one name twice"),
+        ({"shift_files": ["a=1.tsv", "a=2.tsv"]}, "shift_files uses a name twice"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):

@@ -134,7 +134,7 @@ def test_chat_template_of_the_tokenizer(tokenizer):
     made = make_examples(args, tokenizer, "train", Rows("data", [("film", "bad")]), 16)
     assert made.dataset["labels"][:] == [[NO] * 6 + [6, 3]]
     tokenizer.chat_template = "{% for m in messages %}{{ messages|length }} {{ m.content }}{% endfor %}"
-    with pytest.raises(ValueError, match="writes a prompt with its answer in another way"):
+    with pytest.raises(ValueError, match="formats a prompt differently with and without its"):
         prompt_and_response(args, tokenizer, "film", "bad")
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="the tokenizer has no chat template. Set template"):
@@ -208,9 +208,9 @@ def test_a_data_set_that_is_a_script_is_one_error(monkeypatch):
         ({"train_file": "a", "dataset_name": "b"}, "dataset_name and train_file both say"),
         ({"train_file": "a", "train_split": "b"}, "train_split is for data on the Hub, and train_file is a file"),
         ({"train_file": "a", "prompt_column": "b"}, "prompt_column and response_column go together"),
-        (PAIRS | {"text_column": "b"}, "text_column is for running text"),
+        (PAIRS | {"text_column": "b"}, "text_column is for plain text"),
         ({"train_file": "a", "template": "{prompt}{response}"}, "template is for prompts and responses"),
-        (PAIRS | {"template": "{response}{prompt}"}, "template must hold {prompt} once, and {response} once behind"),
+        (PAIRS | {"template": "{response}{prompt}"}, "template must contain {prompt} once and {response} once after"),
         (PAIRS | {"template": "{prompt}"}, "template must hold"),
         (PAIRS | {"template": "{prompt}{response}", "use_chat_template": True}, "leave template out"),
         ({"train_file": "a", "validation_fraction": 1}, "validation_fraction must be at least 0 and less than 1"),
@@ -230,7 +230,7 @@ def test_settings_at_odds(settings, message):
         ("a.md", b"film", {}, "a.md must end in .txt, .tsv, .csv, .jsonl, .parquet"),
         ("a.txt", b" \n", {}, "a.txt holds no text"),
         ("a.txt", b"\xff", {}, "a.txt is not UTF-8"),
-        ("a.txt", b"film", {"packing": False}, "a.txt is one running text, with neither columns nor rows"),
+        ("a.txt", b"film", {"packing": False}, "a.txt is plain text without columns or rows"),
         ("a.txt", b"", {}, "a.txt holds no text"),
         ("a.csv", b"text\n", {}, "a.csv holds no example"),
         ("a.csv", b"body\nfilm\n", {}, "a.csv must have one column 'text', but has body. Set text_column, or"),

@@ -50,7 +50,7 @@ def test_answers_are_compared_as_numbers_where_they_are(left, right, same):
     [
         ({"max_generation_samples": -1}, "max_generation_samples must be at least 0"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
-        ({"answer_pattern": "("}, "answer_pattern '\\(' is no regular expression"),
+        ({"answer_pattern": "("}, "answer_pattern '\\(' is not a regular expression"),
     ],
 )
 def test_generation_settings_out_of_range(settings, message):

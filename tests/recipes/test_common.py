@@ -59,8 +59,8 @@ def test_null_on_the_command_line():
     "text, message",
     [
         ("rho: 1\nrhoo: 1\n", r"run.yaml has unknown settings: rhoo"),
-        ("- rho\n", r"run.yaml must hold one `setting: value` a line"),
-        ("", r"run.yaml must hold one"),
+        ("- rho\n", r"run.yaml must have one `setting: value` per line"),
+        ("", r"run.yaml must have one"),
         ("rho: [1\n", r"run.yaml is not valid YAML"),
         ("rho: 1\nalpha: 1\nrho: 2\n", r"run.yaml is not valid YAML: line 3 sets rho a second time. Remove one"),
         ("lr_scheduler_kwargs: {a: 1, a: 2}\n", r"line 1 sets a a second time"),
@@ -102,7 +102,7 @@ def test_nothing_is_written_over(bert, glue, trained, monkeypatch):
 def test_output_of_any_kind_is_kept(tmp_path, bert, glue, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).touch()
-    with pytest.raises(ValueError, match=rf"already holds {name.partition('/')[0]}, which this run would write over"):
+    with pytest.raises(ValueError, match=rf"already holds {name.partition('/')[0]}, which this run would overwrite"):
         run_glue.main([*rte(bert, glue, tmp_path), "--do_train", "--do_predict"])
 
 

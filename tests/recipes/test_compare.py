@@ -92,7 +92,7 @@ def test_a_damaged_result_is_named_with_the_way_out(config, tmp_path, capsys):
 def test_an_output_dir_that_is_a_file_is_refused(config, tmp_path):
     (tmp_path / "file").touch()
     for place in ("file", "file/below"):
-        with pytest.raises(SystemExit, match=rf"output_dir=.*{place} cannot be made \(.*\): name another folder"):
+        with pytest.raises(SystemExit, match=rf"output_dir=.*{place} cannot be created \(.*\): name another folder"):
             compare.main([str(config()), "--output_dir", str(tmp_path / place)])
 
 

@@ -187,12 +187,12 @@ def test_how_long_it_takes_is_said_for_what_is_missing(tmp_path):
     for run in runs[:2]:
         run.folder.mkdir()
     assert demo.announcement(runs).splitlines()[1:] == [
-        "2 of 8 runs are there from before.",
+        "2 of 8 runs are already finished.",
         "This takes about 10 minutes on two CPU cores.",
     ]
     for run in runs[2:]:
         run.folder.mkdir()
-    assert demo.announcement(runs).splitlines()[1:] == ["8 of 8 runs are there from before."]
+    assert demo.announcement(runs).splitlines()[1:] == ["8 of 8 runs are already finished."]
     assert demo.minutes(runs[:1]) == "2 minutes"
 
 
@@ -244,15 +244,15 @@ def test_the_first_comparison_comes_before_the_second_seed_and_only_once(small_d
     monkeypatch.setattr(demo, "on_console", lambda text: calls_then.append(stand_in[1]()) or text)
     printed = small_demo()
     assert calls_then == [["none 0", "all 0"], ["none 0", "all 0", "none 1", "all 1"]]
-    announced, _, rest = printed.partition("The first comparison, with one seed; the others follow.\n")
+    announced, _, rest = printed.partition("A first comparison, with one seed. The other runs follow.\n")
     assert announced.startswith(
         "4 runs of 250 steps. Methods: AdamW; SAM.\nThis takes about 7 minutes on two CPU cores"
     )
-    first, _, last = rest.partition("Mean over seeds 0, 1")
+    first, _, last = rest.partition("Mean and range over the seeds 0, 1")
     assert len(re.findall(r"\| AdamW \|.* 70\.0 \|", first)) == 1 and last
     assert "70.0 (70.0 to 70.0)" in (tmp_path / "out" / "table.md").read_text()
     again = small_demo()
-    assert "4 of 4 runs are there from before." in again and "first comparison" not in again
+    assert "4 of 4 runs are already finished." in again and "first comparison" not in again
     assert len(stand_in[1]()) == 4
 
 

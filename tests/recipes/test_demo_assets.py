@@ -125,7 +125,7 @@ def test_splits_are_fixed_disjoint_and_flipped_in_training_only(tmp_path):
     again = demo_assets.write_splits(sentences[::-1], tmp_path, Splits(10, 20, 30, 0.3))
     assert read_tsv(again["test"]) == parts["test"]
     assert [text for text, _ in read_tsv(again["train"])] == [text for text, _ in parts["train"][:10]]
-    with pytest.raises(AssetError, match="want 101 sentences, but only 100"):
+    with pytest.raises(AssetError, match="need 101 sentences, but only 100"):
         demo_assets.write_splits(sentences, tmp_path, Splits(51, 20, 30, 0.3))
 
 

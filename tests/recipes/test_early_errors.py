@@ -70,7 +70,7 @@ def test_an_encoder_without_tokenizer_files(recipe, bert, glue, tmp_path, untrai
         str(tmp_path / "o"),
     ]
     message = (
-        rf"tokenizer of model_name_or_path={model} knows no token but its special ones.* save them beside the model.*"
+        rf"tokenizer of model_name_or_path={model} has only special tokens.* save them with the model.*"
         rf": AutoTokenizer.from_pretrained\(ORIGINAL\).save_pretrained\('{model}'\)"
     )
     with pytest.raises(ValueError, match=message):
@@ -90,7 +90,7 @@ def test_a_decoder_without_tokenizer_files(decoder, tmp_path, untrained):
 )
 def test_families_of_models_without_tokenizer_files(kind, tmp_path):
     AutoConfig.for_model(kind).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"The tokenizer of .* tokenizer files are missing, save them beside"):
+    with pytest.raises(ValueError, match=r"The tokenizer of .* tokenizer files are missing, save them with"):
         load_tokenizer(str(tmp_path), False)
 
 
@@ -237,7 +237,7 @@ def test_a_package_that_an_optimizer_needs_is_named_without_a_traceback(bert, gl
 
 def test_data_dir_that_is_the_folder_of_the_task_itself(bert, glue, tmp_path):
     argv = [*rte(bert, f"{glue}/rte", tmp_path / "out"), "--do_train"]
-    message = rf"data_dir={glue}/rte has no rte/.* which belong into a folder rte in it: set data_dir to {glue}\."
+    message = rf"data_dir={glue}/rte has no rte/.* which belong in a folder rte in it: set data_dir to {glue}\."
     with pytest.raises(ValueError, match=message):
         run_glue.main(argv)
     shutil.copytree(f"{glue}/rte", tmp_path / "mine")
@@ -262,8 +262,8 @@ def test_empty_texts_are_counted(bert, tmp_path, caplog_of_recipes, monkeypatch)
     argv = ["--model_name_or_path", bert, "--train_file", file, "--do_train", "--output_dir", str(tmp_path), *QUICK]
     assert len(run_glue.prepare(argv).datasets["train"]) == 9
     assert messages(caplog_of_recipes) == [
-        f"{file}: column 'text' is empty in 6 of 9 rows (2, 3, 5, 6, 7, ...), which are used as they are. Remove them "
-        "unless they are meant."
+        f"{file}: column 'text' is empty in 6 of 9 rows (2, 3, 5, 6, 7, ...), which are used anyway. Remove them "
+        "if they are not intended."
     ]
     # Once, however many processes read the file.
     caplog_of_recipes.clear()

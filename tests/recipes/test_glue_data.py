@@ -160,9 +160,9 @@ def test_hub_out_of_reach(monkeypatch):
     [
         ({}, "No data: set task_name"),
         ({"task_name": "rtE"}, "task_name must be one of cola, .*, but is 'rtE'"),
-        ({"task_name": "rte", "train_file": "a.csv"}, "train_file is for files of one's own"),
-        ({"task_name": "rte", "label_column": "y"}, "label_column is for files of one's own"),
-        ({"task_name": "rte", "regression": True}, "regression is for files of one's own"),
+        ({"task_name": "rte", "train_file": "a.csv"}, "train_file is for your own files"),
+        ({"task_name": "rte", "label_column": "y"}, "label_column is for your own files"),
+        ({"task_name": "rte", "regression": True}, "regression is for your own files"),
         ({"train_file": "a.csv", "data_dir": "b"}, "data_dir holds GLUE tasks, and train_file is no part"),
         ({"task_name": "rte", "max_train_samples": 0}, "max_train_samples must be at least 1, but is 0"),
         ({"task_name": "rte", "max_seq_length": -1}, "max_seq_length must be at least 1, but is -1"),

@@ -41,7 +41,7 @@ def test_a_setting_of_older_versions_is_answered_with_what_takes_its_place(name)
         (["--rhoo", "1"], r"Unknown setting '--rhoo'\. Did you mean rho\?"),
         (["--perturb-strat", "1"], r"Unknown setting '--perturb-strat'\. Did you mean perturb_start"),
         (["--RHO=1"], r"Unknown setting '--RHO'\. Did you mean rho\?"),
-        (["--xyzzy"], r"Unknown setting '--xyzzy'\. --help lists those there are\."),
+        (["--xyzzy"], r"Unknown setting '--xyzzy'\. --help lists all settings\."),
         (["stray"], r"'stray' is neither a setting, which starts with --, nor the value of one"),
     ],
 )
@@ -70,7 +70,7 @@ def test_misspelt_settings_of_a_yaml(tmp_path):
     path.write_text("rhoo: 1\nno_cuda: true\nxyzzy: 1\nplugh: 1\n")
     message = (
         r"run.yaml has unknown settings: rhoo, no_cuda, xyzzy, plugh\. Did you mean rho\? This version of "
-        r"transformers has no no_cuda: set use_cpu\. --help lists those there are\.$"
+        r"transformers has no no_cuda: set use_cpu\. --help lists all settings\.$"
     )
     with pytest.raises(ValueError, match=message):
         parse(str(path))

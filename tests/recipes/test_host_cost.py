@@ -74,8 +74,8 @@ def test_an_error_in_a_training_is_raised(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--methods", "sam"], "it must hold plain and others of"),
-        (["--methods", "plain,pasted-sam"], "it must hold plain and others of"),
+        (["--methods", "sam"], "it must include plain, and only names among"),
+        (["--methods", "plain,pasted-sam"], "it must include plain, and only names among"),
         (["--rounds", "0"], "rounds must be at least 1, but is 0"),
         (["--output_file", "/none/host.json"], "/none is not a folder that can be written to"),
     ],

@@ -126,5 +126,5 @@ def test_a_model_that_is_shared_out_is_refused(tmp_path, bert, glue, plugin):
     assert getattr(trainer, plugin) is False
     setattr(trainer, plugin, True)
     set_up_measures(trainer, MeasureArguments(), rows)
-    with pytest.raises(ValueError, match="need the whole model in each process, which FSDP and DeepSpeed share out"):
+    with pytest.raises(ValueError, match="need the whole model in each process, but FSDP and DeepSpeed shard"):
         set_up_measures(trainer, MeasureArguments(landscape_points=3), rows)

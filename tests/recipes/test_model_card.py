@@ -48,9 +48,10 @@ def test_scores_are_a_model_index_as_huggingface_hub_reads_it(bert, glue, tmp_pa
     options = ["--do_train", "--do_eval", "--do_predict", "--validation_fraction", "0.3"]
     metrics = run_glue.main([*rte(bert, glue, tmp_path), *options])
     data = ModelCard.load(tmp_path / "README.md").data
-    assert data.model_name == tmp_path.name and data.metrics == ["accuracy"]
+    scores = ["accuracy", "brier", "ece", "nll"]
+    assert data.model_name == tmp_path.name and data.metrics == scores
     assert {(result.metric_name, result.metric_type) for result in data.eval_results} == {
-        (f"{split}_{score}", score) for split in ("eval", "predict") for score in ("accuracy", "loss")
+        (f"{split}_{score}", score) for split in ("eval", "predict") for score in (*scores, "loss")
     }
     for result in data.eval_results:
         assert (result.task_type, result.dataset_type) == ("text-classification", "local")

@@ -26,7 +26,7 @@ FIGURES = [
     "perturbations",
 ]
 VALUES = [1, 2, 3]
-SHARED = "T 1: several runs shared the machine, so times are rough. --cost flops does not use them.\n"
+SHARED = "T 1: several runs shared the machine, so times are inaccurate. --cost flops avoids them.\n"
 
 
 def lines_of(axes) -> list[tuple[list, list]]:
@@ -168,7 +168,7 @@ def test_one_seed_is_drawn_without_spread_and_that_is_said(changed, capsys):
     results = read_results(changed(lambda run: run["seed"] == 1))[0]
     figures = plot.draw(results, "flops")
     assert sorted(figures) == FIGURES
-    assert capsys.readouterr().err == "T 1: there is only one seed, so the figures show no spread between seeds.\n"
+    assert capsys.readouterr().err == "T 1: there is only one seed, so the figures show no variation between seeds.\n"
     assert points_of(figures["accuracy_over_cost"].axes[0])["SAM"] == ([2.0], [pytest.approx(0.21)], [])
     assert figures["gradient_norm"]._suptitle.get_text().endswith("T 1, seed 1")
 
@@ -208,7 +208,7 @@ def test_a_metric_that_is_no_number_is_left_out_and_that_is_said(changed, capsys
 
     axes = plot.draw(read_results(changed(change))[0], "flops")["accuracy_over_cost"].axes[0]
     assert list(points_of(axes)) == ["plain", "_top $k^"]
-    said = "T 1: predict_accuracy of SAM is not finite, so it is not drawn over cost.\n"
+    said = "T 1: predict_accuracy of SAM is not finite, so it is not drawn against cost.\n"
     assert capsys.readouterr().err == said
 
 

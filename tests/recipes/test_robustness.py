@@ -186,5 +186,5 @@ def test_sharded_weights_are_refused(sharded):
 
 def test_a_neutral_text_needs_do_eval(tmp_path):
     argv = ["--model_name_or_path", "none", "--train_file", "a.txt", "--neutral_file", "b.txt", "--do_train"]
-    with pytest.raises(ValueError, match="neutral_file is evaluated on: set do_eval, or leave it out"):
+    with pytest.raises(ValueError, match="neutral_file is used in the evaluation: set do_eval, or leave it out"):
         run_clm.prepare([*argv, "--output_dir", str(tmp_path / "out"), "--use_cpu"])

@@ -189,7 +189,7 @@ def test_an_adapter_is_evaluated_by_its_folder(lora_run, questions, tmp_path):
     again = run_clm.main(questions_argv(str(folder), tmp_path, questions, "--do_train", "false", *GENERATE))
     assert again["eval_perplexity"] == pytest.approx(metrics["eval_perplexity"], rel=1e-5)
     assert files_in(tmp_path)[run_clm.GENERATIONS] == files_in(folder)[run_clm.GENERATIONS]
-    with pytest.raises(ValueError, match="is an adapter.* To train, name the model that it was made for"):
+    with pytest.raises(ValueError, match="is an adapter.* To train, name its base model"):
         run_clm.main(questions_argv(str(folder), tmp_path / "out", questions))
 
 
@@ -238,7 +238,10 @@ def test_two_launched_processes_evaluate_and_answer_as_one(lora_run, questions, 
         (["--block_pattern", "nothing"], "block_pattern"),
         (["--do_train", "false", "--do_eval", "false"], "Set do_train or do_eval"),
         (["--do_predict"], "has nothing to predict"),
-        ([*GENERATE, "--do_eval", "false"], "max_generation_samples has validation prompts answered: set do_eval"),
+        (
+            [*GENERATE, "--do_eval", "false"],
+            "max_generation_samples generates answers to validation prompts: set do_eval",
+        ),
         ([*GENERATE, "--answer_pattern", "yes|no"], "row 1: answer_pattern 'yes.no' finds no answer"),
         ([*GENERATE, "--max_new_tokens", "60"], "max_new_tokens=60 and a prompt of .* the context of the model, 64"),
         (["--model_name_or_path", "./nowhere"], "model_name_or_path=./nowhere cannot be loaded"),
@@ -253,5 +256,5 @@ def test_script_ends_with_one_message(model, questions, tmp_path, monkeypatch, s
 
 
 def test_a_model_that_sees_what_it_is_to_predict_is_refused(questions, tmp_path):
-    with pytest.raises(ValueError, match="is not a causal language model: bert reads the tokens"):
+    with pytest.raises(ValueError, match="is not a causal language model: bert attends to the tokens"):
         run_clm.main(questions_argv(save_bert(tmp_path / "bert"), tmp_path / "out", questions))

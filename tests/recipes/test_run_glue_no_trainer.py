@@ -97,8 +97,8 @@ def test_settings_decide_the_weights(bert, glue, tmp_path):
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--do_eval", "false"], "This script trains and evaluates."),
-        (["--resume_from_checkpoint", "true"], "holds no finished epoch: leave out resume_from_checkpoint"),
+        (["--do_eval", "false"], "This script always trains and evaluates: leave out"),
+        (["--resume_from_checkpoint", "true"], "has no checkpoint of an epoch: leave out resume_from_checkpoint"),
         (["--fp16", "true"], "Unknown setting '--fp16'"),
         (["--rho", "-1"], "rho is the length"),
     ],
@@ -113,7 +113,9 @@ def test_script_ends_with_one_message(more, message, bert, glue, tmp_path, monke
 
 def test_another_run_is_not_written_over(bert, glue, tmp_path):
     (tmp_path / "log.jsonl").write_text("")
-    with pytest.raises(ValueError, match="holds another run: set a new one, or resume_from_checkpoint"):
+    with pytest.raises(
+        ValueError, match="contains another run: set output_dir to a new folder, or set resume_from_checkpoint"
+    ):
         run_glue_no_trainer.main(settings(bert, glue, tmp_path))
 
 

@@ -82,6 +82,7 @@ def test_a_yaml_without_an_adapter_is_one_of_the_loop_too(name, tmp_path):
 @pytest.mark.parametrize("steps", [0, -1, 1.5])
 def test_logging_steps_of_the_loop(steps, tmp_path):
     with pytest.raises(
-        ValueError, match=rf"logging_steps must be a whole number of steps, or a share of them, but is {steps}"
+        ValueError,
+        match=rf"logging_steps must be a whole number of steps, or a fraction of all steps below 1, but is {steps}",
     ):
         run_glue_no_trainer.LoopArguments(str(tmp_path), logging_steps=steps)

@@ -1,1 +1,1 @@
-"""Data and metrics of text: GLUE, language models, and the reviews of the demo."""
+"""Data and metrics for text: GLUE and other text classification, language models, and the demo."""

@@ -1,56 +1,61 @@
-"""The settings that say which text `run_clm.py` works on, and how it is formatted."""
+"""Settings of the data of `run_clm.py`, and of the answers that it generates."""
 
 import re
 from dataclasses import dataclass, field
 
-# The last line of a solution in GSM8K: a number, perhaps with commas.
+# The last line of a GSM8K solution: a number, possibly with thousands separators.
 NUMBER_AFTER_HASHES = r"####\s*\$?(-?[\d,]*\.?\d+)"
 
 
 @dataclass
 class DataArguments:
     r"""
-    Which text to train and evaluate on: running text, or prompts with their responses.
+    Which text to train and evaluate on: plain text, or prompts with their responses.
 
-    > Parameters that say where it is
+    > Parameters for the source
 
     Args:
         dataset_name, dataset_config_name (`str`, *optional*):
-            A data set on the Hub.
+            Name and configuration of a data set on the Hub.
         train_split, validation_split (`str`, *optional*):
-            Its splits; `train`, and part of it, unless set.
+            Its splits. Default: `train`, and a part of it that is held out for validation.
         train_file, validation_file (`str`, *optional*):
-            Files instead: `.txt` (one text), or `.tsv`, `.csv`, `.jsonl` or `.parquet` with named columns.
+            Local files instead of the Hub: `.txt` (one text), or `.tsv`, `.csv`, `.jsonl` or `.parquet` with columns.
         validation_fraction (`float`, *optional*, defaults to `0.05`):
-            Without validation data, this share of the training rows is held out (of a `.txt`, the end): always the
-            same rows, whatever the seed, and in a run without `do_eval`, too.
+            Without validation data, this fraction of the training rows is held out (of a `.txt`, its end). The rows
+            are the same for every seed, and are also left out in a run without `do_eval`.
         neutral_file (`str`, *optional*):
-            Text of another kind (`.txt`, or a file with a column `text`), to see what training makes the model forget:
-            its loss is `eval_neutral_loss_before` and, after training, `eval_neutral_loss`. Needs do_eval.
+            Text of another domain (`.txt`, or a file with a column `text`) that measures forgetting: its loss is
+            reported before training as `eval_neutral_loss_before`, and after it as `eval_neutral_loss`. Needs
+            `do_eval`.
         max_train_samples, max_eval_samples (`int`, *optional*):
-            Use the first so many examples only: blocks, where they are packed.
+            Maximum number of examples, from the first on. With packing, an example is a block.
 
-    > Parameters that say what it is
+    > Parameters for the format
 
     Args:
         text_column (`str`, *optional*, defaults to `"text"`):
-            The column of running text.
+            The column of plain text.
         prompt_column, response_column (`str`, *optional*):
-            The columns of prompts and responses. The loss is on the response only.
+            The columns of prompts and responses. Only tokens of the response contribute to the loss.
         template (`str`, *optional*, defaults to `"{prompt}\n{response}"`):
-            How the two are put together. Its spaces before `{response}` count as part of the response, as tokenizers
-            want it.
+            How prompt and response are joined. Spaces before `{response}` are tokenized with the response, since many
+            tokenizers join a space with the next word.
         use_chat_template (`bool`, *optional*, defaults to `False`):
-            Whether the tokenizer's chat template puts them together instead.
+            Whether to join them by the tokenizer's chat template instead.
 
-    > Parameters that say how it is cut
+    > Parameters for the length of examples
 
     Args:
         packing (`bool`, *optional*, defaults to `True`):
-            Whether to join all texts, each ended by the end-of-text token, and cut them into blocks; attention then
-            reaches across texts. Otherwise each row is an example, padded to the longest of its batch.
+            Whether to concatenate all texts, each followed by the end-of-text token, and cut them into blocks.
+            Attention then crosses the boundaries of texts. Otherwise each row is an example, padded to the longest in
+            its batch.
         block_size (`int`, *optional*):
-            Tokens of a block, or of the longest example. Not set: the model's context, but at most 1024.
+            Number of tokens of a block, or maximum of an example. Default: the context of the model, at most 1024.
+
+    Raises:
+        ValueError: if a setting is out of range, or two settings contradict each other.
     """
 
     dataset_name: str | None = field(default=None, metadata={"help": "Data set on the Hub."})
@@ -60,39 +65,41 @@ class DataArguments:
     train_file: str | None = field(default=None, metadata={"help": "Training data: txt, tsv, csv, jsonl, parquet."})
     validation_file: str | None = field(default=None, metadata={"help": "Validation data, of the same columns."})
     validation_fraction: float = field(
-        default=0.05, metadata={"help": "Share of the training rows to hold out, without validation data."}
+        default=0.05, metadata={"help": "Fraction of the training rows to hold out if there is no validation data."}
     )
     neutral_file: str | None = field(
-        default=None, metadata={"help": "Text of another kind, whose loss before and after training is reported."}
+        default=None, metadata={"help": "Text of another domain; its loss before and after training is reported."}
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many examples."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many examples."})
-    text_column: str | None = field(default=None, metadata={"help": "Column of running text; 'text' unless set."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Maximum number of training examples."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Maximum number of validation examples."})
+    text_column: str | None = field(default=None, metadata={"help": "Column of plain text; 'text' unless set."})
     prompt_column: str | None = field(default=None, metadata={"help": "Column of the prompts."})
     response_column: str | None = field(default=None, metadata={"help": "Column of the responses."})
     template: str = field(
-        default="{prompt}\n{response}", metadata={"help": "How a prompt and its response are put together."}
+        default="{prompt}\n{response}", metadata={"help": "How a prompt and its response are joined."}
     )
-    use_chat_template: bool = field(default=False, metadata={"help": "The tokenizer's chat template does that."})
-    packing: bool = field(default=True, metadata={"help": "Join all texts and cut them; false pads each row."})
-    block_size: int | None = field(default=None, metadata={"help": "Tokens of a block, or of the longest example."})
+    use_chat_template: bool = field(default=False, metadata={"help": "Join them by the tokenizer's chat template."})
+    packing: bool = field(
+        default=True, metadata={"help": "Join all texts and cut them into blocks; false: pad each row."}
+    )
+    block_size: int | None = field(default=None, metadata={"help": "Tokens of a block, or maximum of an example."})
 
     def __post_init__(self):
         self._check_source()
         if (self.prompt_column is None) != (self.response_column is None):
             raise ValueError("prompt_column and response_column go together: set both, or text_column.")
         if self.has_prompts and self.text_column is not None:
-            raise ValueError("text_column is for running text, and prompt_column is not: leave one of them out.")
+            raise ValueError("text_column is for plain text, and prompt_column for prompts: leave one of them out.")
         changed = [n for n in ("template", "use_chat_template") if getattr(self, n) != getattr(type(self), n)]
         if changed and not self.has_prompts:
             raise ValueError(f"{changed[0]} is for prompts and responses: set prompt_column and response_column.")
         if len(changed) == 2:
-            raise ValueError("use_chat_template takes the tokenizer's own template: leave template out.")
+            raise ValueError("use_chat_template uses the tokenizer's own template: leave template out.")
         prompt, response = self.template.find("{prompt}"), self.template.find("{response}")
         once = all(self.template.count(place) == 1 for place in ("{prompt}", "{response}"))
         if not once or response < prompt:
             raise ValueError(
-                f"template must hold {{prompt}} once, and {{response}} once behind it, but is {self.template!r}."
+                f"template must contain {{prompt}} once and {{response}} once after it, but is {self.template!r}."
             )
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(
@@ -110,7 +117,7 @@ class DataArguments:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The column of running text, or those of the prompts and of the responses."""
+        """The column of plain text, or those of prompts and responses."""
         if self.prompt_column is not None and self.response_column is not None:
             return self.prompt_column, self.response_column
         return (self.text_column or "text",)
@@ -135,20 +142,25 @@ class GenerationArguments:
 
     Args:
         max_generation_samples (`int`, *optional*, defaults to `0`):
-            How many prompts of the validation data, from the first on, are answered greedily: the share of answers
-            that match is `eval_exact_match`. 0: none.
+            Number of validation prompts, from the first on, that are answered by greedy decoding. `eval_exact_match`
+            is the fraction of correct answers. 0: none.
         max_new_tokens (`int`, *optional*, defaults to `256`):
-            Tokens after which an answer is cut off.
+            Maximum number of tokens of an answer.
         answer_pattern (`str`, *optional*):
-            Regular expression that finds the answer in a response: its first match, or the first group of that. Both
-            sides are stripped, and compared as numbers, without commas, where they are. Default: GSM8K's, a number
-            after `####`. `(?s).*` compares whole responses.
+            Regular expression that extracts the answer from a response: its first match or, if it has groups, the
+            first group. Answers are compared without surrounding space and, if both are numbers, by value. Default:
+            a number after `####`, as in GSM8K. `(?s).*` compares whole responses.
+
+    Raises:
+        ValueError: if a setting is out of range, or `answer_pattern` is not a regular expression.
     """
 
-    max_generation_samples: int = field(default=0, metadata={"help": "Validation prompts to answer; 0 is none."})
-    max_new_tokens: int = field(default=256, metadata={"help": "Tokens after which an answer is cut off."})
+    max_generation_samples: int = field(
+        default=0, metadata={"help": "Number of validation prompts to answer; 0: none."}
+    )
+    max_new_tokens: int = field(default=256, metadata={"help": "Maximum number of tokens of an answer."})
     answer_pattern: str = field(
-        default=NUMBER_AFTER_HASHES, metadata={"help": "Regular expression that finds the answer in a response."}
+        default=NUMBER_AFTER_HASHES, metadata={"help": "Regular expression that extracts the answer."}
     )
 
     def __post_init__(self):
@@ -158,4 +170,6 @@ class GenerationArguments:
         try:
             re.compile(self.answer_pattern)
         except re.error as error:
-            raise ValueError(f"answer_pattern {self.answer_pattern!r} is no regular expression: {error}.") from error
+            raise ValueError(
+                f"answer_pattern {self.answer_pattern!r} is not a regular expression: {error}."
+            ) from error

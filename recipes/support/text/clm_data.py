@@ -1,4 +1,4 @@
-"""What `run_clm.py` trains on: text as token ids, with labels where the loss is, checked before a model is built."""
+"""The data of `run_clm.py`: token ids and labels, checked before a model is built."""
 
 import random
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ LARGEST_DEFAULT_BLOCK = 1024
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of text as they were read from `source`: `(text,)` or `(prompt, response)`."""
+    """Rows of text, `(text,)` or `(prompt, response)`, and the name of their `source` for messages."""
 
     source: str
     rows: list[tuple[str, ...]]
@@ -29,12 +29,12 @@ class Rows:
 @dataclass(frozen=True)
 class Examples:
     """
-    What the model sees.
+    Tokenized examples of a split.
 
     Args:
         dataset (`Dataset`): The columns `input_ids` and `labels`.
-        truncated (`int`): Number of rows of the whole split that lost their end to `block_size`.
-        dropped (`int`): Number of examples of the whole split left out because they hold nothing to learn.
+        truncated (`int`): Number of rows of the whole split that were truncated to `block_size` tokens.
+        dropped (`int`): Number of examples of the whole split that were left out because they have no label.
     """
 
     dataset: Dataset
@@ -43,8 +43,8 @@ class Examples:
 
 
 def find_block_size(args: DataArguments, config, tokenizer: PreTrainedTokenizerBase) -> int:
-    """`block_size`, or its default for the model; raises if the model cannot read so many tokens."""
-    # Models without a table of positions name no limit; their tokenizers may.
+    """Return `block_size` or its default for the model; raises `ValueError` if it exceeds the context of the model."""
+    # Models without position embeddings have no limit of their own, but their tokenizers may.
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
     if args.block_size is not None and args.block_size > context:
         raise ValueError(
@@ -56,10 +56,10 @@ def find_block_size(args: DataArguments, config, tokenizer: PreTrainedTokenizerB
 
 def load_rows(args: DataArguments, splits: Sequence[str]) -> dict[str, Rows]:
     """
-    Read `train`, `validation` or both.
+    Read the rows of `splits`: `train`, `validation` or both.
 
     Raises:
-        ValueError: naming the source and the setting, for data that is not there or not as the settings say.
+        ValueError: for data that is missing or does not fit the settings; names the source and the setting.
     """
     given = args.validation_split if args.dataset_name else args.validation_file
     hold_out = given is None and args.validation_fraction > 0
@@ -77,7 +77,12 @@ def load_rows(args: DataArguments, splits: Sequence[str]) -> dict[str, Rows]:
 def prompt_and_response(
     args: DataArguments, tokenizer: PreTrainedTokenizerBase, prompt: str, response: str
 ) -> tuple[str, str]:
-    """A row as formatted text: what the model is given, and what it should answer."""
+    """
+    Format a row; returns the text that the model is given, and the text that it should generate.
+
+    Raises:
+        ValueError: if `use_chat_template` is set, but the tokenizer has no suitable chat template.
+    """
     if args.use_chat_template:
         if tokenizer.chat_template is None:
             raise ValueError("use_chat_template: the tokenizer has no chat template. Set template instead.")
@@ -86,8 +91,8 @@ def prompt_and_response(
         whole = tokenizer.apply_chat_template(turns, tokenize=False)
         if not whole.startswith(before):
             raise ValueError(
-                "use_chat_template: the tokenizer's chat template writes a prompt with its answer in another way than "
-                "without, so that the answer cannot be told apart. Set template instead."
+                "use_chat_template: the tokenizer's chat template formats a prompt differently with and without its "
+                "response, so that the response cannot be separated. Set template instead."
             )
         return before, whole[len(before) :]
     head, tail = args.template.split("{response}")
@@ -96,7 +101,7 @@ def prompt_and_response(
 
 
 def begin_texts(args: DataArguments, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids that examples begin with; a chat template has written the first special token itself."""
+    """Tokenize the beginnings of examples, with the first special token unless the chat template contains it."""
     first = tokenizer.bos_token_id
     starts = first is not None and tokenizer("").input_ids[:1] == [first] and not args.use_chat_template
     return [[first] * starts + ids for ids in _token_ids(tokenizer, texts)]
@@ -106,10 +111,10 @@ def make_examples(
     args: DataArguments, tokenizer: PreTrainedTokenizerBase, split: str, rows: Rows, block_size: int
 ) -> Examples:
     """
-    Token ids and labels of a split: blocks, or one example a row.
+    Tokenize a split into blocks of `block_size` tokens or, without packing, into one example per row.
 
     Raises:
-        ValueError: if no label is left.
+        ValueError: if no example has a label.
     """
     end = [] if args.use_chat_template or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     longest = None if args.packing else block_size
@@ -125,7 +130,7 @@ def make_examples(
         encoded: dict[str, list] = {"input_ids": [], "labels": [], "truncated": [], "learnable": []}
         for before, after in zip(given, learned, strict=True):
             ids, labels = before + after + end, [NO_LABEL] * len(before) + after + end
-            # Nothing comes before the first token of an example, so none predicts it.
+            # The first token of an example is not predicted, since no token precedes it.
             labels[:1] = [NO_LABEL] if labels and not args.packing else labels[:1]
             encoded["truncated"].append(longest is not None and len(ids) > longest)
             encoded["input_ids"].append(ids[:longest])
@@ -145,8 +150,8 @@ def make_examples(
         dataset, dropped = encoded.select(kept), len(encoded) - len(kept)
     if len(dataset) == 0:
         raise ValueError(
-            f"{rows.source}: no example has a token to learn, since the prompts fill block_size={block_size} or there "
-            "is no text after them. Raise block_size, or check the columns."
+            f"{rows.source}: no example has a token to learn, since the prompts fill block_size={block_size} or the "
+            "responses are empty. Raise block_size, or check the columns."
         )
     limit = args.max_train_samples if split == "train" else args.max_eval_samples
     dataset = dataset.select_columns(["input_ids", "labels"]).select(range(min(limit or len(dataset), len(dataset))))
@@ -154,12 +159,12 @@ def make_examples(
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    # Long texts are cut later: no warning is due.
+    # Not verbose: long texts are truncated later, so they need no warning.
     return tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
 
 
 def _pack(encoded: Dataset, block_size: int) -> tuple[Dataset, int]:
-    """All rows in one, cut into blocks, the last of which may be shorter; and how many had no label."""
+    """Concatenate all rows and cut them into blocks, the last maybe shorter; also counts blocks without a label."""
     flat = {name: pa.compute.list_flatten(encoded.data.column(name)).to_numpy() for name in ("input_ids", "labels")}
     blocks: dict[str, list[np.ndarray]] = {"input_ids": [], "labels": []}
     starts = range(0, len(flat["labels"]), block_size)
@@ -179,7 +184,7 @@ def _read_hub(args: DataArguments, splits: Sequence[str]) -> dict[str, Rows]:
         name = str(getattr(args, f"{split}_split"))
         if name not in hub:
             raise ValueError(f"{args.dataset_name} has no split {name!r}, but {', '.join(hub)}: set {split}_split.")
-        # Not the table itself, which also holds the rows that a selection has left out.
+        # Not `.data.table`, which ignores the selection of rows.
         read[split] = _rows(args, f"{args.dataset_name} {name}", hub[name].with_format("arrow")[:])
     return read
 
@@ -196,8 +201,8 @@ def _read_files(args: DataArguments, splits: Sequence[str]) -> dict[str, Rows]:
             continue
         if args.has_prompts or args.text_column is not None or not args.packing:
             raise ValueError(
-                f"{path} is one running text, with neither columns nor rows: leave out text_column, prompt_column and "
-                "packing=false, or give a file with columns."
+                f"{path} is plain text without columns or rows: leave out text_column, prompt_column and "
+                "packing=false, or name a file with columns."
             )
         read[split] = _check_text(Rows(str(path), [(path.read_text(encoding="utf-8"),)]))
     return read
@@ -210,7 +215,7 @@ def _rows(args: DataArguments, source: str, table: pa.Table) -> Rows:
 
 
 def _check_text(rows: Rows) -> Rows:
-    """Leave out empty texts, but no prompt; raises if nothing is left."""
+    """Leave out rows of empty plain text; raises `ValueError` if no row is left."""
     kept = [row for row in rows.rows if len(row) == 2 or row[0].strip()]
     if not kept:
         raise ValueError(f"{rows.source} holds no text.")
@@ -218,12 +223,12 @@ def _check_text(rows: Rows) -> Rows:
 
 
 def _hold_out(read: Rows, fraction: float) -> dict[str, Rows]:
-    """Split the rows at random, but always in the same way; a single text into two parts."""
+    """Hold out a fraction of the rows for validation, at random with a fixed seed; of a single text, its end."""
     parts: dict[str, list[tuple[str, ...]]]
     if len(read.rows) == 1 and len(read.rows[0]) == 1:
         text = read.rows[0][0]
         place = int(len(text) * (1 - fraction))
-        # At the end of a line, if another one follows.
+        # Cut at the end of a line, unless it is the last one.
         cut = text.find("\n", place, len(text) - 1) + 1 or place
         parts = {"train": [(text[:cut],)], "validation": [(text[cut:],)]}
     else:

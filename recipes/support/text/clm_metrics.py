@@ -1,4 +1,4 @@
-"""Metrics of a language model: perplexity, and the share of prompts with the correct answer."""
+"""Metrics of a language model: perplexity, and the fraction of prompts that are answered correctly."""
 
 import re
 from collections.abc import Sequence
@@ -13,15 +13,23 @@ from transformers import EvalPrediction, Trainer
 
 from hf_lsam_recipes.support.text.clm_arguments import GenerationArguments
 
-# Those of `compute_perplexity`.
+# The metrics of `compute_perplexity`.
 METRICS = ("loss", "perplexity", "tokens")
 
 
 def sum_losses(logits: Tensor | tuple, labels: Tensor) -> Tensor:
     """
-    The `preprocess_logits_for_metrics` of the Trainer: for each row the sum of the losses, and the number of labels.
+    The `preprocess_logits_for_metrics` of the Trainer: the sum of the losses and the number of labels of each row.
 
-    It takes the place of the logits, which would not fit into memory for a whole data set.
+    They replace the logits, which would not fit in memory for a whole data set.
+
+    Args:
+        logits (`Tensor` of shape `(rows, tokens, vocabulary)` or `tuple`): The output of the model; of a tuple, the
+            first element.
+        labels (`Tensor` of shape `(rows, tokens)`): Token ids; -100 is not predicted.
+
+    Returns:
+        `Tensor` of shape `(rows, 2)`.
     """
     if isinstance(logits, tuple):
         logits = logits[0]
@@ -34,9 +42,9 @@ def sum_losses(logits: Tensor | tuple, labels: Tensor) -> Tensor:
 
 def compute_perplexity(output: EvalPrediction) -> dict[str, float]:
     """
-    The `compute_metrics` of the Trainer, from `sum_losses`: every token counts the same.
+    The `compute_metrics` of the Trainer, from the output of `sum_losses`: `loss`, `perplexity` and number of `tokens`.
 
-    `loss` takes the place of the Trainer's, which is a mean over batches, however many labels each has.
+    `loss` is the mean over all tokens. It replaces the Trainer's, which is a mean over batches of different sizes.
     """
     total, tokens = np.asarray(output.predictions, dtype=np.float64).sum(axis=0)
     loss = total / tokens
@@ -44,7 +52,7 @@ def compute_perplexity(output: EvalPrediction) -> dict[str, float]:
 
 
 def find_answer(pattern: str, text: str) -> str | None:
-    """The first match of `pattern`, or its first group, without space around it."""
+    """The first match of `pattern` in `text`, or its first group, without surrounding space; else `None`."""
     match = re.search(pattern, text)
     if match is None:
         return None
@@ -70,7 +78,17 @@ def check_answers(args: GenerationArguments, source: str, responses: Sequence[st
 
 
 def generate_answers(trainer: Trainer, prompts: Sequence[list[int]], max_new_tokens: int) -> list[str]:
-    """What the model says to each prompt, the likeliest token each time; the prompts are shared among processes."""
+    """
+    Answer each prompt by greedy decoding. The prompts are distributed over the processes.
+
+    Args:
+        trainer (`Trainer`): The trainer, with the trained model.
+        prompts (`Sequence[list[int]]`): Token ids of each prompt.
+        max_new_tokens (`int`): Maximum number of tokens of an answer.
+
+    Returns:
+        `list[str]`: The answers in the order of the prompts, in every process.
+    """
     accelerator, tokenizer = trainer.accelerator, trainer.processing_class
     model = accelerator.unwrap_model(trainer.model).eval()
     ends = model.generation_config.eos_token_id
@@ -82,7 +100,7 @@ def generate_answers(trainer: Trainer, prompts: Sequence[list[int]], max_new_tok
     answers: list[tuple[int, str]] = []
     quiet = trainer.args.disable_tqdm or not trainer.is_local_process_zero()
     for batch in tqdm(batches, desc="Answering", disable=quiet):
-        # On the left, so that the answer of each prompt goes on from its end.
+        # Padding is on the left, so that each answer directly follows its prompt.
         padded = tokenizer.pad(
             {"input_ids": [prompts[index] for index in batch]}, padding_side="left", return_tensors="pt"
         ).to(trainer.args.device)

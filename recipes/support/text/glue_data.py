@@ -1,4 +1,4 @@
-"""What `run_glue.py` trains on: GLUE from the Hub or from files, or any text set, checked before a model is built."""
+"""The data of `run_glue.py`, from GLUE or from the user's files, checked before a model is built."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,14 +20,14 @@ NEEDED_BY = {"train": "do_train", "validation": "do_eval", "test": "do_predict"}
 @dataclass(frozen=True)
 class TextData:
     """
-    Data that is ready to tokenize.
+    Checked data, ready to tokenize.
 
     Args:
         labels (`tuple[str, ...]` or `None`): The labels in the order of their ids; `None` for a regression.
         splits (`dict[str, Dataset]`):
-            `train`, `validation`, `test`, and the last two also with `_mismatched`; `calibration`, and `shift_<name>`
-            for each of `shift_files`, where they are set. The columns are `text`, `text_pair`
-            if there are two texts, and `label` (a class id or a number), which `test` may lack.
+            `train`, `validation` and `test` as requested, the last two for MNLI also with `_mismatched`, plus
+            `calibration` if `calibration_fraction` is set and `shift_<name>` for each of `shift_files`. The columns
+            are `text`, for pairs `text_pair`, and `label` (a class id or a number), which `test` may lack.
     """
 
     labels: tuple[str, ...] | None
@@ -39,13 +39,13 @@ def load_text_data(args: DataArguments, splits: Sequence[str], model_labels: Map
     Read and check the data.
 
     Args:
-        args (`DataArguments`): Where the data is.
+        args (`DataArguments`): The source of the data.
         splits (`Sequence[str]`):
             Those of `train`, `validation` and `test` that the run needs; `shift_files` are read with `test`.
-        model_labels (`Mapping[str, int]`): The model's own label ids, for data that has no training file.
+        model_labels (`Mapping[str, int]`): The label ids of the model; used for own files if `train` is not read.
 
     Raises:
-        ValueError: naming the file, the row and the setting, for data that cannot be trained or evaluated on.
+        ValueError: for data that cannot be trained or evaluated on; names the file, the row and the setting.
     """
     tables = _tables(args, splits)
     if "test" in splits:
@@ -84,7 +84,7 @@ def load_text_data(args: DataArguments, splits: Sequence[str], model_labels: Map
             parts[split]["label"] = _numbers(source, raw, bounds) if labels is None else _class_ids(source, raw, ids)
     if "train" in parts:
         train, held_out = split_training_data(parts.pop("train"), args)
-        # Labels that are all the same are refused below.
+        # A single class is refused below.
         if labels is not None and len(labels) > 1 and args.label_noise:
             train["label"] = with_label_noise(train["label"], len(labels), args)
         parts |= {"train": train} if "train" in splits else {}
@@ -103,7 +103,7 @@ def load_text_data(args: DataArguments, splits: Sequence[str], model_labels: Map
 
 
 def _tables(args: DataArguments, splits: Sequence[str]) -> dict[str, tuple[str, pa.Table]]:
-    """Where each split comes from, and its rows; `train` has those of `validation` where a share is held out."""
+    """The source and the rows of each split. With `validation_fraction`, `train` includes the held-out rows."""
     read = _hub_tables if args.task_name and not args.data_dir else _file_tables
     if not args.validation_fraction:
         return read(args, splits)
@@ -115,7 +115,7 @@ def _tables(args: DataArguments, splits: Sequence[str]) -> dict[str, tuple[str, 
 
 
 def _is_labelled(args: DataArguments, split: str, table: pa.Table) -> bool:
-    """The labels of GLUE's own test data are hidden; test data of one's own has them if it has the column."""
+    """Whether a split has labels. The labels of GLUE's test data are hidden; other test data may have the column."""
     if not split.startswith("test"):
         return True
     if args.task_name:
@@ -163,7 +163,7 @@ def _read_file(args: DataArguments, path: Path) -> tuple[str, pa.Table]:
 
 
 def _explain_data_dir(args: DataArguments, stems: Sequence[str]) -> str:
-    """What is wrong with `data_dir` itself, if it is."""
+    """Explain what is wrong with `data_dir` itself; empty if nothing is."""
     folder = Path(str(args.data_dir)).expanduser()
     if not folder.is_dir():
         return f"There is no such folder: {explain_missing(folder)} "
@@ -171,7 +171,9 @@ def _explain_data_dir(args: DataArguments, stems: Sequence[str]) -> str:
         named = folder.resolve().name == args.task_name
         inner = folder / str(args.task_name)
         way_out = f"set data_dir to {folder.resolve().parent}" if named else f"move them to {inner}"
-        return f"It holds the files of the task itself, which belong into a folder {args.task_name} in it: {way_out}. "
+        return (
+            f"It contains the files of the task itself, which belong in a folder {args.task_name} in it: {way_out}. "
+        )
     return ""
 
 
@@ -215,8 +217,8 @@ def _numbers(source: str, values: list, bounds: tuple[float, float]) -> list[flo
             number = math.nan
         if not (math.isfinite(number) and bounds[0] <= number <= bounds[1]):
             raise ValueError(
-                f"{source}, row {row}: label {value!r} is not a number from {bounds[0]} to {bounds[1]}, as the "
-                "regression needs it."
+                f"{source}, row {row}: label {value!r} is not a number from {bounds[0]} to {bounds[1]}, which a "
+                "regression needs."
             )
         numbers.append(number)
     return numbers

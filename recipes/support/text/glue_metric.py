@@ -1,5 +1,5 @@
 """
-GLUE's metrics as one `evaluate.Metric`, computed by scikit-learn and SciPy: nothing is fetched from the Hub.
+The metrics of GLUE as an `evaluate.Metric`, computed by scikit-learn and SciPy without access to the Hub.
 
 Needs datasets, evaluate, scikit-learn and SciPy, which the `recipes` extra installs.
 """
@@ -30,10 +30,10 @@ METRICS = {
 
 class GlueMetric(evaluate.Metric):
     """
-    The metrics of one GLUE task, or of a text set of one's own.
+    The metrics of a GLUE task, or of another classification or regression.
 
-    `f1` is that of class 1. `matthews_correlation`, `f1` and `macro_f1` are 0 where they are undefined, by a division
-    by 0. `pearson` and `spearmanr` are NaN where they are undefined: for a constant, for NaN, and for one example.
+    `f1` is that of class 1. `matthews_correlation`, `f1` and `macro_f1` are 0 where they are undefined (0 / 0).
+    `pearson` and `spearmanr` are NaN where they are undefined: for constant values, NaN, or a single example.
 
     Args:
         config_name (`str`):
@@ -71,7 +71,7 @@ class GlueMetric(evaluate.Metric):
 
     def _compute(self, predictions: list, references: list) -> dict[str, float]:
         with warnings.catch_warnings():
-            # Undefined values are stated above; they are no news at each evaluation.
+            # Undefined values are documented above and need no warning at each evaluation.
             warnings.filterwarnings("ignore", "A single label was found", UserWarning)
             warnings.simplefilter("ignore", stats.ConstantInputWarning)
             return {name: float(_FUNCTIONS[name](predictions, references)) for name in METRICS[self.config_name]}

@@ -1,4 +1,4 @@
-"""Which training rows are trained on, which are held out for validation, and which labels are made wrong."""
+"""Sampling of the training data: held-out rows, a fraction to train on, calibration rows, and label noise."""
 
 from collections.abc import Mapping
 
@@ -11,20 +11,20 @@ Columns = dict[str, list]
 
 def split_training_data(columns: Columns, args: DataArguments) -> tuple[Columns, Columns]:
     """
-    Split the training data into what is trained on and what is held out for validation.
+    Split the training data into training rows and rows held out for validation.
 
-    Everything is drawn with `split_seed`, so it is the same for each `seed` and each method. A smaller
-    `train_fraction` trains on a part of the rows of a larger one, and holds out the same rows.
+    The split depends on `split_seed` only, so it is the same for each `seed` and each method. A smaller
+    `train_fraction` selects a subset of the rows of a larger one, with the same held-out rows.
 
     Args:
-        columns (`dict[str, list]`): All of it, column by column.
+        columns (`dict[str, list]`): The whole training data by column.
         args (`DataArguments`): Its `validation_fraction`, `train_fraction`, `max_train_samples` and `split_seed`.
 
     Returns:
-        The training rows in the order of the file, and those for validation in random order.
+        The training rows in the order of the file, and the held-out rows in random order.
 
     Raises:
-        ValueError: if either is left without a row.
+        ValueError: if there are no training rows, or no held-out rows although some are requested.
     """
     count = len(columns["label"])
     order = np.random.default_rng(args.split_seed).permutation(count)
@@ -42,8 +42,17 @@ def split_training_data(columns: Columns, args: DataArguments) -> tuple[Columns,
 
 def split_validation_data(columns: Columns, args: DataArguments) -> tuple[Columns, Columns]:
     """
-    The validation data that metrics are computed on, in its order, and the share of `calibration_fraction` that a
-    temperature is fitted on, drawn with `split_seed`. Raises `ValueError` if either is left without a row.
+    Split the validation data into rows for metrics and rows for calibration, drawn with `split_seed`.
+
+    Args:
+        columns (`dict[str, list]`): The whole validation data by column.
+        args (`DataArguments`): Its `calibration_fraction` and `split_seed`.
+
+    Returns:
+        The rows for metrics and the rows that a temperature is fitted on, both in the order of the data.
+
+    Raises:
+        ValueError: if either has no row.
     """
     count = len(columns["label"])
     order = np.random.default_rng([args.split_seed, 2]).permutation(count)
@@ -59,9 +68,14 @@ def split_validation_data(columns: Columns, args: DataArguments) -> tuple[Column
 
 def with_label_noise(labels: list[int], classes: int, args: DataArguments) -> list[int]:
     """
-    `labels` with a share of `label_noise` of them, rounded to whole rows, replaced by another class at random.
+    Add label noise: replace a fraction `label_noise` of the labels, rounded to whole rows, by another random class.
 
-    Drawn with `split_seed`: more noise makes the same labels wrong in the same way, and others besides.
+    It depends on `split_seed`. More noise adds wrong labels, and keeps those of less noise.
+
+    Args:
+        labels (`list[int]`): Class ids.
+        classes (`int`): Number of classes, at least 2.
+        args (`DataArguments`): Its `label_noise` and `split_seed`.
     """
     draw = np.random.default_rng([args.split_seed, 1])
     order, shift = draw.permutation(len(labels)), draw.integers(1, classes, size=len(labels))

@@ -1,4 +1,4 @@
-"""The tasks of GLUE, and the settings that say which data `run_glue.py` works on."""
+"""The tasks of GLUE, and the settings of the data of `run_glue.py`."""
 
 import re
 from dataclasses import dataclass, field
@@ -14,10 +14,10 @@ class GlueTask:
     One task of GLUE, with names and label ids as in `nyu-mll/glue`.
 
     Args:
-        columns (`tuple[str, ...]`): The columns that hold the text: one, or two for a pair.
+        columns (`tuple[str, ...]`): The columns of the text: one, or two for a pair.
         labels (`tuple[str, ...]` or `None`): The labels in the order of their ids; `None` for a regression.
-        submissions (`tuple[str, ...]`): Names of the prediction files, the mismatched one second.
-        submits_names (`bool`): Whether a submission holds labels by name, not by id.
+        submissions (`tuple[str, ...]`): Names of the prediction files; for MNLI, the mismatched one is second.
+        submits_names (`bool`): Whether a submission contains the names of labels instead of their ids.
     """
 
     columns: tuple[str, ...]
@@ -45,68 +45,71 @@ GLUE_TASKS = {
     "wnli": GlueTask(PAIR, ("not_entailment", "entailment"), ("WNLI.tsv",)),
 }
 STSB_RANGE = (0.0, 5.0)
-# Settings of `DataArguments` that draw from the training data.
+# Settings of `DataArguments` for the sampling of the training data.
 DRAWN = ("validation_fraction", "train_fraction", "label_noise", "split_seed")
-# Files of predictions that are not to be submitted.
+# Names of prediction files that are not GLUE submissions.
 PREDICTIONS = ("predictions.tsv", "predictions_mismatched.tsv")
 
 
 @dataclass
 class DataArguments:
     """
-    Which data to train, evaluate and predict on: a GLUE task by name, or files of one's own.
+    Which data to train, evaluate and predict on: a GLUE task, or your own files.
 
     > Parameters for GLUE
 
     Args:
         task_name (`str`, *optional*):
-            A task of GLUE.
+            Name of a GLUE task.
         data_dir (`str`, *optional*):
             Folder with `<task_name>/{train,dev|validation,test}.{tsv,csv,jsonl,parquet}`, for MNLI also
             `{dev|validation,test}_{matched,mismatched}`. Without it, the task comes from `nyu-mll/glue` on the Hub.
 
-    > Parameters for data of one's own
+    > Parameters for your own files
 
     Args:
         train_file, validation_file, test_file (`str`, *optional*):
             Files with a header row: `.tsv` (tab-separated, no quoting), `.csv`, `.jsonl` or `.parquet`.
         text_column (`str`, *optional*, defaults to `"text"`):
-            The column that holds the text.
+            The column of the text.
         text_pair_column (`str`, *optional*):
-            The column that holds the second text, if there are two.
+            The column of the second text of a pair.
         label_column (`str`, *optional*, defaults to `"label"`):
-            The column that holds the label.
+            The column of the label.
         regression (`bool`, *optional*, defaults to `False`):
-            Whether labels are numbers to predict, not classes.
+            Whether labels are numbers to predict instead of classes.
 
     > Parameters for both
 
     Args:
         max_seq_length (`int`, *optional*, defaults to `128`):
-            Longer inputs are truncated to this many tokens. Default: GLUE's usual one.
+            Maximum number of tokens; longer inputs are truncated. The default is common for GLUE.
         max_train_samples, max_eval_samples (`int`, *optional*):
-            Use the first so many examples only.
+            Maximum number of examples, from the first on.
         validation_fraction (`float`, *optional*, defaults to `0.0`):
-            Hold out this share of the training data, drawn at random, as the validation data. A GLUE task's own
-            validation data then takes the place of its test data, whose labels are hidden: settings can be chosen
-            on the one part and compared on the other.
+            Fraction of the training data that is held out at random as validation data. The validation data of a GLUE
+            task then replaces its test data, whose labels are hidden. So settings can be chosen on the held-out part
+            and compared on GLUE's validation data.
         train_fraction (`float`, *optional*, defaults to `1.0`):
-            Train on this share, drawn at random, of the training data that is not held out.
+            Fraction of the remaining training data that is used, drawn at random.
         label_noise (`float`, *optional*, defaults to `0.0`):
-            Share of the training labels to replace by another class at random; those of all other data stay.
+            Fraction of the training labels that are replaced by another class at random. Other data has no noise.
         split_seed (`int`, *optional*, defaults to `0`):
-            Seed of these three, and of what follows. It does not depend on `seed`, so that runs that differ in it have
-            the same data.
+            Seed of these three and of `calibration_fraction`. It is independent of `seed`, so runs with different
+            seeds have the same data.
 
     > Parameters for the probabilities of a classifier
 
     Args:
         calibration_fraction (`float`, *optional*, defaults to `0.0`):
-            Set this share of the validation data aside, drawn at random, and fit a temperature on it after training
-            (nothing else uses these rows). Metrics then include the loss and the Brier score of scaled logits.
+            Fraction of the validation data, drawn at random, that is only used to fit a temperature after training.
+            Metrics then also include the negative log-likelihood and the Brier score of the scaled logits.
         shift_files (`list[str]`, *optional*):
-            Labelled files from elsewhere, as `NAME=PATH`, to predict on, too: their metrics are `shift_NAME_...`, and
-            `shift_...` the means over all of them. The columns are those of the task.
+            Labelled files of another distribution, as `NAME=PATH`, that are also predicted on with `do_predict`. Their
+            metrics are `shift_NAME_...`, and `shift_...` are means over all files. The columns are those of the task.
+
+    Raises:
+        ValueError: if a setting is out of range, or two settings contradict each other.
     """
 
     task_name: str | None = field(default=None, metadata={"help": f"GLUE task: {', '.join(GLUE_TASKS)}."})
@@ -115,25 +118,26 @@ class DataArguments:
     )
     train_file: str | None = field(default=None, metadata={"help": "Training data: tsv, csv, jsonl or parquet."})
     validation_file: str | None = field(default=None, metadata={"help": "Validation data, of the same columns."})
-    test_file: str | None = field(default=None, metadata={"help": "Data to predict; has metrics if it has labels."})
+    test_file: str | None = field(default=None, metadata={"help": "Data to predict; metrics if it has labels."})
     text_column: str | None = field(default=None, metadata={"help": "Column of the text; 'text' unless set."})
     text_pair_column: str | None = field(default=None, metadata={"help": "Column of the second text, if any."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the label; 'label' unless set."})
     regression: bool = field(default=False, metadata={"help": "Labels of the files are numbers, not classes."})
-    max_seq_length: int = field(default=128, metadata={"help": "Tokens after which an input is truncated."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many examples."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many examples."})
+    max_seq_length: int = field(default=128, metadata={"help": "Maximum number of tokens of an input."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Maximum number of training examples."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Maximum number of validation examples."})
     validation_fraction: float = field(
-        default=0.0, metadata={"help": "Share of the training data to validate with; GLUE's own is then for the test."}
+        default=0.0,
+        metadata={"help": "Fraction of the training data to validate on; GLUE's own becomes the test data."},
     )
-    train_fraction: float = field(default=1.0, metadata={"help": "Share of the rest to train on."})
-    label_noise: float = field(default=0.0, metadata={"help": "Share of the training labels to make wrong."})
+    train_fraction: float = field(default=1.0, metadata={"help": "Fraction of the rest to train on."})
+    label_noise: float = field(default=0.0, metadata={"help": "Fraction of the training labels to replace."})
     split_seed: int = field(default=0, metadata={"help": "Seed of the three above, and of calibration_fraction."})
     calibration_fraction: float = field(
-        default=0.0, metadata={"help": "Share of the validation data to fit a temperature on, and for nothing else."}
+        default=0.0, metadata={"help": "Fraction of the validation data that is only used to fit a temperature."}
     )
     shift_files: list[str] | None = field(
-        default=None, metadata={"help": "Labelled files to predict on, too: NAME=PATH ..."}
+        default=None, metadata={"help": "Further labelled files to predict on: NAME=PATH ..."}
     )
 
     def __post_init__(self):
@@ -144,7 +148,9 @@ class DataArguments:
                     "No data: set task_name to a GLUE task, or train_file, validation_file or test_file to files."
                 )
             if self.data_dir is not None:
-                raise ValueError(f"data_dir holds GLUE tasks, and {own[0]} is no part of one: leave one of them out.")
+                raise ValueError(
+                    f"data_dir is for GLUE tasks, and {own[0]} for your own files: leave one of them out."
+                )
         else:
             if self.task_name not in GLUE_TASKS:
                 near = did_you_mean(self.task_name, list(GLUE_TASKS))
@@ -153,7 +159,7 @@ class DataArguments:
             own += ["regression"] if self.regression else []
             if own:
                 raise ValueError(
-                    f"{own[0]} is for files of one's own, and task_name={self.task_name} is a GLUE task: leave one of "
+                    f"{own[0]} is for your own files, and task_name={self.task_name} is a GLUE task: leave one of "
                     "them out. Local files of a GLUE task are read by data_dir."
                 )
         for name in ("max_seq_length", "max_train_samples", "max_eval_samples"):
@@ -168,7 +174,7 @@ class DataArguments:
         if self.split_seed < 0:
             raise ValueError(f"split_seed cannot be negative, but is {self.split_seed}.")
         if self.validation_fraction and self.validation_file:
-            raise ValueError("validation_file and validation_fraction both say what to validate with: leave one out.")
+            raise ValueError("validation_file and validation_fraction both say what to validate on: leave one out.")
         if self.label_noise and self.is_regression:
             raise ValueError("label_noise replaces classes, and this is a regression: set it to 0.")
         if self.calibration_fraction and self.is_regression:
@@ -180,7 +186,7 @@ class DataArguments:
                     f"{item!r}."
                 )
         if len(self.shift_paths) < len(self.shift_files or ()):
-            raise ValueError("shift_files names one name twice: give each file a name of its own.")
+            raise ValueError("shift_files uses a name twice: give each file a different name.")
 
     @property
     def shift_paths(self) -> dict[str, str]:
@@ -189,7 +195,7 @@ class DataArguments:
 
     @property
     def text_columns(self) -> tuple[str, ...]:
-        """The columns that hold the text: one, or two for a pair."""
+        """The columns of the text: one, or two for a pair."""
         if self.task_name is not None:
             return GLUE_TASKS[self.task_name].columns
         first = self.text_column or "text"
@@ -197,5 +203,5 @@ class DataArguments:
 
     @property
     def is_regression(self) -> bool:
-        """Whether a number is predicted, not a class."""
+        """Whether a number is predicted instead of a class."""
         return self.regression if self.task_name is None else GLUE_TASKS[self.task_name].labels is None

@@ -1,4 +1,4 @@
-"""The `compute_metrics` of the Trainer for texts: GLUE's metrics, and for classes those of their probabilities."""
+"""The `compute_metrics` of the Trainer for texts: GLUE's metrics and, for a classifier, metrics of probabilities."""
 
 from transformers import EvalPrediction
 
@@ -20,17 +20,17 @@ class RegressionMetrics:
 
 
 def metric_names(task_name: str | None, is_regression: bool) -> tuple[str, ...]:
-    """The metrics of an evaluation, without its loss and, for a classifier, before temperature scaling."""
+    """Names of the metrics of an evaluation, without the loss and without those of temperature scaling."""
     of_classes = METRICS[task_name or ("regression" if is_regression else "classification")]
     return of_classes if is_regression else (*of_classes, *FIGURES)
 
 
 def glue_metric(data_args: DataArguments) -> GlueMetric:
-    """The metric of a GLUE task, or of a classification or a regression."""
+    """The metric of the GLUE task or, for the user's files, of a classification or regression."""
     return GlueMetric(data_args.task_name or ("regression" if data_args.is_regression else "classification"))
 
 
 def make_compute_metrics(data_args: DataArguments) -> ClassifierMetrics | RegressionMetrics:
-    """The `compute_metrics` of the Trainer."""
+    """The `compute_metrics` of the Trainer for the task of `data_args`."""
     metric = glue_metric(data_args)
     return RegressionMetrics(metric) if data_args.is_regression else ClassifierMetrics(metric.compute)
