@@ -1,5 +1,5 @@
 """
-Two claims of the paper on the results of a comparison, with 95 % intervals over the seeds.
+Test two claims of the paper on the results of a comparison, with 95 % confidence intervals over the seeds.
 
     python recipes/studies/claims.py outputs/compare/glue_small
 
@@ -12,9 +12,9 @@ Two claims of the paper on the results of a comparison, with 95 % intervals over
 
 Set `gradient_norm_steps` in the comparison's settings: both claims are then tested on the gradients of the plain
 loss on the same rows in every run. Without it, the first uses the gradients that the optimizer received, which SAM
-computes at perturbed weights, and the second the perturbed steps of layer-wise methods. A method that has fitted the
-measured rows, as plain training on little data soon does, has almost no gradient there: read the first result beside
-the training loss.
+computes at perturbed weights, and the second the perturbed steps of layer-wise methods. A method that overfits the
+measured rows, as plain training on little data soon does, has almost no gradient there. So compare the training losses
+as well when you interpret the first result.
 """
 
 import argparse
@@ -45,7 +45,7 @@ PARTS = 3
 
 @dataclass(frozen=True)
 class Consistency:
-    """Agreement of the rankings of the layers' gradient norms over the parts of a training; see above."""
+    """Agreement of the rankings of layers by gradient norm over the parts of a training; see the docstring above."""
 
     kendall_w: float
     spearman: float
@@ -62,7 +62,7 @@ def late_mean(curve: Curve) -> float | None:
 
 
 def norm_ratios(results: TaskResults, method: str) -> dict[int, float]:
-    """By seed, the late gradient norm of the whole model over that of the baseline."""
+    """By seed, the ratio to the baseline of the whole model's gradient norm over the last third of the training."""
     measured = results.measured()
 
     def late(name: str) -> dict[int, float]:
@@ -75,8 +75,15 @@ def norm_ratios(results: TaskResults, method: str) -> dict[int, float]:
 
 def consistency(norms: dict[str, Curve], k: int) -> Consistency | None:
     """
-    Agreement of the rankings of a training's layers. `None` where there is no ranking: with fewer than 2 layers, fewer
-    steps than parts, equal norms, or a norm that is not finite.
+    Agreement of the rankings of the layers of a run.
+
+    Args:
+        norms (`dict[str, Curve]`): The gradient norm of each layer, by step.
+        k (`int`): Number of top layers whose overlap is computed.
+
+    Returns:
+        `Consistency` or `None`: `None` if there is no ranking: fewer than 2 layers, fewer steps than parts, equal
+        norms, or a norm that is not finite.
     """
     steps = sorted(set.intersection(*map(set, norms.values()))) if norms else []
     if len(steps) < PARTS or len(norms) < 2:
@@ -88,7 +95,7 @@ def consistency(norms: dict[str, Curve], k: int) -> Consistency | None:
     pairs = [stats.spearmanr(one, other).statistic for one, other in itertools.combinations(means, 2)]
     first, last = (set(np.argsort(-means[part], kind="stable")[:k].tolist()) for part in (0, -1))
     return Consistency(
-        # What W is, by the mean of the rank correlations of all pairs.
+        # Kendall's W from the mean rank correlation of all pairs.
         kendall_w=float((1 + (PARTS - 1) * np.mean(pairs)) / PARTS),
         spearman=float(stats.spearmanr(means[0], means[-1]).statistic),
         overlap=len(first & last) / min(k, len(norms)),

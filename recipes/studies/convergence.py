@@ -1,11 +1,12 @@
 r"""
-Does perturbing a few layers converge as fast as perturbing all of them? Rates on a function whose constants are known.
+Convergence rates of SGD, SAM and layer-wise SAM on a function with known smoothness and variance constants.
 
     python recipes/studies/convergence.py outputs/convergence
 
 writes `convergence.json`, and the picture as SVG and PNG.
 
-The paper's theorem says that it does. Such a rate needs the standard assumptions of non-convex optimization:
+The paper's theorem states that perturbing a few layers converges as fast as perturbing all of them. Such a rate needs
+the standard assumptions of non-convex optimization:
 
 - f is L-smooth. Here f(w) = mean of phi(x_j . w - y_j) over n rows, phi(t) = t^2 / (1 + t^2): regression that is
   robust to outliers. phi'' = (2 - 6 t^2) / (1 + t^2)^3 lies between -1/2 and 2, so f is not convex, and L = 2 *
@@ -106,7 +107,7 @@ class Problem:
 
     @classmethod
     def of(cls, settings: Settings) -> "Problem":
-        """Rows around a plane, one in five an outlier; the features of the first layer have the largest scale."""
+        """Draw rows around a plane, every fifth an outlier. The features of the first layer have the largest scale."""
         draws = torch.Generator().manual_seed(0)
         width = settings.layers * settings.features
         scales = torch.logspace(0, -0.5, settings.layers, dtype=torch.float64).repeat_interleave(settings.features)
@@ -118,12 +119,12 @@ class Problem:
 
     @property
     def smoothness(self) -> float:
-        """L."""
+        """The smoothness constant L."""
         return 2 * float(torch.linalg.eigvalsh(self.inputs.T @ self.inputs / len(self.inputs))[-1])
 
     @property
     def variance(self) -> float:
-        """sigma^2."""
+        """The bound sigma^2 on the variance of stochastic gradients."""
         return 81 / 192 * float(self.inputs.square().sum(1).mean()) / self.batch_size
 
     def bound(self, settings: Settings, steps: int, seed: int) -> float:
@@ -132,12 +133,12 @@ class Problem:
         return 2 * self.loss(start_of(settings, seed)) / (eta * steps) + eta * self.smoothness * self.variance
 
     def loss(self, weights: Tensor) -> float:
-        """f."""
+        """The value f(w) of the function."""
         square = (self.inputs @ weights - self.targets).square()
         return float((square / (1 + square)).mean())
 
     def gradient(self, weights: Tensor) -> Tensor:
-        """grad f."""
+        """The gradient of f at w."""
         residual = self.inputs @ weights - self.targets
         return self.inputs.T @ (2 * residual / (1 + residual.square()).square()) / len(residual)
 
@@ -177,7 +178,7 @@ def fitted_slope(steps: Sequence[int], values: Sequence[float]) -> float:
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Every method with every number of steps and seed: means of ||grad f||^2, and slopes with 95 % intervals."""
+    """Run every method for each number of steps and seed; returns means of ||grad f||^2, and slopes with intervals."""
     problem = Problem.of(settings)
     names = list(settings.methods(1))
     values: dict[str, list[list[float]]] = {name: [] for name in names}
@@ -191,7 +192,7 @@ def measure(settings: Settings) -> dict[str, Any]:
                 values[name].append(row)
     slopes = {name: [fitted_slope(settings.steps, row) for row in rows] for name, rows in values.items()}
     sgd, sam, partial = names
-    less = [one - other for one, other in zip(slopes[partial], slopes[sam], strict=True)]
+    difference = [one - other for one, other in zip(slopes[partial], slopes[sam], strict=True)]
     last = [one[-1] / other[-1] for one, other in zip(values[partial], values[sam], strict=True)]
     bounds = [[problem.bound(settings, steps, seed) for steps in settings.steps] for seed in settings.seeds]
     return {
@@ -201,14 +202,14 @@ def measure(settings: Settings) -> dict[str, Any]:
         "mean_squared_norms": values,
         "bound_of_sgd": bounds,
         "slopes": {name: asdict(mean_interval(of_seeds)) for name, of_seeds in slopes.items()},
-        "slope_of_layer_wise_less_that_of_sam": asdict(mean_interval(less)),
+        "slope_of_layer_wise_less_that_of_sam": asdict(mean_interval(difference)),
         "layer_wise_over_sam_after_most_steps": asdict(mean_interval(last)),
         "sgd_within_its_bound": bool((np.mean(values[sgd], 0) <= np.mean(bounds, 0)).all()),
     }
 
 
 def draw(result: dict[str, Any]) -> Figure:
-    """Means over the seeds and the range between them, over the number of steps."""
+    """Plot mean and range over the seeds against the number of steps."""
     steps = np.array(result["settings"]["steps"])
     figure = Figure(figsize=(WIDTH, 5.0), dpi=150, layout="constrained")
     axes = figure.subplots()
@@ -234,7 +235,7 @@ def draw(result: dict[str, Any]) -> Figure:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line `argv`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").strip().partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("output_dir", type=Path, help="gets convergence.json and the picture")
+    parser.add_argument("output_dir", type=Path, help="folder for convergence.json and the picture")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     settings = Settings()
@@ -244,9 +245,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     (args.output_dir / "convergence.json").write_text(text, encoding="utf-8")
     for name, slope in result["slopes"].items():
         print(f"{name}: slope {Interval(**slope):.3f}")
-    less, last = result["slope_of_layer_wise_less_that_of_sam"], result["layer_wise_over_sam_after_most_steps"]
-    print(f"layer-wise less SAM: slope {Interval(**less):.3f}")
-    print(f"layer-wise over SAM after most steps: {Interval(**last):.3f}")
+    difference, last = result["slope_of_layer_wise_less_that_of_sam"], result["layer_wise_over_sam_after_most_steps"]
+    print(f"difference of slopes, layer-wise - SAM: {Interval(**difference):.3f}")
+    print(f"ratio layer-wise / SAM for the largest number of steps: {Interval(**last):.3f}")
     print(f"SGD within its bound: {result['sgd_within_its_bound']}")
     for path in save(draw(result), args.output_dir / "convergence"):
         print(path)

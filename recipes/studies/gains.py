@@ -1,4 +1,4 @@
-"""What `plot_gains.py` draws: the runs of comparisons by task, and their gains over the baseline."""
+"""The data of `plot_gains.py`: runs of comparisons by task, and gains over the baseline."""
 
 import csv
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ class TaskRuns:
     The compared runs of a task.
 
     Args:
-        metric (`str`): Name of the compared figure.
-        greater_is_better (`bool`): Whether more of it is better.
+        metric (`str`): Name of the compared metric.
+        greater_is_better (`bool`): Whether higher is better.
         baseline (`str`): The method that the others are compared with.
         runs (`dict[str, dict[int, dict]]`): By method and seed, the row of the file.
     """
@@ -34,7 +34,7 @@ class TaskRuns:
 
     @property
     def unit(self) -> str:
-        """`"points"`, or the name of a loss or perplexity, which is drawn as it is."""
+        """`"points"` (100 times the metric) or, for a loss or perplexity, the name of the metric, drawn unscaled."""
         return POINTS if is_greater_better(self.metric) else self.metric
 
 
@@ -50,7 +50,7 @@ class Point:
     Args:
         gain (`Interval`): Mean difference to the baseline with the same seed, in units of the metric.
         ratio (`float` or `None`): Mean ratio of the costs; `None` if no seed has the costs of both.
-        seeds (`int`): Number of seeds that both have.
+        seeds (`int`): Number of seeds of both.
     """
 
     gain: Interval
@@ -72,7 +72,7 @@ def read_runs(paths: Sequence[Path]) -> Panel:
     for path in paths:
         for name, task in (_read_demo if path.suffix == ".json" else _read_csv)(path).items():
             if name in tasks:
-                raise ValueError(f"{path} holds runs of {name}, as does a file before it. Name one of the two.")
+                raise ValueError(f"{path} holds runs of {name}, as does an earlier file. Name only one of the two.")
             tasks[name] = task
     if not tasks:
         raise ValueError("The files hold no compared run, only those that settings were chosen by.")
@@ -85,12 +85,13 @@ def by_unit(tasks: Panel) -> dict[str, Panel]:
     return {unit: {name: task for name, task in tasks.items() if task.unit == unit} for unit in units}
 
 
-def arranged(path: Path) -> dict[str, Panel]:
+def read_panels(path: Path) -> dict[str, Panel]:
     """
-    The panels that a YAML describes, by their titles.
+    Read the panels that a YAML describes, by title.
 
-    It has two entries: `methods`, by the name to be drawn a list of names that the method has in the files, and
-    `panels`, by title and name of a row the `file`, relative to the YAML, and the `task` in it.
+    The YAML has two entries. `methods` maps the displayed name of each method to a list of its names in the files.
+    `panels` maps the title of a panel to its rows, and the name of each row to a `file`, relative to the YAML, and the
+    `task` in it.
 
     Raises:
         ValueError: if an entry is missing or unknown, a file lacks the task, a method is in no task, or a panel has
@@ -117,7 +118,9 @@ def arranged(path: Path) -> dict[str, Panel]:
     for title, panel in panels.items():
         if len(by_unit(panel)) > 1:
             units = ", ".join(by_unit(panel))
-            raise ValueError(f"{path}: the tasks of {title} are in different units ({units}). Give each its panel.")
+            raise ValueError(
+                f"{path}: the tasks of {title} are in different units ({units}). Put each unit in a separate panel."
+            )
     return panels
 
 
@@ -126,7 +129,7 @@ def gains(task: TaskRuns, cost: str) -> dict[str, Point]:
     base, points = task.runs[task.baseline], {}
     for method, runs in task.runs.items():
         if seeds := [seed for seed in runs if seed in base and method != task.baseline]:
-            # The time of a run that was stopped and gone on with is not known.
+            # The training time of a resumed run is unknown.
             pairs = [(runs[seed].get(cost), base[seed].get(cost)) for seed in seeds]
             ratios = [float(own) / float(other) for own, other in pairs if own and other and float(other)]
             differences = [float(runs[seed]["value"]) - float(base[seed]["value"]) for seed in seeds]
@@ -167,23 +170,23 @@ def _read_csv(path: Path) -> Panel:
 
 
 def _direction(row: dict[str, str]) -> bool:
-    """Whether more is better; older files do not say it."""
-    said = row.get("greater_is_better")
-    return said == "True" if said else is_greater_better(row["metric"])
+    """Whether higher is better. Older files lack the column; the name of the metric decides for them."""
+    stated = row.get("greater_is_better")
+    return stated == "True" if stated else is_greater_better(row["metric"])
 
 
 def _baseline(path: Path, task: str, row: dict[str, str], compared: Sequence[dict], runs: dict[str, Any]) -> str:
     """
-    What the file says; in an older one, which does not, the first method of the file.
+    The baseline of a task. Older files do not state it; for them, it is the first method of the file.
 
-    Older files were also put together from several comparisons: a task without a run of that method has its own first.
+    Older files may also combine several comparisons. If a task has no run of that method, it is the task's first one.
     """
-    if not (said := row.get("baseline")):
+    if not (stated := row.get("baseline")):
         first = compared[0]["method"]
         return first if first in runs else row["method"]
-    if said not in runs:
+    if stated not in runs:
         raise ValueError(
-            f"{path} has no compared run of {said} on {task}, which is the baseline of the others: run it, or leave "
+            f"{path} has no compared run of {stated} on {task}, which is the baseline of the others: run it, or leave "
             "the file out."
         )
-    return said
+    return stated

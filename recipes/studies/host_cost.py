@@ -1,14 +1,14 @@
 """
-The host cost of each method: a model so small that only Python and the launching of operations take time.
+Measure the host cost of each method, with a model so small that only Python and launching operations take time.
 
     python recipes/studies/host_cost.py
     python recipes/studies/host_cost.py --methods plain,sam,sam-by-hand --rounds 40 --output_file host.json
 
-On a GPU that waits for its host, as with GLUE's small batches, this is the cost of a step. It is measured on a CPU, in
-one thread: the CPU time of that thread for an optimizer step, with the Trainer's whole loop, relative to the plain
-Trainer in the same round. The methods take turns of a few steps. Each has a separate training, which continues at its
-next turn, so the checks in the first steps of a second pass are over by then. The second pass repeats them at steps 1,
-2, 4, 8, ..., so these steps count for no method. Each turn has one log line.
+When a GPU waits for its host, as with the small batches of GLUE, the host cost is the cost of a step. It is measured
+as the CPU time of one thread for an optimizer step, with the Trainer's whole loop, relative to the plain Trainer in
+the same round. The methods take turns of a few steps. Each has a separate training, which continues in its next turn.
+The second pass runs extra checks at steps 1, 2, 4, 8, ..., so these steps are not counted for any method. Each turn
+has one log line.
 
 Calls of Python functions, and of C functions from Python, are counted in one more turn, with the same result in every
 run. They are reported by the file that made them, and by the part of a pass that they belong to (the innermost of
@@ -56,16 +56,16 @@ class HostArguments:
 
     methods: str = field(
         default=f"plain,off,one-pass-2,last-1,last-2,top-2,sam,{IN_TRAINER}",
-        metadata={"help": "Names of methods of benchmark.py, the plain one among them."},
+        metadata={"help": "Comma-separated methods of benchmark.py; must include plain."},
     )
     num_hidden_layers: int = field(default=12, metadata={"help": "Blocks of the BERT."})
     hidden_size: int = field(default=32, metadata={"help": "Its width; it has 2 heads."})
     batch_size: int = field(default=2, metadata={"help": "Rows of a batch."})
     sequence_length: int = field(default=8, metadata={"help": "Tokens of a row."})
-    rounds: int = field(default=20, metadata={"help": "Turns of each method; the figure is the median of its ratios."})
+    rounds: int = field(default=20, metadata={"help": "Turns of each method; the median of its ratios is reported."})
     steps: int = field(default=10, metadata={"help": "Steps of a turn."})
     warm_up: int = field(default=40, metadata={"help": "Steps of each method before the first turn."})
-    output_file: str | None = field(default=None, metadata={"help": "JSON of figures."})
+    output_file: str | None = field(default=None, metadata={"help": "JSON file for the results."})
 
     def __post_init__(self):
         for name in ("num_hidden_layers", "batch_size", "sequence_length", "rounds", "steps", "warm_up"):
@@ -106,7 +106,7 @@ class Contender(TrainerCallback):
         """Run `steps` more steps, and time them or count their calls (not those whose number is a power of two)."""
         self.seconds, self._left, self._counts = [], steps, counts
         if self._thread.ident is None:
-            # Not earlier: making a Trainer changes global state that another one reads when it begins to train.
+            # Not earlier: constructing a Trainer changes global state that another one reads when it begins to train.
             self._thread.start()
         self._turn.release()
         self._done.acquire()
@@ -211,7 +211,7 @@ def measure(args: HostArguments) -> dict[str, dict[str, Any]]:
         try:
             for contender in contenders:
                 contender.go(args.warm_up)
-            # Keeps the garbage collection of steps from going through everything that was imported.
+            # Excludes all objects allocated so far from garbage collection during the steps.
             gc.collect()
             gc.freeze()
             for _ in tqdm(range(args.rounds), unit="round"):
@@ -243,7 +243,7 @@ def measure(args: HostArguments) -> dict[str, dict[str, Any]]:
 
 
 def tables(figures: dict[str, dict[str, Any]]) -> str:
-    """The results as Markdown: one table of methods, and two of the calls that each adds to the plain ones."""
+    """The results as Markdown: a table of methods, and two of the calls that each method adds to those of plain."""
     parts = [
         markdown_table(
             [

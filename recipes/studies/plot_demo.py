@@ -1,5 +1,5 @@
 """
-The picture of the demo: learning curves, cost, and which blocks were perturbed when.
+Plot the results of the demo: learning curves, cost, and the perturbed blocks over the training.
 
     python recipes/studies/plot_demo.py demo/results.json demo/results.png
 """
@@ -12,7 +12,7 @@ from hf_lsam_recipes.support.figures.demo import draw, read_demo
 
 
 def main(argv: list[str] | None = None):
-    """Draw what the command line names."""
+    """Run the command line `argv`: read the results and write the picture."""
     parser = argparse.ArgumentParser(description=__doc__.strip().partition("\n")[0])
     parser.add_argument("results", type=Path, help="results.json of the demo")
     parser.add_argument("picture", type=Path, help="the PNG to write")

@@ -4,11 +4,11 @@ Gains over the baseline with their 95 % confidence intervals, one row for each t
     python recipes/studies/plot_gains.py gains.svg recipes/studies/results/{sentences,small_data}.csv
     python recipes/studies/plot_gains.py docs/gains.png recipes/studies/gains.yaml
 
-A mark is the mean difference of the metric to the baseline with the same seed. Accuracies, correlations and the like
-are drawn in points, 100 times the metric, on one axis for all tasks; each loss has an axis of its own. The legend
-gives the cost of each method, as a ratio to the baseline.
+A mark is the mean difference of the metric to the baseline with the same seed. Accuracies, correlations and similar
+metrics are drawn in points (100 times the metric) on one axis for all tasks. Each loss has a separate axis. The legend
+gives the cost of each method as a ratio to the baseline.
 
-A YAML chooses what is drawn, and how it is named: see `arranged` in `gains.py`.
+A YAML can select the tasks and methods, and name them: see `read_panels` in `gains.py`.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from hf_lsam_recipes.studies.gains import POINTS, Panel, Point, TaskRuns, arranged, by_unit, gains, read_runs
+from hf_lsam_recipes.studies.gains import POINTS, Panel, Point, TaskRuns, by_unit, gains, read_panels, read_runs
 from hf_lsam_recipes.support.comparison.statistics import COSTS
 from hf_lsam_recipes.support.figures.palette import style
 
@@ -38,7 +38,7 @@ def draw_gains(panels: dict[str, Panel], cost: str) -> Figure:
 
     Args:
         panels (`dict[str, Panel]`): By title, tasks of one unit. A title that is the unit is left out.
-        cost (`str`): What the legend gives, a name of `COSTS`.
+        cost (`str`): The cost in the legend, a key of `COSTS`.
 
     Raises:
         ValueError: if there is nothing to draw.
@@ -63,7 +63,7 @@ def draw_gains(panels: dict[str, Panel], cost: str) -> Figure:
         text = f"difference to {baselines} with the same seed, {_named(unit)}, 95 % confidence interval"
         axes.set_xlabel(text, fontsize=9, parse_math=False)
         if unit in shared:
-            # Which would take the limits of the first panel as those of both.
+            # `sharex` takes over the limits of the first panel, so both are scaled again.
             axes.sharex(shared[unit])
             axes.autoscale(axis="x")
         shared[unit] = axes
@@ -82,17 +82,17 @@ def draw_gains(panels: dict[str, Panel], cost: str) -> Figure:
 
 
 def _finite(name: str, task: TaskRuns, cost: str) -> dict[str, Point]:
-    """The points of a task that can be drawn; stderr gets the others, with the reason."""
+    """The points of a task that can be drawn. The other ones are reported to stderr, with the reason."""
     points = gains(task, cost)
     drawn = {method: point for method, point in points.items() if math.isfinite(point.gain.mean)}
     for method in [method for method in task.runs if method not in drawn and method != task.baseline]:
-        why = "its difference is no finite number" if method in points else "no seed has both"
+        why = "its difference is not finite" if method in points else "no seed has both"
         print(f"{name}: {method} is not drawn over {task.baseline}: {why}.", file=sys.stderr)
     return drawn
 
 
 def _draw_panel(axes: Axes, panel: Panel, points: dict[str, dict[str, Point]], methods: list[str]) -> dict[str, Any]:
-    """The rows of a panel, and what the legend shows of them, by method."""
+    """Draw the rows of a panel; returns the entry of each method for the legend."""
     entries, labels = {}, []
     for row, (name, task) in enumerate(panel.items()):
         scale = 100 if task.unit == POINTS else 1
@@ -134,19 +134,24 @@ def _with_cost(method: str, points: dict[str, dict[str, dict[str, Point]]]) -> s
 
 
 def main(argv: list[str] | None = None):
-    """Draw what the command line names."""
+    """Run the command line `argv`: read the runs and write the picture."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").strip().partition("\n")[0], allow_abbrev=False)
     parser.add_argument("picture", type=Path, help="the picture to write, for instance .svg or .png")
     parser.add_argument(
         "runs", type=Path, nargs="+", help="runs.csv of compare.py, results.json of the demo, or one YAML of a picture"
     )
-    parser.add_argument("--cost", choices=list(COSTS), default="flops", help="default: FLOPs, which no load changes")
+    parser.add_argument(
+        "--cost",
+        choices=list(COSTS),
+        default="flops",
+        help="default: FLOPs, which do not depend on the load of the machine",
+    )
     args = parser.parse_args(argv)
     try:
         if any(path.suffix in (".yaml", ".yml") for path in args.runs):
             if len(args.runs) > 1:
-                raise ValueError("A YAML names its files: give it alone.")
-            panels = arranged(args.runs[0])
+                raise ValueError("A YAML names its own files: leave out the other arguments.")
+            panels = read_panels(args.runs[0])
         else:
             panels = by_unit(read_runs(args.runs))
         draw_gains(panels, args.cost).savefig(args.picture)

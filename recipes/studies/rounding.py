@@ -1,10 +1,10 @@
 """
-How much of a perturbation survives in 16-bit weights, with rounding to nearest or stochastic rounding.
+Measure how much of a perturbation remains in 16-bit weights, with rounding to nearest or stochastic rounding.
 
     python recipes/studies/rounding.py --models path/to/MiniLM-L6,path/to/SmolLM2-135M --text_file path/to/sst2/dev.tsv
 
-The weights start on the grid of the dtype. Gradients and losses are computed in float32, so that only the rounding of
-the moved weights differs from a perturbation in float32.
+The initial weights are representable in the dtype. Gradients and losses are computed in float32, so only the rounding
+of the perturbed weights differs from a perturbation in float32.
 """
 
 import csv
@@ -49,10 +49,10 @@ RHOS = (0.05, 0.1, 0.5, 1.0)
 class RoundingArguments:
     """Models, data and output of the measurement."""
 
-    models: str = field(metadata={"help": "Folders of models; the last part of a folder is the name in the table."})
+    models: str = field(metadata={"help": "Comma-separated folders of models, named by their last part in the table."})
     text_file: str = field(metadata={"help": "A TSV with the columns sentence and label."})
-    rows: int = field(default=8, metadata={"help": "Its first rows are the batch."})
-    output_file: str | None = field(default=None, metadata={"help": "Write the figures here as JSON."})
+    rows: int = field(default=8, metadata={"help": "Number of rows, from the first on, that are the batch."})
+    output_file: str | None = field(default=None, metadata={"help": "JSON file for the results."})
 
     def __post_init__(self):
         if self.rows < 1:
@@ -117,10 +117,12 @@ def load(
 
 def measure(model: torch.nn.Module, batch: dict[str, Tensor], dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     """
-    The figures of each selection, rho and way of rounding, of a model whose weights are on the grid.
+    Measure each selection, rho and rounding, for a model whose weights are representable in `dtype`.
 
-    Of the move: its cosine with the gradient and its length over rho. Of pass 2, beside that after an exact move: the
-    rise of the loss as a ratio, and the cosine between what the two moves add to the gradient.
+    Yields:
+        For each selection and rho, by rounding: the `cosine` of the perturbation with the gradient, and its `length`
+        over rho; compared with an exact perturbation, the ratio of the `rise` of the loss, and the
+        `correction_cosine` between the changes of the gradient.
     """
     for selection, settings in SELECTIONS.items():
         config = LSAMConfig(**settings)
@@ -162,7 +164,7 @@ def backward(model: torch.nn.Module, batch: dict[str, Tensor]) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print a table row by row, and write the file, if one is named, as it grows."""
+    """Run the command line `argv`: measure, print the table row by row, and update `output_file` after each row."""
     (args,) = parse_arguments((RoundingArguments,), sys.argv[1:] if argv is None else argv, __doc__ or "")
     logging.set_verbosity_error()
     texts, folders = read_rows(args), args.models.split(",")

@@ -1,12 +1,12 @@
 """
-Long training of a tiny model with features toggled at random: does memory grow, do weights drift from the reference?
+Soak test: a long training of a tiny model with random settings, to detect memory growth and drift from the reference.
 
     python recipes/studies/soak.py --steps 20000 --output_file recipes/studies/results/soak.json
 
-The steps come in stretches of a few hundred. Each stretch draws its settings, and a twin of the model makes the same
-steps with `hf_lsam/reference.py`, from the same weights, batches and random numbers, in float64. At the end of each
-stretch, the two are compared, and the memory and the live objects of the process are counted. Exits with an error if
-the weights have drifted.
+The training consists of stretches of a few hundred steps, each with settings drawn at random. A twin of the model
+makes the same steps with `hf_lsam/reference.py`, from the same weights, batches and random numbers, in float64. At the
+end of each stretch, the weights of both are compared, and the memory and the live objects of the process are measured.
+The script exits with an error if the weights differ by more than rounding.
 """
 
 import dataclasses
@@ -49,9 +49,9 @@ class SoakArguments:
     """Length and seed of the soak."""
 
     steps: int = field(default=20_000, metadata={"help": "Optimizer steps, over all stretches."})
-    seed: int = field(default=0, metadata={"help": "Of the settings that are drawn, the model and its batches."})
-    longest: int = field(default=600, metadata={"help": "Most steps of a stretch; the fewest are a third of it."})
-    output_file: str | None = field(default=None, metadata={"help": "Write the figures here as JSON."})
+    seed: int = field(default=0, metadata={"help": "Seed of the settings, the model and the batches."})
+    longest: int = field(default=600, metadata={"help": "Maximum steps of a stretch; the minimum is a third of it."})
+    output_file: str | None = field(default=None, metadata={"help": "JSON file for the results."})
 
     def __post_init__(self):
         # A stretch has a multiple of 4 steps, and a third of the longest is the shortest.
@@ -62,11 +62,11 @@ class SoakArguments:
 
 
 class InjectedError(Exception):
-    """Raised in a pass of the soak on purpose; the Trainer has to survive it."""
+    """Raised on purpose in a pass, to test that the training continues."""
 
 
 class SoakTrainer(LSAMTrainer):
-    """Keeps the batches of a step with their random states, and lets passes fail as the stretch wants it."""
+    """Records the batches of a step with their random states, and injects the faults of the stretch into passes."""
 
     def __init__(self, stretch: Stretch, draws: random.Random, **options: Any):
         super().__init__(**options)
@@ -75,7 +75,7 @@ class SoakTrainer(LSAMTrainer):
         self.model_accepts_loss_kwargs = False
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any) -> Tensor:
-        """Note the micro-batch, and at the first of a step where the weights are and what is to go wrong."""
+        """Record the micro-batch; at the first one of a step also record the weights and draw the fault."""
         soak = self.soak
         if not soak.window:
             stretch = soak.stretch
@@ -86,7 +86,7 @@ class SoakTrainer(LSAMTrainer):
         return super().training_step(model, inputs, *rest)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """The loss, but for faults: in every pass, or in those over a step's last micro-batch at moved weights."""
+        """The loss with the fault: "zero" in every pass, others at perturbed weights for the last micro-batch only."""
         loss = super().compute_loss(*args, **kwargs)
         soak = self.soak
         if not self.model.training:
@@ -114,7 +114,7 @@ def set_up(model: nn.Module, stretch: Stretch) -> torch.optim.Optimizer:
             module.p = stretch.dropout
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if stretch.adamw:
-        # A gradient that is zero but for rounding is divided by little more than eps.
+        # With a larger eps, rounding errors of gradients near zero are not amplified.
         return torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.01, eps=1e-4)
     return torch.optim.SGD(trained, lr=0.02, weight_decay=1e-3)
 
@@ -123,7 +123,7 @@ def run(model: nn.Module, twin: nn.Module, rows: Rows, stretch: Stretch, draws: 
     """Train `model` with the trainer and `twin` with the reference; returns the results of the stretch."""
     twin.load_state_dict(model.state_dict())
     optimizer, callback = set_up(model, stretch), Twin(twin, stretch, set_up(twin, stretch))
-    # Reentrant checkpointing finds no gradient where nothing before it is trained.
+    # Reentrant checkpointing computes no gradients if no input of the checkpoint requires one.
     checkpoints = functools.partial(checkpoint, use_reentrant=draws.random() < 0.5 and stretch.frozen == 0)
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
@@ -174,7 +174,7 @@ def run(model: nn.Module, twin: nn.Module, rows: Rows, stretch: Stretch, draws: 
 
 
 def memory() -> dict[str, float]:
-    """After a collection of garbage: MiB of the process, objects that the collector knows, and tensors among them."""
+    """After garbage collection: resident MiB of the process, objects tracked by the collector, tensors among them."""
     gc.collect()
     objects = gc.get_objects()
     return {
@@ -188,7 +188,7 @@ def growth(stretches: list[dict[str, Any]], name: str) -> dict[str, float]:
     """
     The slope of a line through the values of `name`, per 1,000 steps, with its standard error.
 
-    Over the second half of the stretches: what a feature allocates at its first use is no growth.
+    Only the second half of the stretches counts, since the first use of a feature may allocate memory once.
     """
     rest = stretches[len(stretches) // 2 :]
     if len(rest) < 3:
@@ -208,7 +208,7 @@ def soak(args: SoakArguments, say: Callable[..., None] = print) -> dict[str, Any
     torch.set_num_threads(1)
     draws, rows = random.Random(args.seed), Rows(args.seed)
     model, twin = build(args.seed), build(args.seed)
-    # As text, since lists and dictionaries would be among the objects that are counted.
+    # As text, since lists and dictionaries would be counted as objects.
     lines: list[str] = []
     done = 0
     while done < args.steps:

@@ -33,7 +33,7 @@ class Stretch:
 
 
 def draw(choose: random.Random, steps: int) -> Stretch:
-    """Settings at random, of those that go together."""
+    """Draw random settings for a stretch of `steps` steps, from combinations that are supported."""
     selection = choose.choice(["top_k", "top_k", "last", "budget", "all", "none"])
     config: dict[str, Any] = {"block_selection": selection, "rho": 10 ** choose.uniform(-2, -0.5)}
     if selection in ("top_k", "last", "budget"):
@@ -55,7 +55,7 @@ def draw(choose: random.Random, steps: int) -> Stretch:
         config["sharpness_scope"] = choose.choice(["batch", "micro_batch"])
         if choose.random() < 0.25:
             config |= {"adaptive": True, "rho": 10 * config["rho"]}
-    # The reference counts the cost of a model that is trained whole.
+    # The reference predicts the cost for models without frozen layers.
     frozen = choose.choice([0, 0, 1]) if selection != "budget" else 0
     faults = ["none", "none", "zero"] if method == "one pass" else ["none", "zero", "not finite", "error"]
     return Stretch(
@@ -99,12 +99,12 @@ class Layer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of the same shape as `x`."""
+        """The output, of the same shape as `x`."""
         return x + self.dropout(self.down(torch.tanh(self.up(x))))
 
 
 class TinyModel(PreTrainedModel):
-    """A classifier of token sequences of one length, small enough that most of a step is the trainer's."""
+    """A classifier of token sequences of one length, so small that the trainer takes most of the time of a step."""
 
     config_class = PretrainedConfig
     supports_gradient_checkpointing = True

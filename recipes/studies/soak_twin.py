@@ -11,7 +11,7 @@ from hf_lsam_recipes.studies.soak_stretch import BLOCKS, Stretch
 
 
 class Seeded(nn.Module):
-    """The model; every pass over a micro-batch starts from the random state of its first pass."""
+    """Wraps the model so that every pass over a micro-batch starts from the random state of its first pass."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -60,7 +60,7 @@ class Twin(TrainerCallback):
         return (reference.last if config.block_selection == "last" else reference.top_k)(k or BLOCKS)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Make the same step, without changing the random state."""
+        """Repeat the step of the trainer, and restore the random state."""
         soak = self.trainer.soak
         window, soak.window = soak.window, []
         self.faults += soak.fault != "none"
@@ -77,7 +77,7 @@ class Twin(TrainerCallback):
     def _step(self, step: int, window: list[dict[str, Any]], fault: str) -> None:
         config, model, optimizer = self.config, self.model, self.optimizer
         if fault == "zero":
-            # Nothing to climb; a plain step of a zero gradient.
+            # With a zero gradient there is no ascent, and the optimizer makes a plain step with it.
             gradients = {p: torch.zeros_like(g) for p, g in reference.gradient(model, window).items()}
             if config.ascent_gradient == "previous":
                 self.kept.clear()
@@ -93,13 +93,13 @@ class Twin(TrainerCallback):
             reference.plain_step(model, window, optimizer)
         else:
             parts = [window] if config.sharpness_scope == "batch" else [[micro_batch] for micro_batch in window]
-            climbed = [self._gradient(part) for part in (parts if fault == "none" else parts[:-1])]
+            perturbed = [self._gradient(part) for part in (parts if fault == "none" else parts[:-1])]
             # Where pass 2 fails, the plain gradient is used.
-            left = [] if fault == "none" else [reference.gradient(self.model, parts[-1])]
+            plain = [] if fault == "none" else [reference.gradient(self.model, parts[-1])]
             mean = {
-                p: torch.stack([g.get(p, torch.zeros_like(p)) for g in climbed + left]).mean(0)
+                p: torch.stack([g.get(p, torch.zeros_like(p)) for g in perturbed + plain]).mean(0)
                 for p in reference.trainable(model)
-                if any(p in g for g in climbed + left)
+                if any(p in g for g in perturbed + plain)
             }
             reference.update(model, mean, optimizer)
 

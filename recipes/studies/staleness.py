@@ -1,12 +1,12 @@
 """
-Why one pass is no substitute for two: how much of the ascent is left in the gradient of the previous step.
+Measure how much the gradient of the previous step, which one pass uses for the ascent, still raises the loss.
 
     python recipes/studies/staleness.py recipes/glue/sst2.yaml --max_steps 75 --output_file staleness.json
 
 Trains without perturbation, with the settings of `run_glue.py`. At every step, the loss of the current batch (without
 dropout) is measured at weights moved by `rho` along three directions: the gradient of the same batch, as with two
 passes; the gradient of the previous batch at the current weights; and the gradient of the previous step, as with one
-pass. The second and the third differ only in the age of the gradient, the first and the second only in the batch.
+pass. The first and the second differ only in the batch, the second and the third only in the age of the gradient.
 """
 
 import argparse
@@ -35,7 +35,7 @@ DIRECTIONS = ("own", "other batch", "step before")
 
 
 class Probe:
-    """Replaces a Trainer's `training_step`, and measures after each of its steps."""
+    """Replaces the `training_step` of a Trainer by one that also measures after each step."""
 
     def __init__(self, trainer: LSAMTrainer):
         self.trainer = trainer
@@ -78,7 +78,7 @@ class Probe:
         return rows
 
     def _ascents_of(self, model, inputs) -> dict[str, Ascent]:
-        """The ascents of a batch at the current weights, in training mode; gradients and random state stay."""
+        """The ascents of a batch at the current weights, in training mode. Gradients are cleared afterwards."""
         with torch.random.fork_rng():
             self.trainer.compute_loss(model, dict(inputs)).backward()
         ascents = self._ascents()
@@ -103,7 +103,7 @@ def _parts(ascent: Ascent) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each selection and direction: the median cosine with the own gradient, and mean rises relative to its."""
+    """For each selection and direction: median cosine with the batch's own gradient, and mean rise relative to it."""
     lines = []
     for name in SELECTIONS:
         own = [row for row in rows if row["selection"] == name and row["direction"] == "own"]
@@ -125,14 +125,16 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     own, rest = parser.parse_known_args(argv)
     run = run_glue.prepare([*rest, "--block_selection", "none", "--save_strategy", "no"])
     if not run.args.do_train or run.args.gradient_accumulation_steps > 1:
-        raise ValueError("Steps are measured one by one: set do_train, and gradient_accumulation_steps to 1.")
+        raise ValueError("Every training step is measured: set do_train, and gradient_accumulation_steps to 1.")
     check_output_file("output_file", own.output_file)
     logging.set_verbosity_error()
     probe = Probe(run.trainer)
     run.trainer.training_step = probe  # type: ignore[assignment]
     run.trainer.train()
     if not probe.rows:
-        raise ValueError("Nothing was measured, since each step is with the one before: train for 2 steps or more.")
+        raise ValueError(
+            "Nothing was measured, since each step is compared with the previous one: train for 2 steps or more."
+        )
     lines = summary(probe.rows)
     rounded = (
         {key: f"{value:.3f}" if isinstance(value, float) else value for key, value in line.items()} for line in lines

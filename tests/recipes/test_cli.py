@@ -144,7 +144,7 @@ def test_a_yaml_of_ones_own_that_is_misspelt(name, tmp_path, monkeypatch):
 
 def test_a_comparison_that_ships_goes_by_its_name(run, tmp_path):
     assert run("compare", "tiny", "--report_only", "--output_dir", str(tmp_path)) == (
-        f"compare.py: {tmp_path} holds no finished run to report."
+        f"compare.py: output_dir={tmp_path} holds no finished run to report: run it first."
     )
 
 

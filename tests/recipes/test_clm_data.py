@@ -211,7 +211,7 @@ def test_a_data_set_that_is_a_script_is_one_error(monkeypatch):
         (PAIRS | {"text_column": "b"}, "text_column is for plain text"),
         ({"train_file": "a", "template": "{prompt}{response}"}, "template is for prompts and responses"),
         (PAIRS | {"template": "{response}{prompt}"}, "template must contain {prompt} once and {response} once after"),
-        (PAIRS | {"template": "{prompt}"}, "template must hold"),
+        (PAIRS | {"template": "{prompt}"}, "template must contain"),
         (PAIRS | {"template": "{prompt}{response}", "use_chat_template": True}, "leave template out"),
         ({"train_file": "a", "validation_fraction": 1}, "validation_fraction must be at least 0 and less than 1"),
         ({"train_file": "a", "block_size": 1}, "block_size must be at least 2, but is 1"),

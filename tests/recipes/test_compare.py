@@ -124,7 +124,7 @@ def test_a_metric_that_the_recipe_lacks_is_named(config, capsys):
     assert "has no predict_f1, but eval_accuracy, " in capsys.readouterr().err
     compare.main([str(config(seeds=[0]))])
     path = config(tasks={"T": {"metric": "predict_f1"}}, seeds=[0])
-    with pytest.raises(SystemExit, match="T, A, seed 0 is there from before and has no predict_f1, but eval_acc"):
+    with pytest.raises(SystemExit, match="T, A, seed 0 has an earlier result without predict_f1, but with eval_acc"):
         compare.main([str(path), "--report_only"])
 
 
@@ -153,14 +153,14 @@ def test_a_killed_comparison_goes_on_from_the_last_checkpoint(config, tmp_path, 
     if number == signal.SIGKILL:
         # The run itself has not ended, and must not be started beside itself.
         assert compare.main([str(path)]) == 1
-        assert "T, A, seed 1: its process still goes on" in capsys.readouterr().err
+        assert "T, A, seed 1: its process is still running" in capsys.readouterr().err
         assert calls(path) == ["1 0 anew", "1 1 anew"]
     (tmp_path / "hold").unlink()
     wait_for(lambda: not is_locked(model.parent / "log.txt"))
     ended = (model / "all_results.json").exists()
     assert ended == (number == signal.SIGKILL)
     # Half a checkpoint is none.
-    assert compare_runs.drop_half_made_checkpoints(model)
+    assert compare_runs.remove_incomplete_checkpoints(model)
     assert [folder.name for folder in model.glob("checkpoint-*")] == ["checkpoint-2"]
     assert compare.main([str(path)]) == 0
     assert calls(path) == ["1 0 anew", "1 1 anew", "1 1 resumed"]

@@ -51,16 +51,16 @@ def test_settings_that_the_recipe_refuses_are_named(changes, message):
         (
             "eval_acuracy",
             {},
-            "no eval_acuracy with these settings, but eval_accuracy, eval_brier, eval_ece, eval_loss, eval_nll.",
+            "report eval_acuracy with these settings, but eval_accuracy, eval_brier, eval_ece, eval_loss, eval_nll.",
         ),
         ("eval_acuracy", {}, "Did you mean eval_accuracy?"),
-        ("eval_f1", {}, "reports no eval_f1 with these settings"),
-        ("eval_accuracy", {"do_eval": "false"}, "but nothing of the kind. Set the metric to one that is reported, or"),
+        ("eval_f1", {}, "does not report eval_f1 with these settings"),
+        ("eval_accuracy", {"do_eval": "false"}, "but no scores. Set the metric to one that is reported, or"),
         # The labels of GLUE's test data are hidden.
-        ("predict_accuracy", {}, "reports no predict_accuracy"),
-        ("predict_accuracy", {"validation_fraction": 0.1, "do_predict": "false"}, "reports no predict_accuracy"),
-        ("eval_mm_f1", {"task_name": "mnli"}, "reports no eval_mm_f1"),
-        ("evalaccuracy", {}, "reports no evalaccuracy"),
+        ("predict_accuracy", {}, "does not report predict_accuracy"),
+        ("predict_accuracy", {"validation_fraction": 0.1, "do_predict": "false"}, "does not report predict_accuracy"),
+        ("eval_mm_f1", {"task_name": "mnli"}, "does not report eval_mm_f1"),
+        ("evalaccuracy", {}, "does not report evalaccuracy"),
     ],
 )
 def test_metrics_that_the_recipe_does_not_report_are_named(metric, changes, message):
@@ -111,7 +111,7 @@ def test_nothing_is_run_where_one_run_would_fail(tmp_path, capsys):
     text = str(stopped.value)
     assert text.startswith("compare.py: nothing was run, since the runs would fail:\n- ")
     assert "has no setting block_selecton. Did you mean block_selection? (RTE, C, seed 0)" in text
-    assert "reports no eval_accurcy with these settings" in text and "Did you mean eval_accuracy?" in text
+    assert "does not report eval_accurcy with these settings" in text and "Did you mean eval_accuracy?" in text
     assert "rho is the length" in text and "RTE, B, rho=-0.2, tuning seed 7" in text
     assert len(text.splitlines()) == 4 and "Checking the settings of 6 runs" in capsys.readouterr().err
     assert not [*(tmp_path / "out").iterdir()]

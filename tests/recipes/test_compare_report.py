@@ -18,12 +18,12 @@ pytest_plugins = ["compare_fixtures"]
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": {}}, "unknown names: method. There are recipe, "),
+        ({"method": {}}, "unknown names: method. Known names are recipe, "),
         ({"method": {}}, "Did you mean methods\\?"),
         ({"seeds": []}, "sets no seeds"),
         ({"methods": None}, "sets no methods"),
         ({"seeds": ["x"]}, "seeds must be an integer of at least 0, but is 'x'"),
-        ({"baseline": "C"}, "baseline=C is none of the methods: A, B"),
+        ({"baseline": "C"}, "baseline=C is not one of the methods: A, B"),
         ({"recipe": "run_nothing.py"}, "recipe=run_nothing.py is not the name of a script in"),
         ({"tasks": {"T": {}}}, "Task T sets no metric"),
         ({"methods": {"A b": {}, "a-B": {}}}, "must differ in letters or digits: A b, a-B"),
@@ -32,12 +32,12 @@ pytest_plugins = ["compare_fixtures"]
         ({"methods": {"A": {"grid": {"value": 1}}}}, "The grid of A must hold"),
         (
             {"methods": {"A": {"grid": {"rho": [1, 2]}}}, "tuning_seeds": [1], "tasks": {"T": {"metric": "a"}}},
-            "set a tuning_metric for task T that is not the metric that is compared",
+            "set a tuning_metric for task T that is not the compared metric",
         ),
         ({"keep_models": "maybe"}, "keep_models must be true or false"),
         ({"processes": 0}, "processes must be an integer of at least 1"),
-        ({"methods": {"A": "rho=0.5"}}, "Method A must hold one `name: value` a line, but holds 'rho=0.5'"),
-        ({"tasks": {"T": "predict_f1"}}, "Task T must hold one `name: value` a line, but holds 'predict_f1'"),
+        ({"methods": {"A": "rho=0.5"}}, "Method A must have one `name: value` per line, but holds 'rho=0.5'"),
+        ({"tasks": {"T": "predict_f1"}}, "Task T must have one `name: value` per line, but holds 'predict_f1'"),
         ({"recipe": ["t"]}, r"recipe must be a single text, but is \['t'\]"),
         ({"output_dir": ["t"]}, "output_dir must be a single text"),
         ({"tasks": {"T": {"metric": ["x"]}}}, "The metric of T must be a single text"),
@@ -54,7 +54,7 @@ pytest_plugins = ["compare_fixtures"]
                 "tuning_seeds": [1],
                 "tasks": {"T": {"metric": "predict_mse", "greater_is_better": False, "tuning_metric": "eval_mae"}},
             },
-            "greater_is_better=false for predict_mse, which leaves open whether more eval_mae is better",
+            "greater_is_better=false for predict_mse, which does not tell whether higher eval_mae is better",
         ),
     ],
 )
@@ -102,13 +102,13 @@ def test_a_base_lies_relative_to_the_yaml(config, tmp_path):
 @pytest.mark.parametrize(
     ("own", "shared", "message"),
     [
-        ("base: nowhere.yaml", None, r"base=nowhere.yaml is no file \(.*/nowhere.yaml\)\. Name one relative to"),
-        ("base: own.yaml", None, r"own.yaml: base=own.yaml has a base itself, own.yaml\. A base cannot have one"),
+        ("base: nowhere.yaml", None, r"base=nowhere.yaml is not a file \(.*/nowhere.yaml\)\. Name one relative to"),
+        ("base: own.yaml", None, r"own.yaml: base=own.yaml has a base itself, own.yaml, which is not supported"),
         ("base: shared.yaml", "base: own.yaml", r"base=shared.yaml has a base itself, own.yaml"),
         ("base: [a, b]", None, r"base must be a single text, but is \['a', 'b'\]"),
         ("base: shared.yaml", "a: 1\nb: [", r"shared.yaml cannot be read: line \d"),
         ("base: shared.yaml", "seed: 1", r"shared.yaml has unknown names: seed\. .* Did you mean seeds\?"),
-        ("base: shared.yaml", "settings: 1", r"settings must hold one `name: value` a line, but holds '1'"),
+        ("base: shared.yaml", "settings: 1", r"settings must have one `name: value` per line, but holds '1'"),
         ("base: shared.yaml", "recipe: recipe.py", r"own.yaml sets no output_dir"),
     ],
 )
@@ -175,7 +175,7 @@ def test_a_figure_that_is_no_number_loses_nothing_of_the_report(config, tmp_path
     path.write_text(json.dumps(result))
     capsys.readouterr()
     assert compare.main([str(config()), "--report_only"]) == 0
-    note = f"Metrics that are not finite, which leaves no interval: predict_accuracy of T, B, seed 1 is {value}."
+    note = f"Metrics that are not finite, so that there is no interval: predict_accuracy of T, B, seed 1 is {value}."
     text = (tmp_path / "out" / "report.md").read_text()
     assert note in text and note in capsys.readouterr().out
     [row] = [line.split("|")[1:4] for line in text.splitlines() if line.startswith("| B ")]

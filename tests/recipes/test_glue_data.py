@@ -163,7 +163,7 @@ def test_hub_out_of_reach(monkeypatch):
         ({"task_name": "rte", "train_file": "a.csv"}, "train_file is for your own files"),
         ({"task_name": "rte", "label_column": "y"}, "label_column is for your own files"),
         ({"task_name": "rte", "regression": True}, "regression is for your own files"),
-        ({"train_file": "a.csv", "data_dir": "b"}, "data_dir holds GLUE tasks, and train_file is no part"),
+        ({"train_file": "a.csv", "data_dir": "b"}, "data_dir is for GLUE tasks, and train_file for your own"),
         ({"task_name": "rte", "max_train_samples": 0}, "max_train_samples must be at least 1, but is 0"),
         ({"task_name": "rte", "max_seq_length": -1}, "max_seq_length must be at least 1, but is -1"),
     ],

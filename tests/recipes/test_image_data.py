@@ -150,9 +150,9 @@ def spoil(folder: Path, what: str) -> None:
 @pytest.mark.parametrize(
     "what, message",
     [
-        ("empty", r"train_images=.* holds no image. It must hold one folder"),
+        ("empty", r"train_images=.* has no images. It must contain one folder"),
         ("one class", r"train_images=.*: all training images are of one class \(blue\)"),
-        ("top", r"train_images=.* has the file stray.png at its top"),
+        ("top", r"train_images=.* has a file stray.png next to the folders of the classes"),
         ("text", r"train_images=.*, red/notes.txt: the image cannot be read \(.*\). Repair or remove it"),
         ("cut", r"train_images=.*, red/1.png: the image cannot be read \(.*\). Repair or remove it"),
     ],
@@ -203,16 +203,14 @@ def test_places_and_splits_that_are_not_there(tmp_path):
 
 def test_nothing_is_held_out_of_a_data_set_with_images_to_evaluate_on(tmp_path):
     name = write_hub(tmp_path / "hub", "image", "label", ("train", "validation"))
-    with pytest.raises(ValueError, match=r"has images to evaluate on, .* set validation_fraction to null"):
+    with pytest.raises(ValueError, match=r"has validation images, .* set validation_fraction to null"):
         load(("train", "validation"), dataset_name=name, validation_fraction=0.5)
 
 
 def test_a_class_of_the_test_that_is_not_trained(tmp_path):
     own = {"train_images": write_folder(tmp_path / "train"), "test_images": write_folder(tmp_path / "test")}
     write_folder(tmp_path / "test", classes=("violet",))
-    message = (
-        r"test_images=.* has the class 'violet', which is not one that the model is trained for: blue, green, red"
-    )
+    message = r"test_images=.* has the class 'violet', which is not one of the classes of the model: blue, green, red"
     with pytest.raises(ValueError, match=message):
         load(("train", "test"), **own)
 

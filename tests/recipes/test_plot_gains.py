@@ -85,7 +85,7 @@ def test_intervals_are_those_of_student_s_t(tmp_path):
 
 def test_other_files_and_doubles_are_refused(tmp_path):
     runs = write_runs(tmp_path / "runs.csv", "T", [("SGD", "compared", 0, 0.5, 4.0)])
-    with pytest.raises(ValueError, match="holds runs of T, as does a file before it"):
+    with pytest.raises(ValueError, match="holds runs of T, as does an earlier file"):
         gains.read_runs([runs, runs])
     (tmp_path / "else.csv").write_text("a,b\n1,2\n")
     with pytest.raises(SystemExit, match="is not a runs.csv of compare.py"):
@@ -161,7 +161,7 @@ def test_figures_that_are_no_numbers_are_left_out(tmp_path, capsys):
     rows = pair(0.1) + [(f"is {value}", "compared", 0, value, 2.0) for value in ("nan", "inf")]
     figure = draw(write_runs(tmp_path / "runs.csv", "T", rows))
     assert gains_of(figure.axes[0]) == [10.0] and legend_of(figure) == ["SAM (2.00)"]
-    why = "is not drawn over SGD: its difference is no finite number."
+    why = "is not drawn over SGD: its difference is not finite."
     assert capsys.readouterr().err.splitlines() == [f"T: is nan {why}", f"T: is inf {why}"]
 
 
@@ -195,7 +195,7 @@ def test_a_yaml_chooses_names_and_panels(tmp_path):
         title: {f"in {title}": {"file": file, "task": "T"}} for title, file in (("A", "one.csv"), ("B", "two.csv"))
     }
     path = write_picture(tmp_path, {"SAM of all weights": ["SAM", "full SAM"]}, panels)
-    figure = plot_gains.draw_gains(gains.arranged(path), "flops")
+    figure = plot_gains.draw_gains(gains.read_panels(path), "flops")
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["A", "B"]
     assert [rows_of(axes) for axes in figure.axes] == [["in A\naccuracy, n = 1"], ["in B\naccuracy, n = 1"]]
     # One axis, on which both are seen.
@@ -212,7 +212,7 @@ def test_a_method_that_is_the_baseline_of_a_task_has_no_mark_there(tmp_path):
     write_runs(tmp_path / "two.csv", "T", [("SAM", "compared", 0, 0.5, 1.0), ("LSAM", "compared", 0, 0.51, 1.0)])
     panels = {"A": {file: {"file": file, "task": "T"} for file in ("one.csv", "two.csv")}}
     path = write_picture(tmp_path, {"full SAM": ["SAM"], "layer-wise": ["LSAM"]}, panels)
-    figure = plot_gains.draw_gains(gains.arranged(path), "flops")
+    figure = plot_gains.draw_gains(gains.read_panels(path), "flops")
     assert sorted(gains_of(figure.axes[0])) == [1.0, 10.0]
     assert "difference to SGD or SAM" in figure.axes[0].get_xlabel()
 
@@ -235,7 +235,7 @@ def test_a_yaml_with_a_fault_is_refused(tmp_path):
     for methods, panels, message in faults:
         with pytest.raises(SystemExit, match=message):
             plot_gains.main([str(tmp_path / "gains.png"), str(write_picture(tmp_path, methods, panels))])
-    with pytest.raises(SystemExit, match="A YAML names its files: give it alone"):
+    with pytest.raises(SystemExit, match="A YAML names its own files: leave out the other"):
         plot_gains.main([str(tmp_path / "gains.png"), str(runs), str(tmp_path / "picture.yaml")])
     (tmp_path / "picture.yaml").write_text("a: [")
     with pytest.raises(SystemExit, match="picture.yaml does not describe a picture"):
@@ -260,7 +260,7 @@ def test_the_demo_is_a_task_of_its_own():
 def test_the_picture_of_the_readme_has_the_numbers_of_the_table():
     """Rows of the first table of docs/evidence.md: the mean of the plain optimizer, and three differences."""
     page = (STUDIES.parents[1] / "docs" / "evidence.md").read_text()
-    panels = gains.arranged(STUDIES / "gains.yaml")
+    panels = gains.read_panels(STUDIES / "gains.yaml")
     rows = [
         [f"{100 * gains.gains(task, 'flops')[method].gain.mean:+.1f}" for method in list(task.runs)[1:]]
         for panel in panels.values()

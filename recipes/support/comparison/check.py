@@ -1,5 +1,5 @@
 """
-Checks that the recipe accepts all settings of a comparison and reports its metrics, before anything is trained.
+Checks before a comparison that the recipe accepts all settings and reports the metrics.
 
 `check_comparison` runs this module in a separate process: parsing settings imports torch, whose memory would add to
 the peak memory of the runs that `compare.py` starts.
@@ -23,11 +23,11 @@ from hf_lsam_recipes.support.comparison.plan import CompareError, Comparison
 from hf_lsam_recipes.support.metric_names import find_score
 from hf_lsam_recipes.support.shipped import RECIPES, did_you_mean
 
-# What each recipe reports for every split, and for the training.
+# Metrics that each recipe reports for every split, and for the training.
 COMMON = ("loss", "runtime", "samples", "samples_per_second", "steps_per_second")
 TRAINING = (*COMMON, "step_seconds", "peak_memory_mib", "truncated", "dropped")
-# At most so many runs with the same problem are named.
-_NAMED = 2
+# Maximum number of runs that are named for a problem.
+_MAX_NAMED = 2
 
 
 def check_comparison(comparison: Comparison) -> None:
@@ -56,10 +56,10 @@ def check_comparison(comparison: Comparison) -> None:
 
 def find_problems(recipe: str, runs: Sequence[dict[str, Any]]) -> list[str]:
     """
-    The problems of runs, each once, with the names of the first runs that have it.
+    Find the problems of runs. Each is listed once, with the names of the first runs that have it.
 
     Args:
-        recipe (`str`): The module of the recipe, as `run_glue`.
+        recipe (`str`): Module name of the recipe, such as `run_glue`.
         runs (`list[dict]`): For each run its `name`, `settings` and `metric`.
     """
     kinds = getattr(importlib.import_module(f"hf_lsam_recipes.{recipe}"), "SETTINGS", None)
@@ -71,7 +71,7 @@ def find_problems(recipe: str, runs: Sequence[dict[str, Any]]) -> list[str]:
     for run in runs:
         for problem in _problems_of(recipe, kinds, run):
             found.setdefault(problem, {})[run["name"]] = None
-    return [f"- {problem} ({_some([*names])})" for problem, names in found.items()]
+    return [f"- {problem} ({_abbreviated([*names])})" for problem, names in found.items()]
 
 
 def _problems_of(recipe: str, kinds: Sequence[type], run: dict[str, Any]) -> list[str]:
@@ -89,13 +89,13 @@ def _problems_of(recipe: str, kinds: Sequence[type], run: dict[str, Any]) -> lis
     scores = sorted(filter(find_score, names))
     near = did_you_mean(metric, scores)
     return [
-        f"{recipe}.py reports no {metric} with these settings, but {', '.join(scores) or 'nothing of the kind'}. Set "
-        f"the metric to one that is reported, or the do_eval or do_predict that it takes.{near}"
+        f"{recipe}.py does not report {metric} with these settings, but {', '.join(scores) or 'no scores'}. Set the "
+        f"metric to one that is reported, or set do_eval or do_predict if the metric needs it.{near}"
     ]
 
 
 def _parse(kinds: Sequence[type], settings: dict[str, Any]) -> dict[str, Any]:
-    """The dataclasses of a run by their fields, read as the run will read them; raises `ValueError`."""
+    """Parse the settings as the run will; returns all fields by name, and raises `ValueError` for a wrong setting."""
     from hf_lsam_recipes.support.settings import parse_arguments
 
     said = io.StringIO()
@@ -111,7 +111,7 @@ def _parse(kinds: Sequence[type], settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_reported(metric: str, names: Iterable[str]) -> bool:
-    """Whether `metric` is one of `names`, or that of a part of the split: `eval_mm_accuracy` for `eval_accuracy`."""
+    """Whether `metric` is one of `names`, or such a name for a part of the split: `eval_mm_accuracy`."""
     ends = [name.partition("_") for name in names]
     return metric in names or any(
         metric.startswith(f"{split}_") and metric.endswith(f"_{end}") for split, _, end in ends
@@ -120,10 +120,10 @@ def is_reported(metric: str, names: Iterable[str]) -> bool:
 
 def reported(recipe: str, settings: dict[str, Any]) -> set[str]:
     """
-    Names of the metrics in the `all_results.json` of a run, without those of a part of a split.
+    Names of the metrics that a run writes to `all_results.json`, without those of parts of a split.
 
     Args:
-        recipe (`str`): The module of the recipe.
+        recipe (`str`): Module name of the recipe.
         settings (`dict`): The parsed settings.
     """
     from hf_lsam_recipes.support.calibration import FIGURES, SCALED
@@ -155,9 +155,9 @@ def reported(recipe: str, settings: dict[str, Any]) -> set[str]:
     return names | {f"train_{figure}" for figure in TRAINING} | {"epoch", "total_flos"}
 
 
-def _some(names: Sequence[str]) -> str:
-    more = [f"and {len(names) - _NAMED} more"] if len(names) > _NAMED else []
-    return "; ".join([*names[:_NAMED], *more])
+def _abbreviated(names: Sequence[str]) -> str:
+    more = [f"and {len(names) - _MAX_NAMED} more"] if len(names) > _MAX_NAMED else []
+    return "; ".join([*names[:_MAX_NAMED], *more])
 
 
 if __name__ == "__main__":

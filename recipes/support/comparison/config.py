@@ -19,9 +19,9 @@ from hf_lsam_recipes.support.shipped import RECIPES, did_you_mean
 from hf_lsam_recipes.support.yaml_text import read_yaml_text
 
 # Settings that `compare.py` sets for each run.
-OWN_SETTINGS = ("output_dir", "seed", "resume_from_checkpoint")
-# A name without a value.
-NOTHING = (None, "", "null", "~")
+RESERVED_SETTINGS = ("output_dir", "seed", "resume_from_checkpoint")
+# Values that mean "not set".
+EMPTY = (None, "", "null", "~")
 
 
 def read_comparison(path: Path, overrides: Mapping[str, Any], settings: Mapping[str, str]) -> Comparison:
@@ -35,12 +35,12 @@ def read_comparison(path: Path, overrides: Mapping[str, Any], settings: Mapping[
         settings (`dict`): Settings of the recipe for all runs. They replace those of the YAML and of its tasks.
 
     Raises:
-        CompareError: for the first problem, with the way out.
+        CompareError: for the first problem; the message says how to solve it.
     """
     content = _read_with_base(path) | dict(overrides)
     for name in ("recipe", "output_dir", "tasks", "methods", "seeds"):
-        if not content.get(name) or content[name] in NOTHING:
-            raise CompareError(f"{path} sets no {name}.")
+        if not content.get(name) or content[name] in EMPTY:
+            raise CompareError(f"{path} sets no {name}, which is required: add it.")
     methods = [_read_method(name, own) for name, own in _mapping("methods", content["methods"]).items()]
     tasks = [_read_task(name, own, settings) for name, own in _mapping("tasks", content["tasks"]).items()]
     common = _mapping("settings", content.get("settings")) | dict(settings)
@@ -54,8 +54,8 @@ def read_comparison(path: Path, overrides: Mapping[str, Any], settings: Mapping[
     recipe = RECIPES / name if by_name else Path(name)
     if not recipe.is_file() or (by_name and recipe.name != name):
         raise CompareError(
-            f"recipe={name} is not the name of a script in {RECIPES}. One elsewhere is run where the "
-            "command line asks for it, by --recipe."
+            f"recipe={name} is not the name of a script in {RECIPES}. To run a script from another "
+            "folder, give its path by --recipe."
         )
     return Comparison(
         recipe=recipe,
@@ -74,22 +74,22 @@ def read_comparison(path: Path, overrides: Mapping[str, Any], settings: Mapping[
 
 def _read_with_base(path: Path) -> dict[str, Any]:
     """
-    The content of a YAML, completed from the one that its `base` names, relative to its folder.
+    Read a YAML, and add what it inherits from its `base`, the path of another YAML relative to its folder.
 
-    Of the base, `settings` are merged name by name, and any other name is replaced. `null` removes what the base sets.
+    `settings` are merged name by name. Any other name replaces that of the base. `null` removes a name of the base.
     """
     content = _read(path)
     base = content.pop("base", None)
-    if base in NOTHING:
+    if base in EMPTY:
         return content
     base_path = path.parent / _text("base", base)
     if not base_path.is_file():
-        raise CompareError(f"{path}: base={base} is no file ({base_path}). Name one relative to {path.parent}.")
+        raise CompareError(f"{path}: base={base} is not a file ({base_path}). Name one relative to {path.parent}.")
     shared = _read(base_path)
     if "base" in shared:
         raise CompareError(
-            f"{path}: base={base} has a base itself, {shared['base']}. A base cannot have one: name the last of them, "
-            "or copy its settings."
+            f"{path}: base={base} has a base itself, {shared['base']}, which is not supported: name that one, or "
+            "copy its settings."
         )
     owned = _mapping("settings", shared.get("settings"))
     merged = _patch(owned, _mapping("settings", content.pop("settings", None)))
@@ -97,8 +97,8 @@ def _read_with_base(path: Path) -> dict[str, Any]:
 
 
 def _patch(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """`shared` with what is its `own` in the place of the same names, and without those that are null there."""
-    removed = {name for name, value in own.items() if name in shared and value in NOTHING}
+    """Update `shared` with `own`, and remove the names of `shared` that are null in `own`."""
+    removed = {name for name, value in own.items() if name in shared and value in EMPTY}
     return {name: value for name, value in (shared | own).items() if name not in removed}
 
 
@@ -108,22 +108,26 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CompareError(f"{path} cannot be read: {error}.") from error
     if not isinstance(content, dict):
-        raise CompareError(f"{path} must hold one `name: value` a line.")
+        raise CompareError(f"{path} must have one `name: value` per line.")
     known = [*Comparison.__dataclass_fields__, "base"]
     if unknown := [str(name) for name in content if name not in known]:
         near = did_you_mean(unknown[0], known)
-        raise CompareError(f"{path} has unknown names: {', '.join(unknown)}. There are {', '.join(known)}.{near}")
+        raise CompareError(
+            f"{path} has unknown names: {', '.join(unknown)}. Known names are {', '.join(known)}.{near}"
+        )
     return content
 
 
 def _read_task(name: str, own: Any, overrides: Mapping[str, str]) -> Task:
     own = _mapping(f"Task {name}", own)
     metric, tuning_metric = (
-        None if (value := own.pop(key, None)) in NOTHING else _text(f"The {key} of {name}", value)
+        None if (value := own.pop(key, None)) in EMPTY else _text(f"The {key} of {name}", value)
         for key in ("metric", "tuning_metric")
     )
     if metric is None:
-        raise CompareError(f"Task {name} sets no metric: a name in the recipe's all_results.json, as eval_accuracy.")
+        raise CompareError(
+            f"Task {name} sets no metric: set it to a name in the recipe's all_results.json, such as eval_accuracy."
+        )
     greater_is_better = _switch("greater_is_better", own.pop("greater_is_better", is_greater_better(metric)))
     return Task(name, metric, tuning_metric, greater_is_better, own | {n: overrides[n] for n in own if n in overrides})
 
@@ -146,17 +150,19 @@ def _check(
 ) -> None:
     names = [method.name for method in methods]
     if baseline not in names:
-        raise CompareError(f"baseline={baseline} is none of the methods: {', '.join(names)}.")
+        raise CompareError(f"baseline={baseline} is not one of the methods: {', '.join(names)}.")
     for kind, all_names in (("tasks", [task.name for task in tasks]), ("methods", names)):
         slugs = [slug(name) for name in all_names]
         if not all(slugs) or len(set(slugs)) < len(slugs):
             raise CompareError(f"The names of the {kind} must differ in letters or digits: {', '.join(all_names)}.")
     for owner in (common, *(task.settings for task in tasks), *(method.settings | method.grid for method in methods)):
-        if taken := [name for name in OWN_SETTINGS if name in owner]:
+        if taken := [name for name in RESERVED_SETTINGS if name in owner]:
             raise CompareError(f"{taken[0]} is set for each run by compare.py: leave it out.")
     for method in methods:
         if clash := [name for name in overrides if name in method.settings | method.grid]:
-            raise CompareError(f"{clash[0]} is a setting of {method.name}, and cannot be set for all runs.")
+            raise CompareError(
+                f"{clash[0]} is a setting of {method.name}, and cannot be set for all runs: leave it out."
+            )
         if len(method.candidates) > 1:
             _check_grid(method, tasks, tuning_seeds)
 
@@ -169,28 +175,28 @@ def _check_grid(method: Method, tasks: Sequence[Task], tuning_seeds: Sequence[in
         if other := folders.get(tuning_folder(chosen)):
             raise CompareError(
                 f"The grid of {method.name} holds {other} and {chosen}, whose runs would share the folder "
-                f"{tuning_folder(chosen)}: what it holds must differ in letters, digits or points."
+                f"{tuning_folder(chosen)}: values must differ in letters, digits or points."
             )
         folders[tuning_folder(chosen)] = chosen
     for task in tasks:
         if task.tuning_metric in (None, task.metric):
             raise CompareError(
-                f"{method.name} has a grid: set a tuning_metric for task {task.name} that is not the metric that is "
-                "compared. Values chosen by the compared data would look better than they are."
+                f"{method.name} has a grid: set a tuning_metric for task {task.name} that is not the compared "
+                "metric. Choosing settings by the compared metric would bias the comparison in favour of the method."
             )
-        is_told = not task.greater_is_better and is_greater_better(task.metric)
-        if is_told and not task.tunes_by_the_same and task.tuning_greater_is_better:
+        reversed_by_user = not task.greater_is_better and is_greater_better(task.metric)
+        if reversed_by_user and not task.tunes_on_same_metric and task.tuning_greater_is_better:
             raise CompareError(
-                f"Task {task.name} sets greater_is_better=false for {task.metric}, which leaves open whether more "
-                f"{task.tuning_metric} is better: set a tuning_metric that is the same figure of another split."
+                f"Task {task.name} sets greater_is_better=false for {task.metric}, which does not tell whether higher "
+                f"{task.tuning_metric} is better: set tuning_metric to the same metric on another split."
             )
 
 
 def _mapping(name: str, value: Any) -> dict[str, Any]:
-    if value in NOTHING:
+    if value in EMPTY:
         return {}
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise CompareError(f"{name} must hold one `name: value` a line, but holds {value!r}.")
+        raise CompareError(f"{name} must have one `name: value` per line, but holds {value!r}.")
     return dict(value)
 
 

@@ -13,11 +13,11 @@ LOWER_IS_BETTER = ("loss", "loss_before", "perplexity", "nll", "brier", "ece")
 
 
 class CompareError(Exception):
-    """A problem with the comparison; the message names it and the way out."""
+    """A problem with the comparison; the message says what it is and how to solve it."""
 
 
 def is_greater_better(metric: str) -> bool:
-    """Whether higher is better: for all metrics but losses, perplexities, and the errors of probabilities."""
+    """Whether higher is better: true except for losses, perplexities, Brier score and calibration error."""
     return not metric.removesuffix("_scaled").endswith(LOWER_IS_BETTER)
 
 
@@ -41,14 +41,14 @@ class Task:
     settings: Settings
 
     @property
-    def tunes_by_the_same(self) -> bool:
-        """Whether both metrics are the same one on two splits, such as `predict_f1` and `eval_f1`."""
-        return _figure(str(self.tuning_metric)) == _figure(self.metric)
+    def tunes_on_same_metric(self) -> bool:
+        """Whether both metrics are the same one on different splits, such as `predict_f1` and `eval_f1`."""
+        return _without_split(str(self.tuning_metric)) == _without_split(self.metric)
 
     @property
     def tuning_greater_is_better(self) -> bool:
         """Whether higher is better, for the tuning metric: as for `metric` if it is the same one, else by its name."""
-        return self.greater_is_better if self.tunes_by_the_same else is_greater_better(str(self.tuning_metric))
+        return self.greater_is_better if self.tunes_on_same_metric else is_greater_better(str(self.tuning_metric))
 
 
 @dataclass(frozen=True)
@@ -102,19 +102,19 @@ class Run:
             return None
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
-            digest, there = result["digest"], result["settings"]
+            digest, before = result["digest"], result["settings"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CompareError(f"{path} is damaged ({error!r}): remove it to run {self.name} again.") from error
         if digest != self.digest:
             now = self.settings
             changed = [
-                f"{name} was {there.get(name, 'not set')}, and is {now.get(name, 'not set')}"
-                for name in sorted(there | now)
-                if there.get(name) != now.get(name)
+                f"{name} was {before.get(name, 'not set')}, and is {now.get(name, 'not set')}"
+                for name in sorted(before | now)
+                if before.get(name) != now.get(name)
             ]
             raise CompareError(
-                f"{self.name} is there from before, with other settings: {'; '.join(changed)}. Results of both are "
-                f"not to be mixed: set another output_dir, or remove {self.folder} to run it again."
+                f"{self.name} has an earlier result with other settings: {'; '.join(changed)}. To keep results of "
+                f"different settings apart, set another output_dir, or remove {self.folder} to run it again."
             )
         return result
 
@@ -126,7 +126,7 @@ class Comparison:
 
     Args:
         recipe (`Path`): The script of each run: takes a YAML of settings, and writes `all_results.json`.
-        output_dir (`Path`): Gets the runs, `<task>/<method>/seed-<n>`, and the report.
+        output_dir (`Path`): Folder for the runs, `<task>/<method>/seed-<n>`, and the report.
         settings (`dict`): Settings of the recipe for all runs.
         tasks, methods (`list`): What is compared.
         baseline (`str`): The method that the others are compared with.
@@ -170,7 +170,7 @@ class Comparison:
         ]
 
     def possible_runs(self) -> list[Run]:
-        """One run of each kind that may come: every task, method and candidate, in tuning and in the comparison."""
+        """A run for each task, method and candidate, in tuning and in the comparison, with the first seed."""
         return [
             self._run(task, method, seeds[0], chosen, tuning)
             for task in self.tasks
@@ -182,9 +182,9 @@ class Comparison:
 
     def choose(self, task: Task, method: Method) -> Settings | None:
         """
-        The candidate with the best mean of the tuning metric, the first of equals; `None` while a run is missing.
+        Choose the candidate with the best mean of the tuning metric; `None` while a tuning run is missing.
 
-        A mean that is no number is worse than any other.
+        Of equal candidates, the first is chosen. A mean that is NaN is worse than any other.
         """
         if len(method.candidates) == 1:
             return method.candidates[0]
@@ -204,7 +204,7 @@ class Comparison:
         settings = self.settings | task.settings | method.settings | chosen
         folder = self.output_dir / slug(task.name) / slug(method.name)
         if tuning:
-            # Tuning must not see the data of the comparison.
+            # Tuning runs do not evaluate on the data of the comparison.
             settings |= {"do_predict": "false"}
             folder = folder / "tuning" / tuning_folder(chosen)
         settings = {"recipe": self.recipe.name, **settings, "seed": seed}
@@ -216,14 +216,14 @@ def metric_of(result: dict[str, Any], name: str | None) -> float:
     metrics = result["metrics"]
     if name not in metrics:
         raise CompareError(
-            f"{result['task']}, {result['method']}, seed {result['seed']} is there from before and has no {name}, but "
-            f"{', '.join(metrics)}. Set the metric of the task to one of them, or set another output_dir."
+            f"{result['task']}, {result['method']}, seed {result['seed']} has an earlier result without {name}, but "
+            f"with {', '.join(metrics)}. Set the metric of the task to one of them, or set another output_dir."
         )
     return metrics[name]
 
 
-def _figure(metric: str) -> str:
-    """The name of a metric without that of its split."""
+def _without_split(metric: str) -> str:
+    """The name of a metric without its split."""
     return metric.partition("_")[2] or metric
 
 
@@ -233,5 +233,5 @@ def tuning_folder(chosen: Settings) -> str:
 
 
 def slug(name: str) -> str:
-    """`name` as that of a folder."""
+    """Convert `name` to a folder name: lower case, with `-` for other characters than letters, digits, `.` and `_`."""
     return re.sub(r"[^a-z0-9._]+", "-", name.lower()).strip("-.")

@@ -1,4 +1,4 @@
-"""The report of `compare.py`: on the console, as Markdown, as one HTML page that needs nothing else, and all runs."""
+"""The report of `compare.py`: on the console, as Markdown, as a self-contained HTML page, and all runs as CSV."""
 
 import csv
 import math
@@ -29,7 +29,7 @@ def write_report(comparison: Comparison) -> list[str]:
     finished, results = _results(comparison.final_runs())
     tuning = _results(comparison.tuning_runs())[1]
     if not results and not tuning:
-        raise CompareError(f"{comparison.output_dir} holds no finished run to report.")
+        raise CompareError(f"output_dir={comparison.output_dir} holds no finished run to report: run it first.")
     missing = missing_runs(comparison, finished)
     tables = {task.name: table(comparison, task, results) for task in comparison.tasks}
     notes = remarks(comparison, tuning + results, missing)
@@ -43,12 +43,18 @@ def write_report(comparison: Comparison) -> list[str]:
     report = {"baseline": comparison.baseline, "greater_is_better": directions}
     write_json(output / "results.json", report | {"runs": results, "tuning_runs": tuning})
     show(sections, notes)
-    print(f"\nWith pictures: {output / 'report.html'}. All runs: {output / 'runs.csv'}.")
+    print(f"\nReport with pictures: {output / 'report.html'}. All runs: {output / 'runs.csv'}.")
     return missing
 
 
 def markdown(sections: Sequence[tuple[str, str, list[dict[str, str]]]], notes: Sequence[str]) -> str:
-    """Caveats for the reader, and for each task its name, a caption and its table."""
+    """
+    The report as Markdown.
+
+    Args:
+        sections: For each task its name, the caption of its table, and the rows of the table.
+        notes: Caveats for the reader.
+    """
     parts = ["# Comparison", *(f"**{escape(note)}**" for note in notes)]
     for title, text, rows in sections:
         parts += [f"## {escape(title)}", escape(text), markdown_table(rows)]

@@ -21,8 +21,8 @@ from hf_lsam_recipes.support.comparison.plan import CompareError, Comparison, Ru
 from hf_lsam_recipes.support.json_files import read_json, write_json
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
-# Seconds between polls of the running processes, and until one that does not stop is killed.
-LOOK, GRACE = 0.1, 10.0
+# Seconds between polls of the running processes, and between the signal to stop and the kill.
+POLL_INTERVAL, GRACE_PERIOD = 0.1, 10.0
 
 
 @dataclass
@@ -67,17 +67,22 @@ def run_all(
                 with running.log:
                     problem = finish(running, comparison, stamp)
                 on_end(running.run, problem)
-            time.sleep(LOOK)
+            time.sleep(POLL_INTERVAL)
     finally:
         stop(active)
 
 
 def start(run: Run, comparison: Comparison) -> Running | None:
     """
-    Start the process of a run, from its last checkpoint if there is one with the same settings; `None` if the run has
-    a result by now.
+    Start the process of a run. It resumes from the last checkpoint if there is one with the same settings.
 
     The process inherits the lock on the log, so that a run is not started twice if its `compare.py` was killed.
+
+    Returns:
+        `Running` or `None`: The running process; `None` if the run has a result by now.
+
+    Raises:
+        CompareError: if another process of this run is still running, or if its result has other settings.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     log = (run.folder / "log.txt").open("a", encoding="utf-8")
@@ -86,8 +91,8 @@ def start(run: Run, comparison: Comparison) -> Running | None:
     except BlockingIOError as error:
         log.close()
         raise CompareError(
-            f"{run.name}: its process still goes on, started by another compare.py or by one that was killed. Wait "
-            "for it or end it, then call again."
+            f"{run.name}: its process is still running, started by another compare.py or by one that was killed. Wait "
+            "for it or end it, then call compare.py again."
         ) from error
     try:
         finished = run.result() is not None
@@ -98,11 +103,11 @@ def start(run: Run, comparison: Comparison) -> Running | None:
         log.close()
         return None
     model, settings_file = run.folder / "model", run.folder / "settings.yaml"
-    # The name of the recipe only tells results apart.
+    # `recipe` is not a setting of the recipe: it distinguishes results of different recipes.
     settings = {name: value for name, value in run.settings.items() if name != "recipe"}
     settings["output_dir"] = str(model)
     same = settings_file.exists() and yaml.safe_load(settings_file.read_text(encoding="utf-8")) == settings
-    resumed = same and drop_half_made_checkpoints(model)
+    resumed = same and remove_incomplete_checkpoints(model)
     if not resumed:
         shutil.rmtree(model, ignore_errors=True)
         log.truncate(0)
@@ -120,12 +125,12 @@ def start(run: Run, comparison: Comparison) -> Running | None:
     return Running(run, process, log, resumed, time.perf_counter())
 
 
-def drop_half_made_checkpoints(model: Path) -> bool:
-    """Remove incomplete checkpoints of a killed run; returns whether a complete one is left."""
+def remove_incomplete_checkpoints(model: Path) -> bool:
+    """Remove the incomplete checkpoints of a killed run; returns whether a complete one remains."""
     left = False
     for checkpoint in model.glob("checkpoint-*"):
         try:
-            # The Trainer writes it last.
+            # The Trainer writes this file last.
             json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
             left = True
         except (OSError, json.JSONDecodeError):
@@ -139,7 +144,7 @@ def finish(running: Running, comparison: Comparison, stamp: dict[str, Any]) -> s
     log = run.folder / "log.txt"
     if running.process.returncode != 0:
         ending = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
-        return f"{run.name} failed (exit code {running.process.returncode}):\n{ending}\nAll of its output is in {log}."
+        return f"{run.name} failed (exit code {running.process.returncode}):\n{ending}\nThe full output is in {log}."
     model = run.folder / "model"
     metrics = read_json(model / "all_results.json") or {}
     task = next(task for task in comparison.tasks if task.name == run.task)
@@ -147,12 +152,12 @@ def finish(running: Running, comparison: Comparison, stamp: dict[str, Any]) -> s
     if metric not in metrics:
         return (
             f"{run.name}: its all_results.json has no {metric}, but {', '.join(metrics) or 'nothing'}. Set the metric "
-            "of the task to one of them, or the do_eval or do_predict that it takes."
+            "of the task to one of them, or set do_eval or do_predict if the metric needs it."
         )
     state = read_json(model / "trainer_state.json") or {}
     history = state.get("log_history", [])
     # Evaluations and measurements during training do not count as training time.
-    beside = sum(line.get(name, 0.0) for line in history for name in ("eval_runtime", "sharpness/seconds"))
+    excluded = sum(line.get(name, 0.0) for line in history for name in ("eval_runtime", "sharpness/seconds"))
     blocks = model / "lsam_blocks.jsonl"
     rows = blocks.read_text(encoding="utf-8").splitlines() if blocks.exists() else []
     result = {
@@ -168,8 +173,8 @@ def finish(running: Running, comparison: Comparison, stamp: dict[str, Any]) -> s
         "threads": comparison.threads,
         "resumed": running.resumed,
         "metrics": metrics,
-        # Of a resumed run, the Trainer only knows the time since it was resumed.
-        "training_seconds": None if running.resumed else _less(metrics.get("train_runtime"), beside),
+        # For a resumed run, the Trainer only measures the time since it was resumed.
+        "training_seconds": None if running.resumed else _subtract(metrics.get("train_runtime"), excluded),
         "wall_seconds": None if running.resumed else seconds,
         "step_seconds": metrics.get("train_step_seconds"),
         "flops": state.get("total_flos"),
@@ -191,7 +196,7 @@ def stop(active: Sequence[Running]) -> None:
     """End the processes, and those that they started; checkpoints are kept."""
     for running in active:
         _signal(running, signal.SIGTERM)
-    deadline = time.perf_counter() + GRACE
+    deadline = time.perf_counter() + GRACE_PERIOD
     for running in active:
         try:
             running.process.wait(max(0.0, deadline - time.perf_counter()))
@@ -206,5 +211,5 @@ def _signal(running: Running, number: int) -> None:
         os.killpg(running.process.pid, number)
 
 
-def _less(seconds: float | None, part: float) -> float | None:
+def _subtract(seconds: float | None, part: float) -> float | None:
     return None if seconds is None else seconds - part

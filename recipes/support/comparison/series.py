@@ -79,8 +79,8 @@ def read_results(folder: Path) -> list[TaskResults]:
         baseline = content["baseline"]
     except OSError as error:
         raise ResultsError(
-            f"{folder} holds no report of compare.py ({error.filename} is missing), which writes it into its "
-            "output_dir; with --report_only, it does so from the runs that are finished so far."
+            f"{folder} holds no report of compare.py ({error.filename} is missing): name its output_dir, or "
+            "call it with --report_only to report the runs that have finished so far."
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise ResultsError(f"{path} and runs.csv were not written by compare.py: {error!r}.") from error
@@ -119,8 +119,9 @@ def whole_norms(run: Run, measured: bool) -> Curve:
 
     Args:
         run (`dict`): The result of a run.
-        measured (`bool`): Take that of the plain loss on the same rows in every run. Else it is the Trainer's own: of
-            the gradient that the optimizer got at one step, which is taken at perturbed weights where there are some.
+        measured (`bool`): Whether to use the gradient of the plain loss, measured on the same rows in every run. If
+            not, it is the norm that the Trainer logs: of the gradient that the optimizer received, which SAM computes
+            at perturbed weights.
     """
     return curve_of(run, f"{MEASURED}all" if measured else "grad_norm")
 
@@ -131,12 +132,12 @@ def block_norms(run: Run, measured: bool) -> dict[str, Curve]:
 
     Args:
         run (`dict`): The result of a run.
-        measured (`bool`): As in [`whole_norms`]. Else they are means over the perturbed steps between two log lines,
-            which only layer-wise methods have.
+        measured (`bool`): As in [`whole_norms`]. If not, they are means over the perturbed steps between two log
+            lines, which only layer-wise methods have.
     """
     if measured:
         prefixed = {name for line in run["curve"] for name in line if name.startswith(MEASURED)}
-        names = sorted((name.removeprefix(MEASURED) for name in prefixed), key=_in_order)
+        names = sorted((name.removeprefix(MEASURED) for name in prefixed), key=_natural_order)
         return {name: curve_of(run, MEASURED + name) for name in names if name != "all"}
     norms: dict[str, Curve] = {}
     for row in run["blocks"]:
@@ -153,10 +154,10 @@ def block_names(runs: Sequence[Run]) -> list[str]:
 
 
 def perturbation_counts(run: Run, blocks: Sequence[str]) -> list[int]:
-    """How often each of `blocks` was perturbed in a training; full SAM perturbs all of them at once."""
+    """How often each of `blocks` was perturbed in a run. Full SAM perturbs all of them in each perturbed step."""
     return [sum(row["counts"].get(name, row["counts"].get("all", 0)) for row in run["blocks"]) for name in blocks]
 
 
-def _in_order(name: str) -> list:
-    """Key that puts `layer.2` before `layer.10`: the Trainer's file of its log is sorted by letters."""
+def _natural_order(name: str) -> list:
+    """Sort key that puts `layer.2` before `layer.10`. The keys of the Trainer's log are sorted alphabetically."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -11,7 +11,7 @@ from scipy import stats
 
 from hf_lsam_recipes.support.comparison.plan import Comparison, Run, Task, metric_of
 
-# What is reported as a ratio to the baseline with the same seed, by its name in the result of a run.
+# Costs that are reported as ratios to the baseline with the same seed: names in the result of a run, and titles.
 COSTS = {
     "training_seconds": "training time",
     "step_seconds": "median step",
@@ -20,8 +20,8 @@ COSTS = {
 }
 # The columns of the report that hold text; the others hold numbers.
 TEXTS = ("method", "chosen")
-# The report names at most so many runs.
-_NAMED = 4
+# Maximum number of runs that a remark names.
+_MAX_NAMED = 4
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
 def table(comparison: Comparison, task: Task, results: Sequence[dict[str, Any]]) -> list[Row]:
     """
-    One row a method, in the order of the comparison.
+    One row per method, in the order of the comparison.
 
     Args:
         comparison (`Comparison`): What was compared.
@@ -118,13 +118,13 @@ def remarks(comparison: Comparison, results: Sequence[dict[str, Any]], missing: 
     found = []
     if missing:
         count = len(comparison.tasks) * len(comparison.methods) * len(comparison.seeds)
-        found.append(f"Missing runs, of {count}: {_some(missing)}.")
+        found.append(f"Missing runs, of {count}: {_abbreviated(missing)}.")
     tried = {method.name: len(method.candidates) for method in comparison.methods}
     if len(set(tried.values())) > 1:
         counts = ", ".join(f"{name} {count}" for name, count in tried.items())
         found.append(f"Methods were not tuned with equal effort. Settings tried: {counts}.")
     if broken := not_finite(comparison, results):
-        found.append(f"Metrics that are not finite, which leaves no interval: {_some(broken)}.")
+        found.append(f"Metrics that are not finite, so that there is no interval: {_abbreviated(broken)}.")
     made_with = {str((result["commit"], result["versions"], result["machine"])) for result in results}
     if len(made_with) > 1:
         found.append(f"Runs were made with {len(made_with)} different states of code, versions or machines.")
@@ -138,13 +138,13 @@ def remarks(comparison: Comparison, results: Sequence[dict[str, Any]], missing: 
 
 def missing_runs(comparison: Comparison, finished: Sequence[Run]) -> list[str]:
     """Names of the compared runs that have no result."""
-    there = {(run.task, run.method, run.seed) for run in finished}
+    done = {(run.task, run.method, run.seed) for run in finished}
     return [
         f"{task.name}, {method.name}, seed {seed}"
         for task in comparison.tasks
         for method in comparison.methods
         for seed in comparison.seeds
-        if (task.name, method.name, seed) not in there
+        if (task.name, method.name, seed) not in done
     ]
 
 
@@ -161,9 +161,9 @@ def not_finite(comparison: Comparison, results: Sequence[dict[str, Any]]) -> lis
     return found
 
 
-def _some(names: Sequence[str]) -> str:
-    rest = [f"and {len(names) - _NAMED} more"] if len(names) > _NAMED else []
-    return "; ".join([*names[:_NAMED], *rest])
+def _abbreviated(names: Sequence[str]) -> str:
+    rest = [f"and {len(names) - _MAX_NAMED} more"] if len(names) > _MAX_NAMED else []
+    return "; ".join([*names[:_MAX_NAMED], *rest])
 
 
 def _ratio(name: str, own: dict[int, dict], baseline: dict[int, dict]) -> float | None:

@@ -1,1 +1,1 @@
-"""What `benchmark.py` measures, and how it prints it."""
+"""The workload of `benchmark.py`, other implementations of SAM to compare with, and the table of results."""

@@ -1,4 +1,4 @@
-"""The alternatives: SAM as an optimizer in a hand-written loop, or in a hand-written `training_step`."""
+"""Other implementations of SAM for the benchmark: optimizers in a hand-written loop, and a `training_step`."""
 
 import itertools
 import time
@@ -12,7 +12,7 @@ from transformers import Trainer
 
 
 class PastedSAM(torch.optim.Optimizer):
-    """SAM as it is usually copied (after Foret et al., ICLR 2021): a loop over all weights, and a clone of each."""
+    """SAM (Foret et al., ICLR 2021) in the usual simple form: a loop over all weights, and a clone of each."""
 
     def __init__(self, params: Iterable[nn.Parameter], base_optimizer: type, rho: float = 0.05, **kwargs: Any):
         super().__init__(params, {"rho": rho, **kwargs})
@@ -34,7 +34,7 @@ class PastedSAM(torch.optim.Optimizer):
         self.base_optimizer.step()
 
     def step(self, closure: Callable[[], Any]) -> None:  # type: ignore[override]
-        """Both, with `closure`, a forward and a backward pass from gradients of zero, in between."""
+        """Both steps, with `closure` between them: it clears the gradients and runs a forward and a backward pass."""
         self.first_step()
         closure()
         self.second_step()
@@ -45,7 +45,7 @@ class PastedSAM(torch.optim.Optimizer):
 
 
 def _adamw(kind: type, **kwargs: Any) -> Callable[[Iterable[nn.Parameter]], Any]:
-    """`kind` around the optimizer that the Trainer takes by default."""
+    """Make a factory of `kind`, with the Trainer's default optimizer as base optimizer."""
     return lambda weights: kind(weights, torch.optim.AdamW, lr=5e-5, weight_decay=0.0, fused=True, **kwargs)
 
 
@@ -56,12 +56,12 @@ PEERS: dict[str, Callable[[Iterable[nn.Parameter]], Any]] = {
 }
 
 
-# The method whose loop is the Trainer's, so that its step alone is compared.
+# The peer that runs in the Trainer's loop, so that only the step differs.
 IN_TRAINER = "sam-by-hand"
 
 
 class SAMTrainer(Trainer):
-    """SAM of `davda54/sam`, the most copied one, written into a `training_step`: two steps around a second pass."""
+    """SAM as in the widely used `davda54/sam`, in a `training_step`: ascent step, second pass, step back."""
 
     rho = 0.05
 
@@ -109,8 +109,8 @@ class HandWrittenLoop:
     Args:
         name: One of `PEERS`.
         model: Trained in place.
-        batches: Micro-batches, begun anew when they end.
-        accumulation: Micro-batches of a step.
+        batches: Micro-batches, repeated when they end.
+        accumulation: Micro-batches per optimizer step.
         bf16: Whether to train under bf16 autocast.
     """
 
@@ -123,7 +123,7 @@ class HandWrittenLoop:
         self.device = next(model.parameters()).device
 
     def run(self, steps: int) -> list[float]:
-        """Seconds of each of `steps` steps."""
+        """Train for `steps` steps; returns the seconds of each."""
         return [self._step() for _ in range(steps)]
 
     def _step(self) -> float:

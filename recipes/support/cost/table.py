@@ -1,10 +1,10 @@
-"""The figures of `benchmark.py` as it prints them."""
+"""The table that `benchmark.py` prints."""
 
 from typing import Any
 
 
 def table(figures: dict[str, dict[str, Any]]) -> str:
-    """The figures as a Markdown table."""
+    """Format the results of `benchmark.measure`, by method, as a Markdown table."""
     lines = [
         "| method | step time over plain | range | bound | peak memory over plain | first block | captured |",
         "|---|---|---|---|---|---|---|",

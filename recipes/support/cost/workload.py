@@ -1,4 +1,4 @@
-"""What the benchmark trains: a model, and rows of tokens for it."""
+"""The workload of the benchmark: a model, and rows of tokens."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,27 +25,27 @@ _HEAD = 64
 
 @dataclass
 class WorkloadArguments:
-    """What is trained."""
+    """The model and data of the benchmark."""
 
     model_name_or_path: str | None = field(
         default=None,
         metadata={"help": "Name on the Hub, or folder, of a model; without it, a BERT of random weights."},
     )
     random_weights: bool = field(
-        default=False, metadata={"help": "Take only the configuration of that model, and random weights."}
+        default=False, metadata={"help": "Use the configuration of that model with random weights."}
     )
     causal_lm: bool = field(default=False, metadata={"help": "Train a language model instead of a classifier."})
     lora: bool = field(
-        default=False, metadata={"help": "Train LoRA adapters (rank 8, attention) and not the weights."}
+        default=False, metadata={"help": "Train LoRA adapters (rank 8, attention) instead of the weights."}
     )
     text_file: str | None = field(
-        default=None, metadata={"help": "Text, its lines joined, for the rows; without it, random tokens."}
+        default=None, metadata={"help": "Text file that is split into rows; without it, random tokens."}
     )
     num_hidden_layers: int = field(default=12, metadata={"help": "Blocks of the random BERT."})
     hidden_size: int = field(default=384, metadata={"help": "Its width; heads are 64 wide."})
     batch_size: int = field(default=8, metadata={"help": "Rows of a micro-batch."})
     sequence_length: int = field(default=128, metadata={"help": "Tokens of a row."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches of a step."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches per optimizer step."})
     bf16: bool = field(default=False, metadata={"help": "Train under bf16 autocast."})
 
     def __post_init__(self):
@@ -72,7 +72,7 @@ def make_model(args: WorkloadArguments) -> PreTrainedModel:
         )
     elif args.random_weights:
         config = AutoConfig.from_pretrained(args.model_name_or_path)
-    # Random weights of a large model take a CPU a while.
+    # On the GPU if possible, since a CPU takes long to initialise a large model.
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         if args.model_name_or_path is not None and not args.random_weights:
             model = kind.from_pretrained(args.model_name_or_path, dtype=torch.float32)
@@ -89,9 +89,12 @@ class Rows(Dataset):
     Rows of tokens of one length; labels are 0 and 1 in turn or, for a language model, the tokens.
 
     Args:
-        count: How many; a text begins anew where it is too short.
-        args: The text to take them from, or none for random tokens, and their length.
-        vocabulary: Number of tokens that the model knows.
+        count: Number of rows. A text that is too short is repeated.
+        args: The text, if any, and the length of a row.
+        vocabulary: Size of the vocabulary; random tokens are drawn from it.
+
+    Raises:
+        ValueError: if `text_file` is set without a model, or is empty.
     """
 
     def __init__(self, count: int, args: WorkloadArguments, vocabulary: int):

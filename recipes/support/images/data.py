@@ -1,4 +1,4 @@
-"""What `run_image_classification.py` trains on: labelled images from folders, zips or the Hub, checked beforehand."""
+"""The data of `run_image_classification.py`: labelled images from folders, zips or the Hub, checked at the start."""
 
 import lzma
 import zipfile
@@ -14,17 +14,17 @@ from hf_lsam_recipes.support.images.examples import check_images
 from hf_lsam_recipes.support.tables import load_hub
 
 NEEDED_BY = {"train": "do_train", "validation": "do_eval", "test": "do_predict"}
-# Of what is drawn once and for all: the images that are held out, and those that are left out.
-_DRAW = 0
-# What reading a zip raises where it, or what is packed in it, is damaged or cannot be read; bzip2 raises an OSError.
+# Seed of the images that are held out or selected, which are the same in every run.
+_SPLIT_SEED = 0
+# Errors of a zip file that is damaged, encrypted or compressed in an unsupported way. (bzip2 raises OSError.)
 _ZIP_ERRORS = (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError, zlib.error, lzma.LZMAError)
-_WHERE = "The folders at the top, or the values of label_column, are the classes."
+_CLASSES_ARE = "The top-level folders, or the values of label_column, are the classes."
 
 
 @dataclass
 class DataArguments:
     """
-    Which images to train, evaluate and predict on: a data set of the Hub, or folders and zips of one's own.
+    Which images to train, evaluate and predict on: a data set of the Hub, or your own folders or zips.
 
     > Parameters for a data set of the Hub
 
@@ -34,53 +34,57 @@ class DataArguments:
         dataset_config_name (`str`, *optional*):
             Its configuration, if it has several.
         image_column (`str`, *optional*, defaults to `"image"`):
-            The column that holds the image.
+            The column of the image.
         label_column (`str`, *optional*, defaults to `"label"`):
-            The column that holds the class.
+            The column of the class.
 
-    > Parameters for images of one's own
+    > Parameters for your own images
 
     Args:
         train_images, validation_images, test_images (`str`, *optional*):
-            A folder with one folder of images for each class, which is named after it, or a zip of such folders.
+            A folder with one subfolder of images per class, named after the class, or a zip of such subfolders.
 
     > Parameters for both
 
     Args:
         validation_fraction (`float`, *optional*):
-            Share of the training images, the same of each class, to hold out for `do_eval` where there are no
-            validation images. They are the same ones in every run.
+            Fraction of the training images, the same for each class, that is held out for `do_eval` if there are no
+            validation images. The held-out images are the same in every run.
         calibration_fraction (`float`, *optional*):
-            Set this share of the validation images aside, the same of each class, and fit a temperature on it after
-            training (nothing else uses these images). Metrics then include the loss and the Brier score of scaled
-            logits.
+            Fraction of the validation images, the same for each class, that is only used to fit a temperature after
+            training. Metrics then also include the negative log-likelihood and the Brier score of the scaled logits.
         crop_padding (`int`, *optional*, defaults to `4`):
-            Training images are padded by so many pixels on each side and cropped at random to the old size. Default:
-            that of He et al. (CVPR 2016).
+            Training images are padded by this many pixels on each side and cropped at random to their old size. The
+            default is that of He et al. (CVPR 2016).
         horizontal_flip (`bool`, *optional*, defaults to `True`):
-            Whether to mirror half of the training images.
+            Whether to flip training images horizontally with probability 1/2.
         max_train_samples, max_eval_samples (`int`, *optional*):
-            Use so many images only, drawn at random but the same ones in every run.
+            Maximum number of images, drawn at random with a fixed seed.
+
+    Raises:
+        ValueError: if a setting is out of range, or two settings contradict each other.
     """
 
     dataset_name: str | None = field(default=None, metadata={"help": "Name on the Hub, or folder, of a data set."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration, if it has several."})
-    image_column: str = field(default="image", metadata={"help": "Its column with the image."})
-    label_column: str = field(default="label", metadata={"help": "Its column with the class."})
+    image_column: str = field(default="image", metadata={"help": "Column of the image."})
+    label_column: str = field(default="label", metadata={"help": "Column of the class."})
     train_images: str | None = field(default=None, metadata={"help": "Folder or zip of <class>/<image>."})
-    validation_images: str | None = field(default=None, metadata={"help": "Images to evaluate on, of the same form."})
-    test_images: str | None = field(default=None, metadata={"help": "Images to predict, of the same form."})
+    validation_images: str | None = field(
+        default=None, metadata={"help": "Images to evaluate on, in the same format."}
+    )
+    test_images: str | None = field(default=None, metadata={"help": "Images to predict, in the same format."})
     validation_fraction: float | None = field(
-        default=None, metadata={"help": "Share of the training images to evaluate on, where there are no others."}
+        default=None, metadata={"help": "Fraction of the training images to evaluate on if there are no others."}
     )
     calibration_fraction: float | None = field(
         default=None,
-        metadata={"help": "Share of the validation images to fit a temperature on, and for nothing else."},
+        metadata={"help": "Fraction of the validation images that is only used to fit a temperature."},
     )
-    crop_padding: int = field(default=4, metadata={"help": "Pixels by which a training image is shifted at most."})
-    horizontal_flip: bool = field(default=True, metadata={"help": "Mirror half of the training images."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many images only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many images only."})
+    crop_padding: int = field(default=4, metadata={"help": "Maximum random shift of training images, in pixels."})
+    horizontal_flip: bool = field(default=True, metadata={"help": "Flip training images at random."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Maximum number of training images."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Maximum number of validation images."})
 
     def __post_init__(self):
         own = [name for name in ("train_images", "validation_images", "test_images") if getattr(self, name)]
@@ -105,16 +109,16 @@ class DataArguments:
 @dataclass(frozen=True)
 class ImageData:
     """
-    Images that can be read, each with a class that is known.
+    Checked images: all can be read, and all classes are known.
 
     Args:
         labels (`tuple[str, ...]`): The classes in the order of their ids.
         splits (`dict[str, Dataset]`):
-            `train`, `validation` and `test`, as far as they are needed, and `calibration` if a share is set aside: the
-            columns `image` (for `read_image`),
-            `label` (the id) and `name` (the file, or the row on the Hub).
+            `train`, `validation` and `test` as requested, and `calibration` if `calibration_fraction` is set. The
+            columns are `image` (for `read_image`), `label` (the class id) and `name` (a file, or a row on the Hub).
         mean, std (`tuple[float, ...]`):
-            Of the channels of the training images, as shares of white; empty without `train`.
+            Mean and standard deviation of each channel over the training images, from 0 (black) to 1 (white); empty
+            without `train`.
     """
 
     labels: tuple[str, ...]
@@ -128,15 +132,15 @@ def load_image_data(args: DataArguments, splits: Sequence[str], model_labels: Ma
     Read and check the data.
 
     Args:
-        args (`DataArguments`): Where the data is.
+        args (`DataArguments`): The source of the data.
         splits (`Sequence[str]`): Those of `train`, `validation` and `test` that the run needs.
         model_labels (`Mapping[str, int]`, *optional*):
-            The label ids of a model that is not trained here; without them, the classes are those of `train`.
+            The label ids of a model that is not trained in this run. If `None`, the classes are those of `train`.
 
     Raises:
-        ValueError: naming the place and the setting, for data that cannot be trained or evaluated on.
+        ValueError: for data that cannot be trained or evaluated on; names the source and the setting.
     """
-    # Held-out images are read with `train`, whether or not the run trains or evaluates on them.
+    # Held-out images are part of `train`, so it is read even for an evaluation only.
     fraction = args.validation_fraction
     needed = dict.fromkeys("train" if split == "validation" and fraction else split for split in splits)
     read = {split: _read_hub(args, split) if args.dataset_name else _read_own(args, split) for split in needed}
@@ -152,7 +156,7 @@ def load_image_data(args: DataArguments, splits: Sequence[str], model_labels: Ma
     for split, dataset in datasets.items():
         limit = {"train": args.max_train_samples, "validation": args.max_eval_samples}.get(split)
         if limit is not None and limit < len(dataset):
-            datasets[split] = dataset.select(np.random.default_rng(_DRAW).permutation(len(dataset))[:limit])
+            datasets[split] = dataset.select(np.random.default_rng(_SPLIT_SEED).permutation(len(dataset))[:limit])
     if args.calibration_fraction is not None and "validation" in datasets:
         datasets["validation"], datasets["calibration"] = _hold_out(
             datasets["validation"], "calibration_fraction", args.calibration_fraction
@@ -160,7 +164,7 @@ def load_image_data(args: DataArguments, splits: Sequence[str], model_labels: Ma
     if "train" in datasets and len(set(datasets["train"]["label"])) < 2:
         raise ValueError(
             f"{read['train'][0]}: all training images are of one class ({labels[datasets['train'][0]['label']]}), "
-            f"which leaves nothing to learn. {_WHERE} If max_train_samples is set, raise it."
+            f"which leaves nothing to learn. {_CLASSES_ARE} If max_train_samples is set, raise it."
         )
     sources = {split: (read.get(split) or read.get("validation") or read["train"])[0] for split in datasets}
     moments = {split: check_images(sources[split], dataset) for split, dataset in datasets.items()}
@@ -168,7 +172,7 @@ def load_image_data(args: DataArguments, splits: Sequence[str], model_labels: Ma
 
 
 def _read_hub(args: DataArguments, split: str) -> tuple[str, Dataset]:
-    """A split and how to call it; a class is a name."""
+    """Read a split from the Hub; returns its name for messages and the data, with a `ClassLabel` as label."""
     setting, instead = f"dataset_name={args.dataset_name}", "train_images, validation_images and test_images"
     splits = load_hub(setting, str(args.dataset_name), args.dataset_config_name, instead)
     if split not in splits:
@@ -179,7 +183,7 @@ def _read_hub(args: DataArguments, split: str) -> tuple[str, Dataset]:
         )
     if args.validation_fraction is not None and "validation" in splits:
         raise ValueError(
-            f"{args.dataset_name} has images to evaluate on, so none are held out: set validation_fraction to null."
+            f"{args.dataset_name} has validation images, so none are held out: set validation_fraction to null."
         )
     source, dataset = f"{args.dataset_name} ({split})", splits[split]
     for setting in ("image_column", "label_column"):
@@ -205,7 +209,7 @@ def _read_hub(args: DataArguments, split: str) -> tuple[str, Dataset]:
 
 
 def _read_own(args: DataArguments, split: str) -> tuple[str, Dataset]:
-    """The images of a folder or a zip; those of a zip are held in memory."""
+    """List the images of a folder, or read those of a zip into memory; returns the name for messages and the data."""
     setting = f"{split}_images"
     if getattr(args, setting) is None:
         hold_out = ", or validation_fraction" if split == "validation" else ""
@@ -226,9 +230,9 @@ def _read_own(args: DataArguments, split: str) -> tuple[str, Dataset]:
     else:
         raise ValueError(f"{source} is neither a folder nor a file: check the path.")
     if not images:
-        raise ValueError(f"{source} holds no image. It must hold one folder of images for each class.")
+        raise ValueError(f"{source} has no images. It must contain one folder of images per class.")
     if at_top := next((name for name in sorted(images) if "/" not in name), None):
-        raise ValueError(f"{source} has the file {at_top} at its top, where the folders are the classes: remove it.")
+        raise ValueError(f"{source} has a file {at_top} next to the folders of the classes: move or remove it.")
     names = sorted(images)
     classes = sorted({PurePosixPath(name).parts[0] for name in names})
     features = Features({"image": Image(decode=False), "label": ClassLabel(names=classes), "name": Value("string")})
@@ -238,21 +242,26 @@ def _read_own(args: DataArguments, split: str) -> tuple[str, Dataset]:
 
 
 def _is_visible(name: str) -> bool:
-    """Whether no part of the path is hidden, or is what macOS puts into zips."""
+    """Whether no part of the path is hidden, or a folder that macOS adds to zips."""
     return not any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
 
 
 def _with_ids(source: str, dataset: Dataset, known: Mapping[str, int], split: str) -> Dataset:
-    """`dataset` with its labels as ids of the classes in `known`."""
+    """
+    Replace the labels of `dataset` by the ids in `known`.
+
+    Raises:
+        ValueError: if it has no image, a class that is not in `known`, or an image without a class.
+    """
     if len(dataset) == 0:
-        raise ValueError(f"{source} holds no image.")
+        raise ValueError(f"{source} has no images.")
     names = dataset.features["label"].names
     labels = list(dataset["label"])
     used = sorted(set(labels) - {None, -1})
     if unknown := [names[number] for number in used if names[number] not in known]:
         raise ValueError(
-            f"{source} has the class {unknown[0]!r}, which is not one that the model is trained for: "
-            f"{', '.join(list(known)[:10])}{', ...' if len(known) > 10 else ''}. {_WHERE}"
+            f"{source} has the class {unknown[0]!r}, which is not one of the classes of the model: "
+            f"{', '.join(list(known)[:10])}{', ...' if len(known) > 10 else ''}. {_CLASSES_ARE}"
         )
     if len(used) < len(set(labels)):
         row = next(row for row, number in enumerate(labels) if number in (None, -1))
@@ -265,8 +274,8 @@ def _with_label(dataset: Dataset, ids: list[int], kind: ClassLabel | Value) -> D
 
 
 def _hold_out(dataset: Dataset, setting: str, fraction: float) -> tuple[Dataset, Dataset]:
-    """What is left, and what is held out: `fraction` of each class, but never all of it."""
-    generator, labels = np.random.default_rng(_DRAW), np.array(dataset["label"])
+    """Hold out `fraction` of each class, but never all of it; returns the remaining and the held-out images."""
+    generator, labels = np.random.default_rng(_SPLIT_SEED), np.array(dataset["label"])
     held: list[int] = []
     for number in np.unique(labels):
         rows = generator.permutation(np.flatnonzero(labels == number))

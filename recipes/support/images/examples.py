@@ -1,4 +1,4 @@
-"""Images as tensors: read, resized, normalised and, for training, shifted and mirrored."""
+"""Images as tensors: reading, resizing, normalisation and, for training, augmentation."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from transformers import BaseImageProcessor, TrainerCallback
 @dataclass(frozen=True)
 class Augmentation:
     """
-    Random changes of a training image, after it is normalised.
+    Random crops and flips of a normalised training image.
 
     Args:
-        crop_padding (`int`): Pad by so many pixels of the mean colour on each side, and crop to the old size.
-        horizontal_flip (`bool`): Mirror half of the images.
-        seed (`int`): Together with the epoch and the image it decides what is drawn.
+        crop_padding (`int`): Pixels of the mean colour that are added on each side before cropping to the old size.
+        horizontal_flip (`bool`): Whether to flip images with probability 1/2.
+        seed (`int`): Seed of the random changes, which also depend on the epoch and the image.
     """
 
     crop_padding: int
@@ -30,7 +30,7 @@ class Augmentation:
     seed: int
 
     def __call__(self, pixels: Tensor, epoch: int, index: int) -> Tensor:
-        """Image number `index`, of shape (channels, height, width), as it is in epoch number `epoch`."""
+        """Augment `pixels`, of shape `(channels, height, width)`: image number `index` in epoch number `epoch`."""
         generator = np.random.default_rng([self.seed, epoch, index])
         top, left = generator.integers(2 * self.crop_padding + 1, size=2)
         flip = generator.random() < 0.5
@@ -42,22 +42,22 @@ class Augmentation:
 
 class ImageExamples(torch.utils.data.Dataset):
     """
-    What the Trainer gets: `pixel_values` and `labels` of one image.
+    Examples for the Trainer: `pixel_values` and `labels` of an image.
 
-    The changes of an image depend on nothing but its number, the epoch and the seed, so that runs repeat exactly in
-    any number of processes and workers, and a resumed run goes on with the images that the first one would have had.
+    The augmentation of an image depends on its index, the epoch and the seed only. So runs are reproducible with any
+    number of processes and workers, and a resumed run sees the same images as an uninterrupted one.
 
     Args:
         dataset (`Dataset`): The columns `image` and `label`.
-        processor (`BaseImageProcessor`): Resizes and normalises.
-        augmentation (`Augmentation`, *optional*): The changes for training.
+        processor (`BaseImageProcessor`): Resizes and normalises images.
+        augmentation (`Augmentation`, *optional*): The augmentation for training. Default: none.
     """
 
     def __init__(self, dataset: Dataset, processor: BaseImageProcessor, augmentation: Augmentation | None = None):
         self.dataset = dataset
         self.processor = processor
         self.augmentation = augmentation
-        # Shared with workers, which may live longer than an epoch.
+        # In shared memory, since workers may persist over several epochs.
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
@@ -72,12 +72,12 @@ class ImageExamples(torch.utils.data.Dataset):
 
 
 def without_augmentation(examples: ImageExamples) -> ImageExamples:
-    """The same images as they are, in every epoch and with every seed."""
+    """The same examples without augmentation."""
     return ImageExamples(examples.dataset, examples.processor)
 
 
 class EpochCallback(TrainerCallback):
-    """Tells the training images which epoch it is."""
+    """Sets the epoch of the training examples."""
 
     def __init__(self, examples: ImageExamples):
         self.examples = examples
@@ -87,16 +87,19 @@ class EpochCallback(TrainerCallback):
 
 
 def read_image(image: dict[str, Any]) -> PIL.Image.Image:
-    """The image of a row, upright and in colour."""
+    """Decode an image of a data set, apply its EXIF orientation, and convert it to RGB."""
     return Image().decode_example(image).convert("RGB")
 
 
 def check_images(source: str, dataset: Dataset) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """
-    Read every image once; returns mean and standard deviation of the channels.
+    Read every image of `dataset`, called `source` in messages.
+
+    Returns:
+        Mean and standard deviation of each channel, from 0 to 1.
 
     Raises:
-        ValueError: naming the first image that cannot be read.
+        ValueError: for the first image that cannot be read.
     """
 
     def moments(row: tuple[str, dict[str, Any]]) -> np.ndarray:
@@ -109,7 +112,7 @@ def check_images(source: str, dataset: Dataset) -> tuple[tuple[float, ...], tupl
             ) from error
         return np.stack([np.full(3, len(pixels)), pixels.sum(axis=0), np.square(pixels).sum(axis=0)])
 
-    # Sums of integers: the same in whatever order they are added.
+    # Integers, whose sums do not depend on the order.
     total = np.zeros((3, 3), dtype=np.int64)
     with ThreadPoolExecutor() as pool, tqdm(total=len(dataset), desc=f"Reading {source}", disable=None) as progress:
         for batch in dataset.iter(batch_size=256):

@@ -64,9 +64,9 @@ class WideResNetConfig(PreTrainedConfig):
 
 class ResidualBlock(nn.Module):
     """
-    Two convolutions, each before its batch norm, and a shortcut without weights.
+    Two convolutions, each followed by batch normalisation, and a shortcut without weights.
 
-    Where the size changes, the shortcut leaves out pixels and fills up channels with zeros: option A of the paper.
+    If the size changes, the shortcut subsamples the pixels and pads the channels with zeros: option A of the paper.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
@@ -86,7 +86,7 @@ class ResidualBlock(nn.Module):
 
 
 class WideResidualBlock(nn.Module):
-    """Two convolutions, each after its batch norm, and a shortcut that is a 1x1 convolution where the size changes."""
+    """Two convolutions, each after batch normalisation, and a shortcut: a 1x1 convolution if the size changes."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, dropout: float):
         super().__init__()
@@ -107,7 +107,7 @@ class WideResidualBlock(nn.Module):
 
 
 class _ImageClassifier(PreTrainedModel):
-    """What both networks share: the layers around the blocks, and the start of the weights."""
+    """The common part of both networks: the layers around the blocks, and the initialisation of the weights."""
 
     main_input_name = "pixel_values"
     input_modalities = ("image",)
@@ -123,7 +123,7 @@ class _ImageClassifier(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        # He et al., ICCV 2015, by the number of outputs.
+        # He et al., ICCV 2015, with the fan-out.
         if isinstance(module, nn.Conv2d):
             init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
@@ -172,7 +172,7 @@ def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
 
 
 def _blocks_in_stage(depth: int, other_layers: int) -> int:
-    """The n of a depth of 6n + `other_layers`."""
+    """The n of a depth of 6n + `other_layers`; raises `ValueError` if there is none."""
     number, rest = divmod(depth - other_layers, 6)
     if rest or number < 1:
         raise ValueError(
@@ -197,6 +197,6 @@ def _block_sizes(widen_factor: int, blocks_in_stage: int) -> list[tuple[int, int
 for _config, _model in ((CifarResNetConfig, CifarResNet), (WideResNetConfig, WideResNet)):
     AutoConfig.register(_config.model_type, _config)
     AutoModelForImageClassification.register(_config, _model)
-    # This file is saved beside the weights.
+    # This file is saved with the weights.
     _config.register_for_auto_class()
     _model.register_for_auto_class("AutoModelForImageClassification")
