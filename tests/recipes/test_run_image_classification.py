@@ -125,7 +125,7 @@ def test_yaml_is_the_network_of_the_paper(path):
 def test_settings_of_the_model_that_make_no_sense():
     for settings, message in (
         ({}, "Set exactly one of model_name_or_path, .*, and architecture"),
-        ({"architecture": "resnet", "model_name_or_path": "x"}, "and the other one to null"),
+        ({"architecture": "resnet", "model_name_or_path": "x"}, "set the other to null"),
         ({"architecture": "vgg"}, "architecture must be one of resnet, wide_resnet"),
         ({"architecture": "resnet", "image_size": 0}, "image_size must be at least 1"),
     ):
