@@ -175,7 +175,7 @@ KINDS: dict[type, Kind] = {
     list: LIST,
     collections.deque: LIST,
     set: Kind(list, _put_items),
-    bytearray: LIST,
+    bytearray: Kind(bytes, lambda array, kept: array.__setitem__(slice(None), kept), operator.eq),
     Attributes: SLOTS,
     nn.Module: MODULE,
     Tensor: TENSOR,

@@ -150,9 +150,9 @@ class PassState:
 
     def warn_of_changes(self, marks: dict[str, Any]) -> None:
         """Warn of objects that cannot be copied and have changed since `marks`, once for each."""
-        owner = next(iter(self.roots()), "trainer")  # what has `in_second_pass`: a Trainer, or an `LSAM`
         for name, thing in self._unheld.items():
             if name in marks and mark_of(thing) != marks[name]:
+                owner = next(iter(self.roots()), "trainer")  # what has `in_second_pass`: a Trainer, or an `LSAM`
                 what = f"{name} changes in pass 2 as it did in pass 1, and a {type(thing).__name__} cannot be restored"
                 logger.warning_once(f"{what}. Change it in pass 1 only: if not {owner}.in_second_pass.")
 

@@ -3,7 +3,6 @@
 import json
 import logging
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -156,7 +155,8 @@ class StepLog:
 
     def copy(self) -> "StepLog":
         """A copy that does not change with this one."""
-        return replace(self, **{name: copy(value) for name, value in vars(self).items()})
+        sums, counts, norms = dict(self.sums), dict(self.counts), dict(self.norms)
+        return replace(self, sums=sums, counts=counts, norms=norms, pending=list(self.pending))
 
     def state(self) -> dict[str, Any]:
         """The sums since the last log line, for a checkpoint."""

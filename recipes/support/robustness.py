@@ -30,9 +30,8 @@ class RobustnessArguments:
 
     Args:
         quantised_bits (`list[int]`, *optional*):
-            Numbers of bits: 8, 4 or both (symmetric weight-only quantisation). With 8 bits, each output has
-            one scale. With 4 bits, each group of 64 inputs of an output has one, if the number of inputs is a multiple
-            of 64.
+            Numbers of bits: 8, 4 or both (symmetric weight-only quantisation). With 8 bits, each output has one scale.
+            With 4 bits, each group of 64 inputs of an output has one, if the number of inputs is a multiple of 64.
         weight_noise (`list[float]`, *optional*):
             Standard deviations of Gaussian noise, relative to the standard deviation of each weight matrix. Metrics
             are means over 3 draws, which are the same in every run.
@@ -104,7 +103,7 @@ def quantised(weight: Tensor, bits: int) -> Tensor:
     grouped = bits == 4 and weight.shape[1] % GROUP_SIZE == 0
     groups = weight.detach().float().unflatten(1, (-1, GROUP_SIZE if grouped else weight.shape[1]))
     least, most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    scale = groups.abs().amax(2, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) * 2 / (most - least)
+    scale = (groups.abs().amax(2, keepdim=True) * 2 / (most - least)).clamp_min(torch.finfo(torch.float32).tiny)
     steps = (groups / scale).round().clamp(least, most)
     return (steps * scale).flatten(1).to(weight.dtype)
 

@@ -49,6 +49,16 @@ def test_quantisation_equals_its_definition(bits, inputs, group):
     assert ((ours - literal).abs() > 1e-4).sum() <= 5 and not torch.equal(ours, weight)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_of_zero_stay_zero(bits):
+    """As those of a new LoRA adapter, also where the processor takes the smallest numbers for zero."""
+    torch.set_flush_denormal(True)  # where the processor can
+    try:
+        assert torch.equal(quantised(torch.zeros(3, 64), bits), torch.zeros(3, 64))
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_noise_has_the_deviation_that_is_asked_for_and_is_the_same_again():
     weight = 3 * torch.randn(200, 300)
     first, second = (noisy(weight, 0.1, torch.Generator().manual_seed(7)) - weight for _ in range(2))
