@@ -12,6 +12,7 @@ from transformers import EvalPrediction
 from hf_lsam_recipes import run_glue
 from hf_lsam_recipes import run_image_classification as images
 from hf_lsam_recipes.support.calibration import ClassifierMetrics, fit_temperature, probability_metrics
+from hf_lsam_recipes.support.comparison.plan import is_greater_better
 from hf_lsam_recipes.support.text.glue_data import load_text_data
 from hf_lsam_recipes.support.text.glue_tasks import DataArguments
 
@@ -66,6 +67,12 @@ def test_no_other_temperature_has_a_lower_loss(classes):
         assert literal(logits / temperature / other, labels)["nll"] > best
     # Three times as large logits need three times as large a temperature.
     assert fit_temperature(3 * logits, labels) == pytest.approx(3 * temperature, rel=1e-4)
+
+
+def test_a_comparison_takes_lower_ones_for_better():
+    names = [*probability_metrics(*draw(2), temperature=2.0), "loss", "neutral_loss_before", "perplexity"]
+    assert not any(is_greater_better(f"{split}_{name}") for split in ("eval", "shift_books") for name in names)
+    assert all(map(is_greater_better, ("eval_accuracy", "shift_books_accuracy", "predict_matthews_correlation")))
 
 
 def test_no_loss_is_clipped_and_no_logit_overflows():

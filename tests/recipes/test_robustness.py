@@ -150,7 +150,7 @@ def test_what_is_forgotten_of_a_neutral_text(tmp_path):
     argv = clm_argv(
         model, tmp_path / "out", "--train_file", str(train), "--neutral_file", neutral, "--block_size", "16"
     )
-    train_so = ["--learning_rate", "0.01", "--do_train", "--do_eval"]
+    train_so = ["--learning_rate", "0.01", "--do_train", "--do_eval", "--lora_r", "2", "--lora_dropout", "0.5"]
     run = run_clm.prepare([*argv, "--quantised_bits", "4", *train_so])
     before = run.trainer.predict(run.neutral).metrics["test_loss"]
     state = torch.get_rng_state()
