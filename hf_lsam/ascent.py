@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .account import Account
 from .blocks import Candidate
 from .config import LSAMConfig
 from .costs import CostModel
@@ -68,6 +69,7 @@ class StepState:
     # LookSAM: weights, and for each the part of the last perturbed gradient that is orthogonal to the plain one.
     correction: tuple[list[Tensor], list[Tensor]] | None
     log: StepLog  # sums since the last log line
+    account: Account | None  # of `max_overhead`; `None` without a price, and before the first step at a price
 
 
 @torch.no_grad()
@@ -104,7 +106,7 @@ def find_ascent(
         if config.block_selection == "budget" and is_distributed():
             chosen = first_of_ranks(chosen, len(candidates), device)
         if not chosen:
-            return f"no block that is trained now fits max_overhead={config.max_overhead}"
+            return f"no block that is trained now fits max_overhead={config.budget}"
     parts = squares.split(counts)
     norm = torch.cat([parts[index] for index in chosen]).sum().sqrt()
     if on_host(norm) and not 0 < norm.numpy() < np.inf:

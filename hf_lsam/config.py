@@ -34,15 +34,19 @@ class LSAMConfig:
             selected by the norm of `|w| g`, too. Needs a `rho` about 10 times larger.
         block_selection (`str`, *optional*, defaults to `"top_k"`):
             `"top_k"`: the blocks with the largest gradient norm (the paper). `"last"`: the last ones. `"budget"`: of
-            all sets within `max_overhead`, the one with the largest sum of squared gradient norms. `"all"`: every
-            trainable parameter, embeddings and head included (SAM). `"none"`: plain training.
+            all sets whose cost is within `max_overhead`, the one with the largest sum of squared gradient norms.
+            `"all"`: every trainable parameter, embeddings and head included (SAM). `"none"`: plain training.
         num_perturbed_blocks (`int`, *optional*, defaults to `2`):
             Number of selected blocks; for `"budget"`, the maximum. `None`: all. Default: ours (the paper: 2 or 4).
         block_pattern (`str`, *optional*):
             Regular expression. The modules whose whole name it matches (`re.fullmatch`, names as in
             `model.named_modules()`) are the blocks to select from, instead of the transformer blocks.
-        max_overhead (`float`, *optional*, defaults to `0.25`):
-            For `"budget"`: the maximum cost of the second pass, as a share of a plain training step. Default: ours.
+        max_overhead (`float`, *optional*):
+            The price: the most that second passes may cost in plain steps, on average over all steps of the training.
+            Each step that may be perturbed pays an equal part of it into an account. A step is perturbed if the
+            account holds what the last perturbation cost, and pays what its own second pass really cost. With
+            `"all"` and 0.2, every 5th step is perturbed. `None`: no limit. `"budget"` has no account: each of its
+            second passes is within the limit, by default 0.25 (ours).
         ascent_gradient (`str`, *optional*, defaults to `"current"`):
             `"current"`: that of the same batch, from a first pass. `"previous"`: that of the step before (AsyncSAM,
             arXiv 2503.11147, with tau = 1). A step is then a single pass at the perturbed weights, and its loss is the
@@ -71,7 +75,9 @@ class LSAMConfig:
     num_perturbed_blocks: int | None = HfArg(default=2, help="Blocks perturbed per step; null in a YAML means all.")
     block_selection: str = HfArg(default="top_k", help="Selection rule.", metadata={"choices": BLOCK_SELECTIONS})
     block_pattern: str | None = HfArg(default=None, help="Regular expression of modules to select from, not blocks.")
-    max_overhead: float = HfArg(default=0.25, help="For 'budget': maximum cost of pass 2, in plain steps.")
+    max_overhead: float | None = HfArg(
+        default=None, help="Maximum cost of second passes in plain steps, on average over all steps."
+    )
     ascent_gradient: str = HfArg(
         default="current", help="Gradient of this or of the previous step.", metadata={"choices": ASCENT_GRADIENTS}
     )
@@ -85,11 +91,13 @@ class LSAMConfig:
     adaptive: bool = HfArg(default=False, help="ASAM: scale the perturbation by the size of the weights.")
 
     def __post_init__(self):
-        for name in ("rho", "alpha", "max_overhead", "reuse_correction", "perturb_start", "perturb_end"):
+        for name in ("rho", "alpha", "reuse_correction", "perturb_start", "perturb_end"):
             setattr(self, name, _number(name, getattr(self, name), float))
         self.perturb_interval = _number("perturb_interval", self.perturb_interval, int)
         if self.num_perturbed_blocks is not None:
             self.num_perturbed_blocks = _number("num_perturbed_blocks", self.num_perturbed_blocks, int)
+        if self.max_overhead is not None:
+            self.max_overhead = _number("max_overhead", self.max_overhead, float)
         self._check_ranges()
         self._check_combinations()
 
@@ -98,13 +106,23 @@ class LSAMConfig:
         """Whether any step may be perturbed; if not, training is bit-identical to the plain Trainer's."""
         return self.rho > 0 and self.alpha > 0 and self.block_selection != "none"
 
+    @property
+    def is_priced(self) -> bool:
+        """Whether `max_overhead` decides which of the `perturbed_steps` are perturbed."""
+        return self.max_overhead is not None and self.block_selection != "budget"
+
+    @property
+    def budget(self) -> float:
+        """`max_overhead`; where it is not set, 0.25, which is what `block_selection="budget"` then keeps within."""
+        return 0.25 if self.max_overhead is None else self.max_overhead
+
     def perturbed_steps(self, max_steps: int) -> range:
-        """The optimizer steps (0-based) of `max_steps` that are perturbed."""
+        """The optimizer steps (0-based) of `max_steps` that are perturbed, at a price as many as it pays for."""
         first, end = _steps(self.perturb_start, max_steps), _steps(self.perturb_end, max_steps)
         return range(first, end if self.enabled else first, self.perturb_interval)
 
     def is_perturbed(self, step: int, max_steps: int) -> bool:
-        """Whether optimizer step `step` (0-based) of `max_steps` is perturbed."""
+        """Whether optimizer step `step` (0-based) of `max_steps` is perturbed, if the price allows it."""
         return step in self.perturbed_steps(max_steps)
 
     def is_active(self, step: int, max_steps: int) -> bool:
@@ -116,7 +134,7 @@ class LSAMConfig:
         for name, is_in_range, rule in (
             ("rho", self.rho >= 0, "is the length of the perturbation and cannot be negative"),
             ("alpha", 0 <= self.alpha <= 1, "mixes two gradients and must lie in [0, 1]"),
-            ("max_overhead", self.max_overhead > 0, "must be above 0 (a share of a plain step)"),
+            ("max_overhead", self.budget > 0, "must be above 0 (in plain steps; null means no limit)"),
             ("num_perturbed_blocks", blocks is None or blocks >= 1, f"must be at least 1 {no_blocks}"),
             ("perturb_interval", self.perturb_interval >= 1, "counts steps and must be at least 1"),
             ("reuse_correction", self.reuse_correction >= 0, "must be 0 (off) or above"),
@@ -151,7 +169,12 @@ class LSAMConfig:
                 "ascent_gradient='previous' perturbs along the gradient of the whole previous step, which "
                 "sharpness_scope='micro_batch' contradicts. Set sharpness_scope='batch'."
             )
-        if self.reuse_correction > 0 and self.perturb_interval == 1:
+        if is_one_pass and self.is_priced:
+            raise ValueError(
+                "ascent_gradient='previous' has no second pass, so max_overhead has nothing to limit. Set "
+                "max_overhead=None, or ascent_gradient='current'."
+            )
+        if self.reuse_correction > 0 and self.perturb_interval == 1 and not self.is_priced:
             raise ValueError(
                 "reuse_correction acts at the steps between two perturbed ones, and perturb_interval=1 leaves none. "
                 "Set perturb_interval to 2 or more (LookSAM: 5), or reuse_correction=0."

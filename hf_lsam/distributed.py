@@ -62,6 +62,13 @@ def any_of_ranks(flags: Sequence[bool], device: torch.device) -> list[bool]:
     return [count > 0 for count in counts.tolist()]
 
 
+def mean_of_ranks(number: float, device: torch.device) -> float:
+    """The mean of `number` over all processes; in one process the number itself."""
+    if not is_distributed():
+        return number
+    return average_over_ranks([torch.tensor(number, device=device)])[0].item()
+
+
 def first_of_ranks(chosen: Sequence[int], count: int, device: torch.device | None) -> list[int]:
     """The selection of the first process among `count` candidates, since costs may differ between batches."""
     mask = torch.zeros(count, dtype=torch.int32, device=device)
@@ -133,9 +140,9 @@ def _problems(trainer: Trainer, config: LSAMConfig) -> Iterator[str]:
         )
     is_one_graph = is_compiled and not plugin.use_regional_compilation
     way_out = "Compile the blocks one by one (with ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION=true in the environment)"
-    if is_one_graph and config.block_selection == "budget" and config.max_overhead < 1:
+    if is_one_graph and config.block_selection == "budget" and config.budget < 1:
         raise ValueError(
-            f"torch_compile=True makes pass 2 cost a plain step, so max_overhead={config.max_overhead} cannot be met. "
+            f"torch_compile=True makes pass 2 cost a plain step, so max_overhead={config.budget} cannot be met. "
             f"{way_out}, raise max_overhead to 1, or use ascent_gradient='previous'."
         )
     if is_one_graph and is_micro_batch and args.world_size > 1:

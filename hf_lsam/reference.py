@@ -142,6 +142,24 @@ def one_pass_lsam_step(
     update(model, gradients, optimizer)
 
 
+def priced_steps(
+    max_overhead: float, max_steps: int, steps: Sequence[int], expected: float, costs: Sequence[float]
+) -> list[int]:
+    """Those of `steps` that are perturbed at a price; `costs` has the cost of pass 2 at each step, if it has one.
+
+    `max_overhead` plain steps for each of `max_steps` are paid into an account, in equal parts at `steps`. A step is
+    perturbed if the account holds what the last perturbation cost, at first `expected`, and then pays its own cost.
+    """
+    account, perturbed = 0.0, []
+    for step in steps:
+        account += max_overhead * max_steps / len(steps)
+        if account >= expected - 1e-9:
+            perturbed.append(step)
+            expected = costs[step]
+            account -= expected
+    return perturbed
+
+
 def top_k(k: int) -> Rule:
     """The k blocks with the largest gradient norm (the paper's rule)."""
     return lambda norms: sorted(range(len(norms)), key=lambda i: -norms[i])[:k]

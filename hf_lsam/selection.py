@@ -25,7 +25,7 @@ def select(
     sizes, starts = list(map(costs.size, candidates)), list(map(costs.start, candidates))
     sets: list[list[int]] = [[]]
     for first in by_norm:
-        room = config.max_overhead * costs.plain - costs.reaching(starts[first]) - sizes[first]
+        room = config.budget * costs.plain - costs.reaching(starts[first]) - sizes[first]
         if room < 0:
             continue
         sets.append([first])
@@ -42,7 +42,18 @@ def replay_starts(config: LSAMConfig, candidates: Sequence[Candidate], costs: Co
         limit = config.num_perturbed_blocks or len(candidates)  # all of them are selected, so it begins at the first
         return {min(map(costs.start, candidates[-limit:]))} if candidates else set()
     is_budget = config.block_selection == "budget"
-    return {costs.start(c) for c in candidates if not is_budget or costs.overhead([c]) <= config.max_overhead}
+    return {costs.start(c) for c in candidates if not is_budget or costs.overhead([c]) <= config.budget}
+
+
+def predicted_overheads(config: LSAMConfig, candidates: Sequence[Candidate], costs: CostModel) -> tuple[float, float]:
+    """The least and the largest cost of a pass 2 for as many of the trained `candidates` as are perturbed."""
+    trained = [candidate for candidate in candidates if candidate.is_trained] or list(candidates)
+    limit = None if config.block_selection == "all" else config.num_perturbed_blocks
+    count = min(limit or len(trained), len(trained))
+    last, first = costs.overhead(trained[-count:]), costs.overhead(trained[:count])
+    if config.block_selection == "budget":
+        return 0.0, min(config.budget, first)
+    return last, last if config.block_selection == "last" else first
 
 
 def check_selection(config: LSAMConfig, candidates: Sequence[Candidate], costs: CostModel) -> None:
@@ -58,11 +69,11 @@ def check_selection(config: LSAMConfig, candidates: Sequence[Candidate], costs: 
     if config.block_selection == "budget":
         cheapest = min(candidates, key=lambda candidate: costs.overhead([candidate]))
         least = costs.overhead([cheapest])
-        if least > config.max_overhead:
+        if least > config.budget:
             other = "ascent_gradient='previous', which needs no second pass"
             if config.ascent_gradient == "previous":
                 other = "block_selection='last', since without a second pass there is no cost to limit"
             raise ValueError(
-                f"max_overhead={config.max_overhead} is too small for any candidate: the cheapest, {cheapest.name}, "
+                f"max_overhead={config.budget} is too small for any candidate: the cheapest, {cheapest.name}, "
                 f"costs {least:.3f} of a plain step. Raise max_overhead to at least that, or use {other}."
             )

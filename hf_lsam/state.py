@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.utils import logging
 
+from .account import Account
 from .ascent import Ascent
 from .shards import is_sharded, reshard
 from .step import LSAMStep
@@ -32,6 +33,8 @@ def save_state(step: LSAMStep, checkpoint: str, global_step: int, should_save: b
     kept = step.state_at(global_step)
     reshard(step.sharded_modules)
     contents: dict[str, Any] = {"step": global_step, "config": asdict(step.config), "log": kept.log.state()}
+    if kept.account is not None:
+        contents["account"] = asdict(kept.account)
     if kept.previous is not None:
         weights, direction = kept.previous.weights, kept.previous.direction
         small = {name: value for name, value in vars(kept.previous).items() if name not in _LARGE}
@@ -100,6 +103,7 @@ def load_state(step: LSAMStep, checkpoint: str) -> int:
             shard = distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
             tensors[name] = shard.to(like.device)
     step.log.load(contents["log"])
+    step.account = Account(**contents["account"]) if "account" in contents else None
     weights, direction = [parameters[name] for name in tensors], list(tensors.values())
     if "previous" in contents:
         saved = contents["previous"]

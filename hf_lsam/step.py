@@ -19,17 +19,18 @@ import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
+from .account import Account
 from .ascent import Ascent, StepState, find_ascent
 from .blocks import everything, find_blocks, find_candidates
 from .compiled import CompiledRegions
 from .config import LSAMConfig
 from .costs import CostModel, Trained
-from .distributed import average_gradients
+from .distributed import average_gradients, mean_of_ranks
 from .pass_state import PassState
 from .perturbation import Perturbation, add_along, mix, norms, orthogonal_part, unchanged, where, zero_unless
 from .replay import Recording
 from .second_pass import MicroBatch, Pass, SecondPass
-from .selection import check_selection, replay_starts
+from .selection import check_selection, predicted_overheads, replay_starts
 from .shards import reshard, sharded_modules
 from .step_log import Perturbed, StepLog
 
@@ -86,6 +87,9 @@ class LSAMStep:
         self.window: list[MicroBatch] = []  # micro-batches of this step that wait for its last one
         self.previous: Ascent | None = None  # see `StepState`
         self.correction: tuple[list[Tensor], list[Tensor]] | None = None  # see `StepState`
+        self.account: Account | None = None  # see `StepState`
+        self._priced: LSAMConfig | None = None  # the settings that `account` was opened for
+        self._costs: list[float] = []  # of the passes 2 of this step, in plain passes over the same micro-batches
         self.reset_log()
         self.current: tuple[int, StepState] | None = None  # the number of the step that runs, and what it took over
         self.overhead = 0.0  # cost of the last pass 2, in plain passes over the same micro-batches
@@ -107,13 +111,19 @@ class LSAMStep:
 
     def perturbs(self, step: int) -> bool:
         """Whether optimizer step `step` is to be perturbed."""
-        return self.config.is_perturbed(step, self.max_steps)
+        may = self.config.is_perturbed(step, self.max_steps)
+        if not self.config.is_priced:
+            return may
+        if self.account is None or self._priced not in (None, self.config):
+            self.account = Account(step, predicted_overheads(self.config, self.candidates, self.costs)[1])
+        self._priced = self.config
+        return may and self.account.affords(step, self.config, self.max_steps)
 
     def state_at(self, step: int) -> StepState:
         """What optimizer step `step` takes over, for a checkpoint, which on SIGTERM is saved during that step."""
         if self.current is not None and self.current[0] == step:
             return self.current[1]
-        return StepState(self.previous, self.correction, self.log.copy())
+        return StepState(self.previous, self.correction, self.log.copy(), self.account)
 
     def gradients_read_at(self, step: int) -> list[Tensor]:
         """The parameters whose mean gradients optimizer step `step` needs, to perturb this step or the next one."""
@@ -146,10 +156,13 @@ class LSAMStep:
                     self._reuse_correction()
                 return loss
             run = self._batch_step if self.config.sharpness_scope == "batch" else self._micro_batch_step
-            return run(pass_1, pass_2, is_last)
+            loss = run(pass_1, pass_2, is_last)
+            self._pay(is_last)
+            return loss
         except BaseException:
             if is_last:  # a trainer may skip a micro-batch that fails; the others of the step still count
                 self.window.clear()
+                self._costs.clear()
             raise
         finally:
             self.perturbation.put_back()
@@ -214,6 +227,16 @@ class LSAMStep:
         else:
             self.overhead = self.costs.overhead([self.candidates[i] for i in ascent.chosen], replayed=False)
         self._count(ascent, finite)
+
+    def _pay(self, is_last: bool) -> None:
+        """Pay for the passes 2 of a step from the account, the same amount in all processes."""
+        if is_last or self.config.sharpness_scope == "micro_batch":
+            self._costs.append(self.overhead)
+        if is_last and self.account is not None and self.config.is_priced:
+            cost = sum(self._costs) / len(self._costs)
+            self.account = self.account.after(mean_of_ranks(cost, self.second_pass.state.device))
+        if is_last:
+            self._costs.clear()
 
     def _replay_starts(self, recording: Recording) -> set[int]:
         """Indices of the calls at which a pass 2 after this pass 1 may begin."""

@@ -15,6 +15,7 @@ from transformers.utils.logging import get_logger
 from .blocks import Candidate
 from .config import LSAMConfig
 from .costs import CostModel
+from .selection import predicted_overheads
 
 logger = get_logger(__name__)
 
@@ -38,34 +39,41 @@ def announce(config: LSAMConfig, candidates: Sequence[Candidate], costs: CostMod
     steps, is_one_pass = config.perturbed_steps(max_steps), config.ascent_gradient == "previous"
     if is_one_pass and 0 in steps:
         steps = steps[1:]  # the first step has no previous gradient
-    if not steps:
+    least, most = predicted_overheads(config, candidates, costs)
+    counts = {len(steps)}
+    if config.is_priced:
+        counts = {min(int(config.budget * max_steps / one + 1e-9), len(steps)) for one in (least, most)}
+    if counts == {0}:
         logger.warning(
             f"No step of the {max_steps} of this run is perturbed with perturb_start={config.perturb_start}, "
-            f"perturb_end={config.perturb_end}, perturb_interval={config.perturb_interval} and ascent_gradient="
-            f"{config.ascent_gradient!r}. Change these settings, or train longer."
+            f"perturb_end={config.perturb_end}, perturb_interval={config.perturb_interval}, ascent_gradient="
+            f"{config.ascent_gradient!r} and max_overhead={config.max_overhead}. Change these settings, or train "
+            "longer."
         )
         return
     trained = [candidate for candidate in candidates if candidate.is_trained] or list(candidates)
     count = min(config.num_perturbed_blocks or len(trained), len(trained))
     among = f"{len(trained)} {'blocks' if config.block_pattern is None else 'modules of block_pattern'}"
-    last, first = (costs.overhead(blocks) for blocks in (trained[-count:], trained[:count]))
+    cost = f"{most:.2f}"
     if config.block_selection == "all":
-        what, cost = "all trainable parameters", f"{first:.2f}"
+        what = "all trainable parameters"
     elif config.block_selection == "budget":
-        what, cost = f"up to {count} of {among}", f"at most {min(config.max_overhead, first):.2f}"
+        what, cost = f"up to {count} of {among}", f"at most {most:.2f}"
     elif count == len(trained):
-        what, cost = f"all {among}", f"{first:.2f}"
+        what = f"all {among}"
     elif config.block_selection == "last":
-        what, cost = f"the last {count} of {among}", f"{last:.2f}"
+        what = f"the last {count} of {among}"
     else:
         what = f"the {count} of {among} with the largest gradient norm"
-        cost = f"{last:.2f} (last {count}) to {first:.2f} (first {count})"
+        cost = f"{least:.2f} (last {count}) to {most:.2f} (first {count})"
+    pays = f", of which max_overhead={config.budget:g} pays for {' to '.join(map(str, sorted(counts)))}"
+    price = pays if config.is_priced else ""
     extra = f"Predicted cost of pass 2: {cost} of a plain step" if not is_one_pass else "There is no second pass"
     interval = f" (1 in {config.perturb_interval})" if config.perturb_interval > 1 else ""
     scope = "each micro-batch of " if config.sharpness_scope == "micro_batch" else ""
     logger.info(
         f"LSAM perturbs {what} with rho={config.rho:g}, alpha={config.alpha:g}{', adaptive' * config.adaptive}, at "
-        f"{scope}steps {steps[0] + 1} to {steps[-1] + 1} of {max_steps}{interval}. {extra}."
+        f"{scope}steps {steps[0] + 1} to {steps[-1] + 1} of {max_steps}{interval}{price}. {extra}."
     )
 
 

@@ -56,7 +56,7 @@ class Twin(TrainerCallback):
                 for p in module.parameters(recurse=False)
                 if p not in inside
             )
-            return reference.budget(config.max_overhead, k, sizes, head)
+            return reference.budget(config.budget, k, sizes, head)
         return (reference.last if config.block_selection == "last" else reference.top_k)(k or BLOCKS)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -19,6 +19,7 @@ METHODS = {
     "sam": dict(rho=0.1, block_selection="all"),
     "looksam": dict(rho=0.1, block_selection="all", perturb_interval=3, reuse_correction=0.7),
     "one-pass": dict(rho=0.1, ascent_gradient="previous"),
+    "priced": dict(rho=0.1, max_overhead=0.4),
 }
 
 

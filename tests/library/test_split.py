@@ -13,6 +13,7 @@ METHODS = {
     "looksam": dict(rho=0.1, block_selection="all", perturb_interval=3, reuse_correction=0.7),
     "budget": dict(rho=0.1, block_selection="budget", max_overhead=0.7, num_perturbed_blocks=None),
     "one pass": dict(rho=0.1, ascent_gradient="previous"),
+    "priced": dict(rho=0.1, max_overhead=0.4),
 }
 
 

@@ -14,7 +14,8 @@ from hf_lsam import LSAM, LSAMConfig, LSAMTrainer
 LINE = re.compile(
     r"LSAM perturbs (?P<what>.+) with rho=(?P<rho>\S+), alpha=(?P<alpha>[\d.]+)(?P<adaptive>, adaptive)?, at "
     r"(?P<scope>each micro-batch of )?steps (?P<first>\d+) to (?P<last>\d+) of (?P<max_steps>\d+)"
-    r"(?: \(1 in (?P<interval>\d+)\))?\. (?P<cost>.+)\."
+    r"(?: \(1 in (?P<interval>\d+)\))?(?:, of which max_overhead=(?P<price>[\d.]+) pays for (?P<counts>[\d to]+))?\. "
+    r"(?P<cost>.+)\."
 )
 STEPS = 10
 TOP_2 = "the 2 of 4 blocks with the largest gradient norm"
@@ -111,6 +112,23 @@ def test_the_range_of_equal_blocks_is_the_formula(caplog):
     LSAM(model, torch.optim.SGD(model.parameters()), LSAMConfig(), max_steps=8)
     [line] = start_lines(caplog)
     assert line["cost"] == "Predicted cost of pass 2: 0.50 (last 2) to 0.83 (first 2) of a plain step"
+
+
+@pytest.mark.parametrize(
+    "settings, price, counts",
+    [
+        (dict(block_selection="all", max_overhead=0.2), "0.2", "2"),
+        (dict(block_selection="all", max_overhead=0.2, perturb_start=0.8), "0.2", "2"),
+        (dict(block_selection="last", max_overhead=3), "3", "10"),
+        (dict(block_selection="top_k", max_overhead=0.3), "0.3", "3 to 5"),
+    ],
+)
+def test_a_price_says_how_many_steps_it_pays_for(settings, price, counts, tmp_path, caplog):
+    trainer = run(tmp_path, LSAMConfig(**settings))
+    [line] = start_lines(caplog)
+    assert (line["price"], line["counts"]) == (price, counts)
+    few, many = int(counts.split()[0]), int(counts.split()[-1])
+    assert few <= sum(logged["lsam/active"] for logged in training_lines(trainer)) <= many
 
 
 @pytest.mark.parametrize("off", [dict(rho=0), dict(alpha=0), dict(block_selection="none")])

@@ -29,6 +29,7 @@ METHODS = {
     "lsam": LSAMConfig(rho=0.3, alpha=0.5),
     "one_pass": LSAMConfig(rho=0.3, ascent_gradient="previous"),
     "looksam": LSAMConfig(rho=0.3, block_selection="all", perturb_interval=3, reuse_correction=0.7),
+    "priced": LSAMConfig(rho=0.3, block_selection="all", max_overhead=0.3),  # steps 3, 6 and 9
 }
 
 
@@ -150,7 +151,7 @@ def killed(folder, name, config, choose):
     calls = range(1, ACCUMULATION + 1)
     moments = [(signal.SIGKILL, choose.choice([3, 4, 5]), choose.choice(calls))]
     if config.ascent_gradient == "current":
-        second = 6 if config.perturb_interval > 1 else choose.choice([6, 7, 8])
+        second = 6 if config.perturb_interval > 1 or config.is_priced else choose.choice([6, 7, 8])
         moments.append((signal.SIGKILL, second, "moved"))
     moments.append((signal.SIGKILL, 10, choose.choice(["model", "optimizer", "random state"])))
     plan = []
