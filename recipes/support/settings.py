@@ -22,6 +22,13 @@ class _Parser(HfArgumentParser):
     def error(self, message: str):
         super().error(choices_hint(message))
 
+    def parse_known_args(self, args=None, namespace=None):
+        """As of argparse; `null` as the only value of a list is `None`."""
+        namespace, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(namespace).items():
+            setattr(namespace, name, None if value == [None] else value)
+        return namespace, rest
+
 
 def parse_arguments(
     kinds: Sequence[type], argv: list[str], description: str, folder: str | None = None
@@ -59,9 +66,12 @@ def parse_arguments(
     parser.set_defaults(**{name: value for name, value in defaults.items() if name in known})
     if argv and not argv[0].startswith("-"):
         path = Path(argv[0]) if folder is None else find_yaml(argv[0], folder)
-        scalars, lists = read_yaml(path, known)
-        parser.set_defaults(**lists)
-        argv = scalars + argv[1:]
+        own, lists = read_yaml(path, known)
+        for action in parser._actions:
+            if action.nargs is not None and lists.get(action.dest):
+                own += [f"--{action.dest}", *lists.pop(action.dest)]
+        parser.set_defaults(**lists)  # settings that are one string on the command line
+        argv = own + argv[1:]
     *parsed, unknown = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False
     )

@@ -49,6 +49,22 @@ def test_command_line_overrides_yaml(tmp_path):
     assert parse(str(path), "--num_perturbed_blocks", "3")[-2].num_perturbed_blocks == 3
 
 
+def test_lists_of_numbers_in_a_yaml(tmp_path):
+    """They are numbers, as on the command line, and `null` or an empty list is none."""
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model_name_or_path: m\ntask_name: rte\n"
+        "quantised_bits: [8, 4]\nweight_noise:\n  - 0.1\nshift_files: [a=b.tsv]\n"
+    )
+    parsed = {type(settings).__name__: settings for settings in parse(str(path), "--shift_files", "null")}
+    robustness = parsed["RobustnessArguments"]
+    assert (robustness.quantised_bits, robustness.weight_noise) == ([8, 4], [0.1])
+    assert parsed["DataArguments"].shift_files is None
+    path.write_text("model_name_or_path: m\ntask_name: rte\nshift_files: []\nquantised_bits: [2]\n")
+    with pytest.raises(ValueError, match="quantised_bits must be 8, 4 or both, but one is 2"):
+        parse(str(path))
+
+
 def test_null_on_the_command_line():
     argv = ["--model_name_or_path", "m", "--task_name", "rte"]
     assert parse(*argv)[-2].num_perturbed_blocks == 2

@@ -41,15 +41,17 @@ def headless(bert, tmp_path_factory) -> str:
     return str(folder)
 
 
-def test_every_yaml_is_one_that_the_recipe_accepts():
+def test_every_yaml_is_one_that_the_recipe_accepts(tmp_path):
     files = sorted([*RECIPES.glob("compare/*.yaml"), *RECIPES.glob("studies/evidence/*.yaml")])
     assert len(files) >= 2
     for path in files:
         comparison = read_comparison(path, {}, {})
         settings = importlib.import_module(f"hf_lsam_recipes.{comparison.recipe.stem}").SETTINGS
         for run in [*comparison.tuning_runs(), *comparison.final_runs()]:
-            options = [f"--{name}={value}" for name, value in run.settings.items() if name != "recipe"]
-            parse_arguments(settings, [*options, "--output_dir", "out"], "")
+            own = {name: value for name, value in run.settings.items() if name != "recipe"}
+            given = tmp_path / "settings.yaml"
+            given.write_text(yaml.safe_dump(own))
+            parse_arguments(settings, [str(given), "--output_dir", "out"], "")
         assert comparison.tuning_runs() or comparison.final_runs()
 
 
