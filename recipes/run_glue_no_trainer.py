@@ -203,6 +203,7 @@ def execute(run: Run) -> dict[str, float]:
         accelerator.unwrap_model(model).save_pretrained(output)
         run.tokenizer.save_pretrained(output)
         (output / "all_results.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    accelerator.wait_for_everyone()  # no process leaves before the others are done
     accelerator.end_training()
     return metrics
 

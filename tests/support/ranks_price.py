@@ -60,6 +60,8 @@ def train(folder: Path, settings: dict) -> dict:
 def main(folder: Path) -> None:
     found = {name: train(folder / name, settings) for name, settings in CASES.items()}
     torch.save(found, folder / f"{dist.get_rank()}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
