@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from hf_lsam_recipes.support.comparison.statistics import mean_interval
+from hf_lsam_recipes.support.comparison.statistics import COSTS, mean_interval
 from hf_lsam_recipes.support.markdown import markdown_table
 
 # The figures by name, and their titles. The first two are primary. Lower is better for losses and calibration errors.
@@ -52,8 +52,11 @@ def collect(folder: Path) -> list[dict[str, Any]]:
             "stage": "tuning" if result["tuning"] else "compared",
             "seed": str(result["seed"]),
         }
-        row |= {name: result["metrics"].get(name, "") for name in ("eval_nll_scaled", *FIGURES, "train_loss")}
-        row |= {name: result[name] for name in ("training_seconds", "step_seconds", "flops", "commit", "machine")}
+        # As in the runs.csv of a comparison.
+        metric = "eval_nll_scaled" if result["tuning"] else "predict_nll_scaled"
+        row |= {"metric": metric, "value": result["metrics"][metric]}
+        row |= {name: result["metrics"].get(name, "") for name in (*FIGURES, "train_loss")}
+        row |= {name: result[name] for name in (*COSTS, "commit", "machine")}
         versions = " ".join(f"{name}={version}" for name, version in result["versions"].items())
         rows.append(row | {"versions": versions})
     if not rows:

@@ -22,7 +22,7 @@ def folder(tmp_path):
 
 def write(folder, task, method, seed, effect, shift, tuning=False):
     loss = 1 + 0.1 * seed + effect * (1 + 0.01 * (seed - 1))
-    metrics = {"predict_nll_scaled": loss, "predict_accuracy": 0.8, "train_loss": 0.1}
+    metrics = {"eval_nll_scaled": loss, "predict_nll_scaled": loss, "predict_accuracy": 0.8, "train_loss": 0.1}
     result = dict(
         task=task,
         method=method,
@@ -33,6 +33,7 @@ def write(folder, task, method, seed, effect, shift, tuning=False):
         training_seconds=10 * (1 - effect),
         step_seconds=1.0,
         flops=100 * (1 - effect),
+        peak_memory_mib=1000,
         commit="abc",
         machine="m",
         versions={"torch": "2"},
