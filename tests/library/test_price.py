@@ -65,9 +65,13 @@ def test_sam_at_a_fifth_of_its_cost_is_every_fifth_step(tmp_path):
     assert sum(costs(trainer)) == pytest.approx(4)
 
 
+class Half(Large):
+    new = staticmethod(lambda: Net(6, width=16))
+
+
 def flops(folder, config, steps) -> int:
     """All operations of a run; what compares passes 2 with passes 1 at its beginning is a part of them."""
-    trainer = make(Large, folder, config, max_steps=steps, logging_steps=steps)
+    trainer = make(Half, folder, config, max_steps=steps, logging_steps=steps)
     with FlopCounterMode(display=False) as counter:
         trainer.train()
     return counter.get_total_flops()
@@ -84,7 +88,9 @@ def plain_flops(tmp_path_factory):
 @pytest.mark.parametrize("price", PRICES)
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_the_price_is_kept_in_measured_operations(selection, price, plain_flops, tmp_path):
-    config = SELECTIONS[selection] | dict(max_overhead=price, rho=0.05)
+    # Three of six blocks cost at least half of a step, whichever these are.
+    count = 4 if selection == "last" else 3
+    config = SELECTIONS[selection] | dict(max_overhead=price, rho=0.05, num_perturbed_blocks=count)
     assert flops(tmp_path, config, STEPS) / plain_flops - 1 == pytest.approx(price, abs=0.02)
 
 
@@ -163,7 +169,7 @@ def test_a_run_that_resumes_without_a_state_begins_with_nothing_saved(tmp_path):
     assert perturbed(trainer) == [14, 19]
 
 
-@pytest.mark.parametrize("stop", range(1, 12))
+@pytest.mark.parametrize("stop", [1, 2, 5, 8, 11])
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_a_resumed_run_perturbs_the_same_steps(selection, stop, tmp_path):
     config = SELECTIONS[selection] | dict(max_overhead=0.3, rho=0.05)
