@@ -15,9 +15,15 @@ class Account:
     costs at most what was paid in, except for the amount by which the last second pass cost more than expected.
     """
 
+    terms: tuple[float, ...]  # the settings of the price that it was opened for
     opened: int
     expected: float
     spent: float = 0.0
+
+    @staticmethod
+    def terms_of(config: LSAMConfig) -> tuple[float, ...]:
+        """The settings that say how much is paid in, and when."""
+        return config.budget, config.perturb_start, config.perturb_end, config.perturb_interval
 
     def affords(self, step: int, config: LSAMConfig, max_steps: int) -> bool:
         """Whether the account holds enough for optimizer step `step`, one that may be perturbed."""

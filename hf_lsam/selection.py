@@ -48,8 +48,7 @@ def replay_starts(config: LSAMConfig, candidates: Sequence[Candidate], costs: Co
 def predicted_overheads(config: LSAMConfig, candidates: Sequence[Candidate], costs: CostModel) -> tuple[float, float]:
     """The least and the largest cost of a pass 2 for as many of the trained `candidates` as are perturbed."""
     trained = [candidate for candidate in candidates if candidate.is_trained] or list(candidates)
-    limit = None if config.block_selection == "all" else config.num_perturbed_blocks
-    count = min(limit or len(trained), len(trained))
+    count = min(config.num_perturbed_blocks or len(trained), len(trained))
     last, first = costs.overhead(trained[-count:]), costs.overhead(trained[:count])
     if config.block_selection == "budget":
         return 0.0, min(config.budget, first)

@@ -103,7 +103,9 @@ def load_state(step: LSAMStep, checkpoint: str) -> int:
             shard = distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
             tensors[name] = shard.to(like.device)
     step.log.load(contents["log"])
-    step.account = Account(**contents["account"]) if "account" in contents else None
+    if (account := contents.get("account")) is not None:
+        account = Account(**account | {"terms": tuple(account["terms"])})
+    step.account = account
     weights, direction = [parameters[name] for name in tensors], list(tensors.values())
     if "previous" in contents:
         saved = contents["previous"]

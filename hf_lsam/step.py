@@ -88,7 +88,6 @@ class LSAMStep:
         self.previous: Ascent | None = None  # see `StepState`
         self.correction: tuple[list[Tensor], list[Tensor]] | None = None  # see `StepState`
         self.account: Account | None = None  # see `StepState`
-        self._priced: LSAMConfig | None = None  # the settings that `account` was opened for
         self._costs: list[float] = []  # of the passes 2 of this step, in plain passes over the same micro-batches
         self.reset_log()
         self.current: tuple[int, StepState] | None = None  # the number of the step that runs, and what it took over
@@ -114,9 +113,9 @@ class LSAMStep:
         may = self.config.is_perturbed(step, self.max_steps)
         if not self.config.is_priced:
             return may
-        if self.account is None or self._priced not in (None, self.config):
-            self.account = Account(step, predicted_overheads(self.config, self.candidates, self.costs)[1])
-        self._priced = self.config
+        terms = Account.terms_of(self.config)
+        if self.account is None or self.account.terms != terms:
+            self.account = Account(terms, step, predicted_overheads(self.config, self.candidates, self.costs)[1])
         return may and self.account.affords(step, self.config, self.max_steps)
 
     def state_at(self, step: int) -> StepState:

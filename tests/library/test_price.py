@@ -1,6 +1,7 @@
 """`max_overhead`: an account that steps pay into, and perturbations are paid from."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import ranks_price
@@ -48,7 +49,7 @@ def test_the_account_perturbs_the_steps_of_the_reference(seed):
         perturb_interval=interval,
     )
     known, expected = [draw.uniform(0.2, 1) for _ in range(steps)], draw.uniform(0.2, 1)
-    account, chosen = Account(0, expected), []
+    account, chosen = Account(Account.terms_of(config), 0, expected), []
     for step in config.perturbed_steps(steps):
         if account.affords(step, config, steps):
             chosen.append(step)
@@ -154,6 +155,39 @@ def test_new_settings_in_a_run_open_a_new_account(tmp_path):
     def training_step(*args, **kwargs):
         if trainer.state.global_step == 20:
             trainer.lsam_config = LSAMConfig(block_selection="all", max_overhead=0.5)
+        return step(*args, **kwargs)
+
+    trainer.training_step = training_step
+    trainer.train()
+    assert perturbed(trainer) == [21, 23, 25, 27, 29]
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_other_settings_may_change_at_each_step(in_place, tmp_path):
+    """A schedule of rho leaves the account as it is."""
+    trainer = make(Large, tmp_path, dict(block_selection="all", max_overhead=0.25), max_steps=12)
+    step = trainer.training_step
+
+    def training_step(*args, **kwargs):
+        rho = 0.01 * (trainer.state.global_step + 1)
+        if in_place:
+            trainer.lsam_config.rho = rho
+        else:
+            trainer.lsam_config = replace(trainer.lsam_config, rho=rho)
+        return step(*args, **kwargs)
+
+    trainer.training_step = training_step
+    trainer.train()
+    assert perturbed(trainer) == [3, 7, 11]
+
+
+def test_a_price_that_is_changed_in_place_opens_a_new_account(tmp_path):
+    trainer = make(Large, tmp_path, dict(block_selection="all", max_overhead=0.01), max_steps=30)
+    step = trainer.training_step
+
+    def training_step(*args, **kwargs):
+        if trainer.state.global_step == 20:
+            trainer.lsam_config.max_overhead = 0.5
         return step(*args, **kwargs)
 
     trainer.training_step = training_step
