@@ -6,7 +6,7 @@ import pytest
 from accelerate import DeepSpeedPlugin
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
-from test_deepspeed import BF16, ONE_PASS, TWO_PASSES, engine
+from deepspeed_cases import BF16, ONE_PASS, TWO_PASSES, engine
 from tiny import Examples, arguments, assert_equal, bert, weights
 
 from hf_lsam import LSAMConfig, LSAMTrainer
