@@ -4,14 +4,23 @@ import json
 
 import pytest
 
-from hf_lsam_recipes.studies import flatness
+from hf_lsam_recipes.studies import effects, flatness
+from hf_lsam_recipes.studies.frontier import draw_frontier
 
-METHODS = {"AdamW": 0.0, "SAM": -0.2, "half of it": -0.1, "nothing": 0.0}
+METHODS = {
+    "AdamW": 0.0,
+    "AdamW, smoothed": -0.05,
+    "SAM": -0.2,
+    "half of it": -0.1,
+    "nothing": 0.0,
+    "most of it": -0.17,
+}
+COSTS = {"SAM": 2.0, "half of it": 1.1, "most of it": 1.2}
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A comparison of four methods with three seeds, and one run for tuning; the first task has data of a shift."""
+    """A comparison of six methods with three seeds, and one run for tuning; the first task has data of a shift."""
     for task, shift in (("one", True), ("two", False)):
         for method, effect in METHODS.items():
             for seed in range(3):
@@ -30,9 +39,9 @@ def write(folder, task, method, seed, effect, shift, tuning=False):
         tuning=tuning,
         chosen={} if method == "AdamW" else {"rho": 0.1},
         metrics=metrics | ({"shift_nll_scaled": 2 * loss} if shift else {}),
-        training_seconds=10 * (1 - effect),
+        training_seconds=10 * COSTS.get(method, 1.0),
         step_seconds=1.0,
-        flops=100 * (1 - effect),
+        flops=100 * COSTS.get(method, 1.0),
         peak_memory_mib=1000,
         commit="abc",
         machine="m",
@@ -44,8 +53,8 @@ def write(folder, task, method, seed, effect, shift, tuning=False):
 
 
 def test_holm_on_a_worked_example():
-    assert flatness.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert flatness.holm([0.6, 0.7]) == [1, 1]
+    assert effects.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert effects.holm([0.6, 0.7]) == [1, 1]
 
 
 def test_tables_are_those_of_the_file_and_of_the_folder(folder, tmp_path, capsys):
@@ -60,21 +69,82 @@ def test_tables_are_those_of_the_file_and_of_the_folder(folder, tmp_path, capsys
         "## one: accuracy on test data",
         "## two: scaled loss on test data",
         "## two: accuracy on test data",
+        "## The goal: scaled loss on test data",
+        "## The goal: scaled loss under shift",
     ]
 
 
 def test_a_row_holds_the_difference_to_the_same_seed_and_the_share_of_sam(folder):
-    runs = flatness.collect(folder)
-    own = [run for run in runs if run["task"] == "one" and run["stage"] == "compared"]
+    own = effects.by_task(effects.read_runs(folder))["one"]
     rows = {row["method"]: row for row in flatness.table(own, "predict_nll_scaled")}
     assert rows["AdamW"]["value"] == "1.1000" and rows["AdamW"]["seeds"] == "3"
     half = rows["half of it (rho=0.1)"]
     # t of two degrees of freedom: 4.303; the deviation of the differences is 0.001.
     assert half["difference (95 %)"] == "-0.1000 [-0.1025, -0.0975]"
-    assert half["share of SAM's"] == "50%" and half["training time"] == half["FLOPs"] == "1.10"
+    assert half["share of SAM's"] == "50 %" and half["training time"] == half["FLOPs"] == "1.10"
     assert float(half["p (Holm)"]) < 0.001 and rows["nothing (rho=0.1)"]["p (Holm)"] == "1.000"
 
 
 def test_a_folder_without_runs_is_told(tmp_path):
     with pytest.raises(SystemExit, match="holds no finished run"):
         flatness.main([str(tmp_path)])
+
+
+def goals(folder, figure="predict_nll_scaled"):
+    tasks = effects.by_task(effects.read_runs(folder))
+    return {row["method"]: row for row in flatness.goal_table(tasks, figure)}
+
+
+def test_the_goal_needs_most_of_the_effect_at_a_low_cost(folder):
+    rows = goals(folder)
+    assert rows["most of it"] == {"method": "most of it", "one": "**85 %**", "two": "**85 %**", "reached": "2"}
+    assert rows["half of it"]["one"] == "50 % (share)" and rows["half of it"]["reached"] == "0"
+    assert rows["SAM"]["two"] == "100 % (cost)" and rows["nothing"]["one"] == "0 % (share)"
+    assert goals(folder, "shift_nll_scaled")["most of it"]["one"] == "**85 %**"
+
+
+@pytest.mark.parametrize(
+    ("method", "changed", "lacks"),
+    [
+        ("SAM", {"predict_nll_scaled": 1.1}, "SAM has no effect"),
+        ("AdamW, smoothed", {"predict_nll_scaled": 0.9}, "a free remedy is better"),
+        ("most of it", {"predict_accuracy": 0.794}, "accuracy"),
+        ("most of it", {"predict_accuracy": 0.796}, None),
+    ],
+)
+def test_what_a_method_lacks(folder, method, changed, lacks):
+    own = effects.by_task(effects.read_runs(folder))["two"]
+    for run in own:
+        if run["method"] == method:
+            run |= changed
+    assert effects.shortfall("most of it", own, "predict_nll_scaled") == lacks
+
+
+def test_correlations_bound_where_a_task_has_them(folder):
+    own = effects.by_task(effects.read_runs(folder))["two"]
+    for run in own:
+        run["predict_matthews_correlation"] = 0.2 if run["method"] == "most of it" else 0.3
+    assert effects.shortfall("most of it", own, "predict_nll_scaled") == "accuracy"
+
+
+def test_a_method_that_was_not_run_on_a_task_is_named_so(folder):
+    runs = [run for run in effects.read_runs(folder) if (run["task"], run["method"]) != ("two", "half of it")]
+    rows = {row["method"]: row for row in flatness.goal_table(effects.by_task(runs), "predict_nll_scaled")}
+    assert rows["half of it"]["two"] == "not run" and rows["most of it"]["reached"] == "2"
+
+
+def test_the_picture_shows_each_primary_figure_of_each_task(folder, tmp_path):
+    figure = draw_frontier(effects.by_task(effects.read_runs(folder)))
+    titles = [axes.get_title().splitlines()[:2] for axes in figure.axes]
+    assert [title[0] for title in titles] == ["one", "two", "one"]
+    assert "under shift" in titles[2][1]
+    marks = {bars.lines[0].get_xdata()[0]: bars.lines[0].get_ydata()[0] for bars in figure.axes[0].containers}
+    assert marks[1.1] == pytest.approx(-100 * 0.1 / 1.1) and marks[2.0] == pytest.approx(-100 * 0.2 / 1.1)
+    flatness.main([str(folder), "--picture", str(tmp_path / "frontier.png")])
+    assert (tmp_path / "frontier.png").stat().st_size > 1000
+
+
+def test_a_file_of_something_else_is_told(tmp_path):
+    (tmp_path / "else.csv").write_text("task,method\none,SAM\n")
+    with pytest.raises(SystemExit, match="lacks chosen, stage"):
+        flatness.main([str(tmp_path / "else.csv")])
