@@ -8,8 +8,9 @@ Tables of what a comparison measured beside its metric, by the rule of docs/evid
 From the folder of a comparison, `--csv` writes one row for each run. In any case, it prints a table for each task and
 figure: the mean difference of each method to the baseline with the same seed, its 95 % confidence interval, its
 p-value after Holm's correction for the number of methods, and its share of SAM's mean difference. A figure that a task
-does not have, such as those under shift, is left out. At the end, a table for each primary figure says on which tasks
-each method reaches the goal of the rule, or what it lacks. `--picture` draws the primary figures over the cost.
+does not have, such as those under shift, is left out. At the end are two tables for each primary figure: the mean
+differences on all tasks, in bold where they are an effect by the rule, and on which tasks each method reaches the goal
+of the rule, or what it lacks. `--picture` draws the primary figures over the cost.
 """
 
 import argparse
@@ -59,6 +60,25 @@ def table(runs: Runs, figure: str) -> list[dict[str, str]]:
         for method, effect in effects(runs, figure).items()
     ]
     return [{name: row.get(name, "") for name in rows[-1]} for row in rows]
+
+
+def overview(tasks: dict[str, Runs], figure: str) -> list[dict[str, str]]:
+    """The mean difference of each method to the baseline on each of `tasks`; in bold what is an effect by the rule."""
+    found = {task: effects(runs, figure) for task, runs in tasks.items() if has(runs, figure)}
+    base = {"method": f"{BASELINE} (value)"}
+    rows = [base | {task: f"{fmean(baseline_values(tasks[task], figure)):.3f}" for task in found} | {"FLOPs": "1.00"}]
+    for method in dict.fromkeys(method for of_task in found.values() for method in of_task):
+        row, ratios = {"method": method}, []
+        for task, of_task in found.items():
+            if method not in of_task:
+                row[task] = "not run"
+                continue
+            effect = of_task[method]
+            shown = f"{effect.interval.mean:+.3f}"
+            row[task] = f"**{shown}**" if effect.p < 0.05 else shown
+            ratios.append(effect.flops)
+        rows.append(row | {"FLOPs": f"{fmean(ratios):.2f}"})
+    return rows if found else []
 
 
 def goal_table(tasks: dict[str, Runs], figure: str) -> list[dict[str, str]]:
@@ -117,8 +137,9 @@ def main(argv: list[str] | None = None) -> None:
             if has(own, figure):
                 print(f"\n## {task}: {title}\n\n{markdown_table(table(own, figure))}")
     for figure in PRIMARY:
-        if rows := goal_table(tasks, figure):
-            print(f"\n## The goal: {FIGURES[figure]}\n\n{markdown_table(rows)}")
+        for title, rows in (("All tasks", overview(tasks, figure)), ("The goal", goal_table(tasks, figure))):
+            if rows:
+                print(f"\n## {title}: {FIGURES[figure]}\n\n{markdown_table(rows)}")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,9 @@ def test_tables_are_those_of_the_file_and_of_the_folder(folder, tmp_path, capsys
         "## one: accuracy on test data",
         "## two: scaled loss on test data",
         "## two: accuracy on test data",
+        "## All tasks: scaled loss on test data",
         "## The goal: scaled loss on test data",
+        "## All tasks: scaled loss under shift",
         "## The goal: scaled loss under shift",
     ]
 
@@ -88,6 +90,15 @@ def test_a_row_holds_the_difference_to_the_same_seed_and_the_share_of_sam(folder
 def test_a_folder_without_runs_is_told(tmp_path):
     with pytest.raises(SystemExit, match="holds no finished run"):
         flatness.main([str(tmp_path)])
+
+
+def test_the_overview_has_all_tasks(folder):
+    tasks = effects.by_task(effects.read_runs(folder))
+    rows = {row["method"]: row for row in flatness.overview(tasks, "predict_nll_scaled")}
+    assert rows["AdamW (value)"] == {"method": "AdamW (value)", "one": "1.100", "two": "1.100", "FLOPs": "1.00"}
+    assert rows["half of it"] == {"method": "half of it", "one": "**-0.100**", "two": "**-0.100**", "FLOPs": "1.10"}
+    assert rows["nothing"]["one"] == "+0.000"
+    assert "two" not in flatness.overview(tasks, "shift_nll_scaled")[1]
 
 
 def goals(folder, figure="predict_nll_scaled"):
