@@ -9,8 +9,8 @@ From the folder of a comparison, `--csv` writes one row for each run. In any cas
 figure: the mean difference of each method to the baseline with the same seed, its 95 % confidence interval, its
 p-value after Holm's correction for the number of methods, and its share of SAM's mean difference. A figure that a task
 does not have, such as those under shift, is left out. At the end are two tables for each primary figure: the mean
-differences on all tasks, in bold where they are an effect by the rule, and on which tasks each method reaches the goal
-of the rule, or what it lacks. `--picture` draws the primary figures over the cost.
+differences on all tasks, with those that are an effect by the rule, and on which tasks each method reaches the goal of
+the rule, or what it lacks. `--picture` draws the primary figures over the cost.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def table(runs: Runs, figure: str) -> list[dict[str, str]]:
 
 
 def overview(tasks: dict[str, Runs], figure: str) -> list[dict[str, str]]:
-    """The mean difference of each method to the baseline on each of `tasks`; in bold what is an effect by the rule."""
+    """The mean difference of each method to the baseline on each of `tasks`, and whether it is an effect."""
     found = {task: effects(runs, figure) for task, runs in tasks.items() if has(runs, figure)}
     base = {"method": f"{BASELINE} (value)"}
     rows = [base | {task: f"{fmean(baseline_values(tasks[task], figure)):.3f}" for task in found} | {"FLOPs": "1.00"}]
@@ -75,7 +75,7 @@ def overview(tasks: dict[str, Runs], figure: str) -> list[dict[str, str]]:
                 continue
             effect = of_task[method]
             shown = f"{effect.interval.mean:+.3f}"
-            row[task] = f"**{shown}**" if effect.p < 0.05 else shown
+            row[task] = f"{shown} (effect)" if effect.p < 0.05 else shown
             ratios.append(effect.flops)
         rows.append(row | {"FLOPs": f"{fmean(ratios):.2f}"})
     return rows if found else []
@@ -95,7 +95,7 @@ def goal_table(tasks: dict[str, Runs], figure: str) -> list[dict[str, str]]:
             lacks = shortfall(method, tasks[task], figure)
             shown = percent(of_task[method].share)
             reached += lacks is None
-            row[task] = f"**{shown}**" if lacks is None else f"{shown} ({lacks})".strip()
+            row[task] = f"{shown} ({lacks or 'reached'})".strip()
         rows.append(row | {"reached": str(reached)})
     return rows
 
