@@ -10,9 +10,8 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
-from hf_lsam_recipes.support.comparison.statistics import COSTS, Interval, mean_interval
+from hf_lsam_recipes.support.comparison.statistics import COSTS, Interval, mean_interval, t_test
 
 # The figures by name, and their titles. The first two are primary. Lower is better for losses and calibration errors.
 FIGURES = {
@@ -133,7 +132,7 @@ def p_value(differences: Sequence[float]) -> float:
     """Of Student's t that the mean is 0; 1 if all are 0, or there are fewer than two."""
     if len(differences) < 2 or not any(differences):
         return 1.0
-    return float(stats.ttest_1samp(differences, 0.0).pvalue)
+    return float(t_test(differences).pvalue)
 
 
 def baseline_values(runs: Runs, figure: str) -> list[float]:

@@ -69,11 +69,16 @@ def mean_interval(values: Sequence[float]) -> Interval:
     mean = fmean(values) if all(map(math.isfinite, values)) else sum(values) / len(values)
     if len(values) < 2 or not math.isfinite(mean):
         return Interval(mean, None)
+    interval = t_test(values).confidence_interval()
+    return Interval(mean, (float(interval.low), float(interval.high)))
+
+
+def t_test(values: Sequence[float]) -> Any:
+    """Student's t-test that the mean of two or more values is 0."""
     with warnings.catch_warnings():
         # Differences of seeds may be equal; the interval is then the mean alone.
         warnings.filterwarnings("ignore", "Precision loss", RuntimeWarning)
-        interval = stats.ttest_1samp(values, 0.0).confidence_interval()
-    return Interval(mean, (float(interval.low), float(interval.high)))
+        return stats.ttest_1samp(values, 0.0)
 
 
 def table(comparison: Comparison, task: Task, results: Sequence[dict[str, Any]]) -> list[Row]:
