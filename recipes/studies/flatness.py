@@ -10,7 +10,8 @@ figure: the mean difference of each method to the baseline with the same seed, i
 p-value after Holm's correction for the number of methods, and its share of SAM's mean difference. A figure that a task
 does not have, such as those under shift, is left out. At the end are two tables for each primary figure: the mean
 differences on all tasks, with those that are an effect by the rule, and on which tasks each method reaches the goal of
-the rule, or what it lacks. `--picture` draws the primary figures over the cost.
+the rule, or what it lacks. `--picture` draws the primary figures over the training
+time.
 """
 
 import argparse
@@ -66,9 +67,13 @@ def overview(tasks: dict[str, Runs], figure: str) -> list[dict[str, str]]:
     """The mean difference of each method to the baseline on each of `tasks`, and whether it is an effect."""
     found = {task: effects(runs, figure) for task, runs in tasks.items() if has(runs, figure)}
     base = {"method": f"{BASELINE} (value)"}
-    rows = [base | {task: f"{fmean(baseline_values(tasks[task], figure)):.3f}" for task in found} | {"FLOPs": "1.00"}]
+    rows = [
+        base
+        | {task: f"{fmean(baseline_values(tasks[task], figure)):.3f}" for task in found}
+        | {"time": "1.00", "FLOPs": "1.00"}
+    ]
     for method in dict.fromkeys(method for of_task in found.values() for method in of_task):
-        row, ratios = {"method": method}, []
+        row, present = {"method": method}, []
         for task, of_task in found.items():
             if method not in of_task:
                 row[task] = "not run"
@@ -76,8 +81,9 @@ def overview(tasks: dict[str, Runs], figure: str) -> list[dict[str, str]]:
             effect = of_task[method]
             shown = f"{effect.interval.mean:+.3f}"
             row[task] = f"{shown} (effect)" if effect.p < 0.05 else shown
-            ratios.append(effect.flops)
-        rows.append(row | {"FLOPs": f"{fmean(ratios):.2f}"})
+            present.append(effect)
+        costs = {"time": fmean(e.time for e in present), "FLOPs": fmean(e.flops for e in present)}
+        rows.append(row | {name: f"{cost:.2f}" for name, cost in costs.items()})
     return rows if found else []
 
 
@@ -118,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").strip().splitlines()[0])
     parser.add_argument("results", type=Path, nargs="+", help="folders of comparisons, or files that --csv wrote")
     parser.add_argument("--csv", type=Path, help="file to write, one row for each run")
-    parser.add_argument("--picture", type=Path, help="picture of the primary figures over the FLOPs, .png or .svg")
+    parser.add_argument("--picture", type=Path, help="picture of the primary figures over the time, .png or .svg")
     args = parser.parse_args(argv)
     try:
         runs = [run for path in args.results for run in read_runs(path)]
