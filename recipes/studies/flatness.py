@@ -10,8 +10,7 @@ figure: the mean difference of each method to the baseline with the same seed, i
 p-value after Holm's correction for the number of methods, and its share of SAM's mean difference. A figure that a task
 does not have, such as those under shift, is left out. At the end are two tables for each primary figure: the mean
 differences on all tasks, with those that are an effect by the rule, and on which tasks each method reaches the goal of
-the rule, or what it lacks. `--picture` draws the primary figures over the training
-time.
+the rule, or what it lacks. `--picture` draws the primary figures over the training time.
 """
 
 import argparse
@@ -66,12 +65,8 @@ def table(runs: Runs, figure: str) -> list[dict[str, str]]:
 def overview(tasks: dict[str, Runs], figure: str) -> list[dict[str, str]]:
     """The mean difference of each method to the baseline on each of `tasks`, and whether it is an effect."""
     found = {task: effects(runs, figure) for task, runs in tasks.items() if has(runs, figure)}
-    base = {"method": f"{BASELINE} (value)"}
-    rows = [
-        base
-        | {task: f"{fmean(baseline_values(tasks[task], figure)):.3f}" for task in found}
-        | {"time": "1.00", "FLOPs": "1.00"}
-    ]
+    values = {task: f"{fmean(baseline_values(tasks[task], figure)):.3f}" for task in found}
+    rows = [{"method": f"{BASELINE} (value)"} | values | {"time": "1.00", "FLOPs": "1.00"}]
     for method in dict.fromkeys(method for of_task in found.values() for method in of_task):
         row, present = {"method": method}, []
         for task, of_task in found.items():

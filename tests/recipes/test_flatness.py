@@ -41,7 +41,7 @@ def write(folder, task, method, seed, effect, shift, tuning=False):
         metrics=metrics | ({"shift_nll_scaled": 2 * loss} if shift else {}),
         training_seconds=10 * COSTS.get(method, 1.0),
         step_seconds=1.0,
-        flops=100 * COSTS.get(method, 1.0),
+        flops=50 + 50 * COSTS.get(method, 1.0),
         peak_memory_mib=1000,
         commit="abc",
         machine="m",
@@ -83,7 +83,7 @@ def test_a_row_holds_the_difference_to_the_same_seed_and_the_share_of_sam(folder
     half = rows["half of it (rho=0.1)"]
     # t of two degrees of freedom: 4.303; the deviation of the differences is 0.001.
     assert half["difference (95 %)"] == "-0.1000 [-0.1025, -0.0975]"
-    assert half["share of SAM's"] == "50 %" and half["training time"] == half["FLOPs"] == "1.10"
+    assert (half["share of SAM's"], half["training time"], half["FLOPs"]) == ("50 %", "1.10", "1.05")
     assert float(half["p (Holm)"]) < 0.001 and rows["nothing (rho=0.1)"]["p (Holm)"] == "1.000"
 
 
@@ -98,7 +98,7 @@ def test_the_overview_has_all_tasks(folder):
     costs = dict.fromkeys(("time", "FLOPs"), "1.00")
     assert rows["AdamW (value)"] == {"method": "AdamW (value)", "one": "1.100", "two": "1.100"} | costs
     half = {"method": "half of it", "one": "-0.100 (effect)", "two": "-0.100 (effect)"}
-    assert rows["half of it"] == half | dict.fromkeys(costs, "1.10")
+    assert rows["half of it"] == half | {"time": "1.10", "FLOPs": "1.05"}
     assert rows["nothing"]["one"] == "+0.000"
     assert "two" not in flatness.overview(tasks, "shift_nll_scaled")[1]
 
@@ -125,6 +125,7 @@ def test_the_goal_needs_most_of_the_effect_in_little_time(folder):
     ("method", "changed", "lacks"),
     [
         ("SAM", {"predict_nll_scaled": 1.1}, "SAM has no effect"),
+        ("SAM", {"predict_nll_scaled": 9.0}, "SAM has no effect"),
         ("AdamW, smoothed", {"predict_nll_scaled": 0.9}, "a free remedy is better"),
         ("most of it", {"predict_accuracy": 0.794}, "accuracy"),
         ("most of it", {"predict_accuracy": 0.796}, None),
@@ -167,3 +168,21 @@ def test_a_file_of_something_else_is_told(tmp_path):
     (tmp_path / "else.csv").write_text("task,method\none,SAM\n")
     with pytest.raises(SystemExit, match="lacks chosen, stage"):
         flatness.main([str(tmp_path / "else.csv")])
+
+
+def test_one_run_that_was_paused_does_not_decide_the_time(folder):
+    own = effects.by_task(effects.read_runs(folder))["two"]
+    next(run for run in own if run["method"] == "most of it")["training_seconds"] = 1000.0
+    assert effects.effects(own, "predict_nll_scaled")["most of it"].time == pytest.approx(1.2)
+
+
+def test_there_is_no_share_of_an_effect_that_sam_does_not_have(folder):
+    own = effects.by_task(effects.read_runs(folder))["one"]
+    for run in own:
+        run["predict_accuracy"] = 0.8 + 0.001 * (int(run["seed"]) - 1.1) * (run["method"] == "SAM")
+    assert effects.effects(own, "predict_accuracy")["half of it"].share is None
+
+
+def test_runs_for_tuning_are_not_compared(folder):
+    own = effects.by_task(effects.read_runs(folder))["one"]
+    assert len(own) == 3 * len(METHODS) and {run["stage"] for run in own} == {"compared"}
