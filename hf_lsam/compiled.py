@@ -1,20 +1,25 @@
 """Modules that `torch.compile` has compiled, which recompile if what they see differs between steps."""
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from accelerate.utils import is_compiled_module
 from torch import Tensor, nn
 
 
 class CompiledRegions:
-    """The compiled modules of a model. All weights of one require gradients together: another subset recompiles it."""
+    """The compiled modules of a model, and those with a compiled method (`model.forward = torch.compile(...)`).
+
+    All weights of one require gradients together: another subset recompiles it.
+    """
 
     def __init__(self, called: nn.Module):
         compiled: dict[nn.Module, nn.Module] = {}
         for module in called.modules():
             if is_compiled_module(module):
                 compiled[module._orig_mod] = module  # type: ignore[index]
-            elif module._compiled_call_impl is not None:
+            elif module._compiled_call_impl is not None or _has_compiled_method(module):
                 compiled.setdefault(module, module)
         self._inside = {inner for module in compiled for inner in module.modules() if inner is not module}
         self._callers = {module: caller for module, caller in compiled.items() if module not in self._inside}
@@ -33,3 +38,14 @@ class CompiledRegions:
         taken = set(weights)
         regions = (region for region in self._regions if not region.isdisjoint(taken))
         return taken.union(*({parameter for parameter in region if parameter.requires_grad} for region in regions))
+
+
+def _has_compiled_method(module: nn.Module) -> bool:
+    methods = [inspect.getattr_static(module, "forward"), *filter(callable, vars(module).values())]
+    return any(hasattr(inner, "_torchdynamo_orig_callable") for method in methods for inner in _unwrapped(method))
+
+
+def _unwrapped(method: Any) -> Iterator[Any]:
+    while method is not None:
+        yield method
+        method = getattr(method, "__wrapped__", None)

@@ -130,6 +130,9 @@ class Trained:
         self._model, self._all, self._regions, self._look_up_optimized = model, candidates, regions, optimized
         self._multiplied, self._weights = multiplied_parameters(model), Weights(model, blocks)
         self.parameters: list[Tensor] = list(model.parameters())  # of the model and of the optimizer
+        self._former = set(self.parameters)  # those of the model from which the candidates were made
+        self._looked_at: Collection[Tensor] | None = None  # the optimizer's parameters at the last `is_outdated`
+        self._is_outdated = False
         self.candidates = candidates  # each reduced to its trained parameters
         self.number = 0  # identifies the set of parameters with a gradient
         self.is_current = False  # whether `now` has run in this micro-batch
@@ -157,10 +160,20 @@ class Trained:
         self.is_current = True
         return self
 
+    def is_outdated(self) -> bool:
+        """Whether the optimizer has got parameters of the model that did not exist when this was made."""
+        optimized = self._look_up_optimized()
+        if optimized is not self._looked_at:
+            self._looked_at = optimized
+            new = set(self._model.parameters()) - self._former
+            self._is_outdated = not new.isdisjoint(optimized or ())
+        return self._is_outdated
+
     def includes(self, parameter: Tensor) -> bool:
         """Whether `parameter` may be trained, whether or not it has a gradient now."""
-        optimized = self._look_up_optimized()
-        return parameter.requires_grad if optimized is None else parameter in optimized
+        if self._looked_at is None:
+            self.is_outdated()
+        return parameter.requires_grad if self._looked_at is None else parameter in self._looked_at
 
     def costs(self, recording: Recording) -> CostModel:
         """The cost model of a pass 2 after this pass 1."""

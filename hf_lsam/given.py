@@ -1,17 +1,27 @@
-"""What is read from users' objects: the parameters of an optimizer, and the variables of a loss function."""
+"""What is read from users' objects: the parameters of an optimizer, and what functions and classes refer to."""
 
+import dis
+import functools
+import itertools
+import sys
 import types
 import weakref
-from collections.abc import Collection
+from collections import UserDict
+from collections.abc import Collection, Iterable
+from functools import cache
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset
+from transformers import PretrainedConfig
 
 from .held import Attributes
 
 
 class Optimized:
-    """The parameters of `owner.optimizer`: the same object until the optimizer or the size of a group changes."""
+    """The parameters of `owner.optimizer`: the same object until the optimizer or its parameters change."""
 
     def __init__(self, owner: Any):
         self.owner = owner
@@ -23,29 +33,77 @@ class Optimized:
         if self.owner.optimizer is None:
             return None
         groups = self.owner.optimizer.param_groups
-        of = (weakref.ref(self.owner.optimizer), [len(group["params"]) for group in groups])
+        every = [*itertools.chain.from_iterable(group["params"] for group in groups)]
+        of = (weakref.ref(self.owner.optimizer), [*map(id, every)])
         if self._of != of:
-            every = {parameter: None for group in groups for parameter in group["params"]}
-            self._of, self._parameters = of, every.keys()
+            self._of, self._parameters = of, dict.fromkeys(every).keys()
         return self._parameters
+
+
+# Attributes of these packages' objects are not copied: users keep no state in them.
+_LIBRARIES = {
+    *sys.stdlib_module_names,
+    *("accelerate", "datasets", "deepspeed", "evaluate", "hf_lsam", "hf_lsam_recipes", "huggingface_hub"),
+    *("matplotlib", "numpy", "pandas", "PIL", "pyarrow", "scipy", "sklearn", "tokenizers", "torch", "tqdm"),
+    *("transformers", "wandb"),
+}
+# The operations of a function that use its global variables.
+_OF_GLOBALS = {"LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL"}
+
+
+@cache
+def is_users(module: str | None) -> bool:
+    """Whether a module is neither of a library nor installed, so that its classes and variables may hold state."""
+    file = getattr(sys.modules.get(module or ""), "__file__", None) or ""
+    return (module or "").partition(".")[0] not in _LIBRARIES and "-packages" not in file
+
+
+def is_opened(thing: Any) -> bool:
+    """Whether `thing` is an object of a user's class, whose attributes are copied."""
+    if isinstance(thing, (Optimizer, LRScheduler, PretrainedConfig, types.SimpleNamespace)):
+        return True
+    package = type(thing).__module__.partition(".")[0]
+    return package not in _LIBRARIES and not isinstance(thing, (types.ModuleType, Dataset))
+
+
+def parts_of(thing: Any) -> Iterable[Any]:
+    """The objects that a function, a method, or another wrapper refers to."""
+    if isinstance(thing, types.FunctionType):
+        return (*(thing.__closure__ or ()), *(thing.__defaults__ or ()), vars(thing))
+    if isinstance(thing, types.MethodType):
+        return (thing.__self__, thing.__func__)
+    if isinstance(thing, (staticmethod, classmethod)):
+        return (thing.__func__,)
+    if isinstance(thing, property):
+        return (thing.fget, thing.fset)
+    if isinstance(thing, types.CellType):
+        return (thing.cell_contents,) if thing != types.CellType() else ()
+    if isinstance(thing, functools.partial):
+        return (thing.func, *thing.args, *thing.keywords.values())
+    if isinstance(thing, UserDict):
+        return (thing.data,)
+    return ()
+
+
+@cache
+def users_among(classes: tuple[type, ...]) -> tuple[type, ...]:
+    """Those of the classes that are not of a library."""
+    return tuple(each for each in classes if is_users(each.__module__))
 
 
 class _Variables:
     """An object whose attributes are the global variables of a function."""
 
 
-def loop_roots(loop: Any) -> dict[str, Any]:
-    """What the `compute_loss` of a loop may read and change: the objects that it holds, and the globals it names."""
-    function = getattr(loop.compute_loss, "func", loop.compute_loss)
-    function = getattr(function, "__func__", function)
-    owner, names, parts = _Variables(), set[str](), [function]
-    owner.__dict__ = getattr(function, "__globals__", {})
-    while parts:
-        part = parts.pop()
-        code = part.__code__ if isinstance(part, types.FunctionType) else part
-        if isinstance(code, types.CodeType):
-            new = {*code.co_names} & vars(owner).keys() - names
-            names |= new
-            parts += [*code.co_consts, *(vars(owner)[name] for name in new)]
-    named = Attributes(owner, tuple(names))
-    return {"lsam": loop, "globals": named, "loss": types.SimpleNamespace(**named.read())}
+def variables_of(function: types.FunctionType) -> Attributes:
+    """The global variables that a function uses."""
+    owner = _Variables()
+    owner.__dict__ = function.__globals__
+    return Attributes(owner, _globals_in(function.__code__))
+
+
+@cache
+def _globals_in(code: types.CodeType) -> tuple[str, ...]:
+    named = [each.argval for each in dis.get_instructions(code) if each.opname in _OF_GLOBALS]
+    inner = [_globals_in(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return tuple(dict.fromkeys(itertools.chain(named, *inner)))

@@ -18,9 +18,9 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# Attributes that every module has, or that are set for the length of a pass; and those of them that hold hooks.
-_OWN_OF_MODULES = {*vars(nn.Module()), "forward", "_compiled_call_impl"}
-_HOOKS = [name for name, value in vars(nn.Module()).items() if "hooks" in name and isinstance(value, dict)]
+# Attributes that every module has, or that `compile` sets; and those of them that hold hooks.
+_OWN_OF_MODULES = {*vars(nn.Module()), "_compiled_call_impl"}
+HOOKS = [name for name, value in vars(nn.Module()).items() if "hooks" in name and isinstance(value, dict)]
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def mark_of(thing: Any) -> Any:
         return None
     plain = [value for value in getattr(thing, "__dict__", {}).values() if isinstance(value, (int, float, str))]
     count = repr(thing) if type(thing).__module__ == "itertools" else None
-    return plain, count, thing.__length_hint__() if hasattr(thing, "__length_hint__") else None
+    return plain, count, thing.__length_hint__() if hasattr(type(thing), "__length_hint__") else None
 
 
 def _identical(now: Any, kept: Any) -> bool:
@@ -136,7 +136,7 @@ def attributes_of(module: nn.Module) -> dict[str, Any]:
 
 def _copy_module(module: nn.Module) -> dict[Any, Any]:
     """Its attributes by name, and its hooks by table and key."""
-    hooks = {(table, key): hook for table in _HOOKS for key, hook in vars(module).get(table, {}).items()}
+    hooks = {(table, key): hook for table in HOOKS for key, hook in vars(module).get(table, {}).items()}
     return attributes_of(module) | hooks
 
 
@@ -145,9 +145,24 @@ def _put_module(module: nn.Module, kept: dict[Any, Any]) -> None:
     for name in attributes_of(module).keys() - attributes.keys():
         del own[name]
     own.update(attributes)
-    for table in _HOOKS:
+    for table in HOOKS:
         hooks = [(name[1], hook) for name, hook in kept.items() if name not in attributes and name[0] == table]
         _put_mapping(own.get(table, {}), dict(hooks))
+
+
+def _copy_class(owner: type) -> dict[str, Any]:
+    """The attributes of the class itself, except methods and other descriptors."""
+    own = {name: value for name, value in vars(owner).items() if not hasattr(type(value), "__get__")}
+    return {name: value for name, value in own.items() if not name.startswith("__")}
+
+
+def _put_class(owner: type, kept: dict[str, Any]) -> None:
+    now = _copy_class(owner)
+    for name in now.keys() - kept.keys():
+        delattr(owner, name)
+    for name, value in kept.items():
+        if name not in now or now[name] is not value:
+            setattr(owner, name, value)
 
 
 @torch.no_grad()
@@ -177,6 +192,7 @@ KINDS: dict[type, Kind] = {
     set: Kind(list, _put_items),
     bytearray: Kind(bytes, lambda array, kept: array.__setitem__(slice(None), kept), operator.eq),
     Attributes: SLOTS,
+    type: Kind(_copy_class, _put_class),
     nn.Module: MODULE,
     Tensor: TENSOR,
     np.ndarray: Kind(np.copy, np.copyto, lambda a, kept: a.shape == kept.shape and bool(np.all(a == kept))),

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from .config import LSAMConfig
 from .distributed import check_loop, is_distributed
-from .given import Optimized, loop_roots
+from .given import Optimized
 from .passes import buffers_not_sent
 from .state import load_state, save_state
 from .step import LSAMStep
@@ -44,19 +44,29 @@ class LSAM:
     def __post_init__(self) -> None:
         check_loop(self.model, self.config, self.scaler, self.accelerator)
         self.step, self.scaler = 0, self.accelerator.scaler if self.accelerator is not None else self.scaler
-        own, trained = utils.extract_model_from_parallel(self.model, keep_torch_compile=False), Optimized(self)
-        config = self.config if self.config.enabled else LSAMConfig(rho=0.0, block_selection="all")  # fits any model
-        self._lsam = LSAMStep(own, config, self.max_steps, self.scaler, self.model, trained, lambda: loop_roots(self))
+        self._lsam_optimized = Optimized(self)
+        self._lsam = self._new_step()
         self._lsam_is_main = not is_distributed() or distributed.get_rank() == 0
-        if config.enabled and self._lsam_is_main:
-            announce(config, self._lsam.candidates, self._lsam.costs, self.max_steps)
+        if self.config.enabled and self._lsam_is_main:
+            announce(self._lsam.config, self._lsam.candidates, self._lsam.costs, self.max_steps)
+
+    def _new_step(self, has_begun: bool = False) -> LSAMStep:
+        own = utils.extract_model_from_parallel(self.model, keep_torch_compile=False)
+        config = self.config if self.config.enabled else LSAMConfig(rho=0.0, block_selection="all")  # fits any model
+        given: dict = dict(called=self.model, optimized=self._lsam_optimized, roots=lambda: {"lsam": self})
+        return LSAMStep(own, config, self.max_steps, self.scaler, **given, has_begun=has_begun)
 
     def backward(self, compute_loss: Callable[[], Tensor], is_last: bool = True) -> Tensor:
         """Both passes of a micro-batch, if `is_last` the last one of an optimizer step; returns the loss of pass 1."""
         if self.step >= self.max_steps:
             what = f"The loop runs more than the max_steps={self.max_steps} optimizer steps that LSAM was given"
             logger.warning_once(f"{what}; further ones are plain. Set max_steps to the number of all steps.")
+        if not self._lsam.window and not self._lsam.fits(self._lsam.config):
+            log, self._lsam = self._lsam.log, self._new_step(has_begun=True)
+            self._lsam.log.load(log.state())
         step, self.compute_loss = self._lsam, compute_loss
+        if step.window and all(parameter.grad is None for parameter in self.model.parameters()):
+            step.give_up()  # the loop has called `zero_grad` in the middle of a step
         own = step.config.sharpness_scope == "micro_batch" and step.perturbs(self.step)
 
         def run() -> Tensor:

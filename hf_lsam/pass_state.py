@@ -1,14 +1,12 @@
 """What a pass reads and changes: copied before pass 1, restored before pass 2 and after it."""
 
 import concurrent.futures
-import functools
 import io
 import queue
-import sys
 import threading
 import types
 import weakref
-from collections import UserDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -16,27 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import Dataset
 from transformers.utils import logging
 
-from .held import Attributes, Entry, RandomState, Snapshot, attributes_of, kind_of, mark_of, stamp_of
+from .given import is_opened, is_users, parts_of, users_among, variables_of
+from .held import HOOKS, Attributes, Entry, RandomState, Snapshot, attributes_of, kind_of, mark_of, stamp_of
 from .shards import compute_device, is_sharded
 
 logger = logging.get_logger(__name__)
 
-# Attributes of these packages' objects are not copied: users keep no state in them.
-_LIBRARIES = {
-    *sys.stdlib_module_names,
-    *("accelerate", "datasets", "deepspeed", "evaluate", "hf_lsam", "huggingface_hub", "matplotlib", "numpy"),
-    *("pandas", "PIL", "pyarrow", "scipy", "sklearn", "tokenizers", "torch", "tqdm", "transformers", "wandb"),
-}
 # Attributes of a Trainer and of its state that no pass changes.
 _LEFT_OUT = {
     *("args", "accelerator", "deepspeed", "optimizer", "lr_scheduler", "train_dataset", "eval_dataset", "log_history")
 }
-_PLAIN = (int, float, complex, str, bytes, type(None), np.generic, torch.dtype, torch.device, torch.Size, type)
+_PLAIN = (int, float, complex, str, bytes, type(None), np.generic, torch.dtype, torch.device, torch.Size)
 # An object with one of these in it is also used by other threads, so it is not restored.
 _LOCKS = (threading.Condition, threading.Event, type(threading.Lock()), type(threading.RLock()))
 _THREADS = (*_LOCKS, threading.Thread, queue.Queue, concurrent.futures.Executor)
@@ -49,8 +39,9 @@ class PassState:
     """Copies and restores what passes read and change, except the trained weights and their gradients.
 
     That is: the random states; the buffers, frozen weights, and attributes of users' classes in the modules of
-    `model`; and everything that `roots` refer to (objects by the names that users know), to any depth. It is not the
-    state of libraries, nor that of objects which other threads use.
+    `model`; and everything that `roots` refer to (objects by the names that users know), to any depth, the class
+    attributes of users' classes and the global variables that their functions name included. It is not the state of
+    libraries, nor that of objects which other threads use.
 
     A copy of everything at each step would be too slow, so the class learns what changes. At perturbed steps 1, 2, 4,
     8, ... everything is copied, and compared after pass 1. At the others, it copies only what changed before or is
@@ -90,7 +81,7 @@ class PassState:
         self._visit("model", self.model)
         self._in_model = False
         for name, root in self.roots().items():
-            if isinstance(root, Attributes):
+            if isinstance(root, (Attributes, dict)):
                 self._hold(name, root)
                 continue
             # The root itself may be of a library. Attributes that are left out are skipped wherever else they occur.
@@ -99,6 +90,7 @@ class PassState:
             self._seen.update(map(id, [root, *out, *(getattr(value, "optimizer", None) for value in out)]))
             self._hold(name, own)
             self._visit_all(name, [(key, value) for key, value in own.items() if not key.startswith("_lsam")])
+            self._visit_all(name, enumerate(users_among(type(root).__mro__)), "")
         if self.copies_all:
             held = {id(entry.thing) for entry in self._now.entries}
             self._changing = {place: named for place, named in self._changing.items() if place in held}
@@ -183,6 +175,15 @@ class PassState:
         if isinstance(thing, Tensor):
             self._visit_tensor(name, thing)
             return
+        if isinstance(thing, type):
+            if is_users(thing.__module__):
+                self._hold(name, thing)
+                self._visit_all(name, [(k, value) for k, value in vars(thing).items() if not k.startswith("__")])
+            return
+        if isinstance(thing, types.FunctionType) and is_users(thing.__globals__.get("__name__")):
+            variables = variables_of(thing)
+            self._hold("globals", variables)
+            self._visit_all("", variables.read().items(), "{}")
         is_held = kind_of(thing) is not None
         if is_held and (not isinstance(thing, np.ndarray) or thing.size <= _SMALL or self._is_due(thing)):
             self._hold(name, thing)
@@ -195,8 +196,8 @@ class PassState:
                 self._contents[name] = content
             self._visit_all(name, items.items(), "[{!r}]")
         own = getattr(thing, "__dict__", {})
-        if not _is_opened(thing):
-            self._visit_all(name, enumerate(_parts(thing)), "")
+        if not is_opened(thing):
+            self._visit_all(name, enumerate(parts_of(thing)), "")
         elif any(isinstance(value, _THREADS) for value in own.values()):
             self._unheld[name] = thing
         else:
@@ -204,7 +205,8 @@ class PassState:
             for held in [slots] * bool(slots.names) + [own] * hasattr(thing, "__dict__"):
                 self._hold(name, held)
             self._visit_all(name, [*slots.read().items(), *own.items()])
-        if not is_held and (isinstance(thing, io.IOBase) or hasattr(thing, "__next__")):
+            self._visit_all(name, enumerate(users_among(type(thing).__mro__)), "")
+        if not is_held and (isinstance(thing, io.IOBase) or hasattr(type(thing), "__next__")):
             self._unheld[name] = thing
 
     def _visit_module(self, name: str, module: nn.Module) -> None:
@@ -220,6 +222,10 @@ class PassState:
             if not is_sharded(weights):  # FSDP2 changes the table whenever it gathers or frees the weights
                 self._hold_table(f"{name}._parameters", module._parameters, not all(map(self.is_trained, weights)))
             self._visit_all(name, attributes_of(module).items())
+            self._visit_all(name, enumerate(users_among(type(module).__mro__)), "")
+            hooks = [hook for table in HOOKS for hook in vars(module).get(table, {}).values()]
+            own = [hook for hook in hooks if isinstance(hook, types.FunctionType) and is_users(hook.__module__)]
+            self._visit_all(name, enumerate(own), "")
         self._in_module = outer
 
     def _hold_table(self, name: str, table: dict, always: bool) -> None:
@@ -260,26 +266,3 @@ class PassState:
 
     def _is_known(self, thing: Any) -> bool:
         return id(thing) in self._known and self._known[id(thing)]() is thing
-
-
-def _is_opened(thing: Any) -> bool:
-    """Whether `thing` is an object of a user's class, whose attributes are copied."""
-    if isinstance(thing, (Optimizer, LRScheduler, types.SimpleNamespace)):
-        return True
-    package = type(thing).__module__.partition(".")[0]
-    return package not in _LIBRARIES and not isinstance(thing, (type, types.ModuleType, Dataset))
-
-
-def _parts(thing: Any) -> Iterable[Any]:
-    """The objects that a function, a method, or another wrapper refers to."""
-    if isinstance(thing, types.FunctionType):
-        return (*(thing.__closure__ or ()), *(thing.__defaults__ or ()), vars(thing))
-    if isinstance(thing, types.MethodType):
-        return (thing.__self__,)
-    if isinstance(thing, types.CellType):
-        return (thing.cell_contents,) if thing != types.CellType() else ()
-    if isinstance(thing, functools.partial):
-        return (thing.func, *thing.args, *thing.keywords.values())
-    if isinstance(thing, UserDict):
-        return (thing.data,)
-    return ()

@@ -1,7 +1,7 @@
 """Context managers for the length of a pass: replaced methods, and the weights that require a gradient."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy, deepcopy
 from typing import Any
 
@@ -18,8 +18,11 @@ class Standin:
         self.owner, self.name, self.copies = owner, name, []  # type: ignore[var-annotated]
         # A method that was already replaced on the instance (accelerate's device hooks) is restored as such.
         self.own = vars(owner).get(name)
-        self.method = getattr(owner, name)
+        self.method = self.__wrapped__ = getattr(owner, name)  # `generate` looks up its arguments in the signature
         self.run: Callable | None = run
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__wrapped__, name)
 
     def __call__(self, *args, **kwargs):
         return self.method(*args, **kwargs) if self.run is None else self.run(self.method, args, kwargs)
@@ -37,12 +40,17 @@ class Standin:
 
     def __exit__(self, *error: object) -> None:
         self.run = None
-        if self.own is not None:
-            vars(self.owner)[self.name] = self.own
-            return
-        for owner in (self.owner, *self.copies):
-            if owner is not None:
-                vars(owner).pop(self.name, None)
+        if self.own is None:
+            for copied in self.copies:
+                if copied is not None:
+                    vars(copied).pop(self.name, None)
+        own = vars(self.owner)
+        if own.get(self.name) is not self:
+            return  # the pass has replaced it
+        if self.own is None:
+            del own[self.name]
+        else:
+            own[self.name] = self.own
 
 
 @contextmanager
@@ -109,15 +117,19 @@ def buffers_not_sent(model: nn.Module) -> Iterator[None]:
         flag.put(own)
 
 
-def copy_of(batch: Any) -> Any:
-    """A copy of a batch with copies of its tensors; objects that cannot be copied are shared."""
+def copy_of(batch: Any, memo: dict[int, Any] | None = None) -> Any:
+    """A copy of a batch with copies of its tensors, one of each; objects that cannot be copied are shared."""
+    memo = {} if memo is None else memo
     if isinstance(batch, Tensor):
-        return batch.clone()
+        if id(batch) not in memo:
+            takes = batch.is_leaf and batch.requires_grad
+            memo[id(batch)] = batch.detach().clone().requires_grad_() if takes else batch.clone()
+        return memo[id(batch)]
     if type(batch) is dict:
-        return {key: copy_of(part) for key, part in batch.items()}
+        return {key: copy_of(part, memo) for key, part in batch.items()}
     if type(batch) in (list, tuple):
-        return type(batch)(map(copy_of, batch))
-    try:
-        return deepcopy(batch)
-    except (TypeError, RuntimeError, NotImplementedError):
-        return copy(batch)
+        return type(batch)(copy_of(part, memo) for part in batch)
+    for way in (lambda: deepcopy(batch, dict(memo)), lambda: copy(batch)):
+        with suppress(Exception):  # of users' classes
+            return way()
+    return batch

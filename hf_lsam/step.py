@@ -98,9 +98,15 @@ class LSAMStep:
         """Begin the sums of the next log line."""
         self.log = StepLog([c.name for c in self.candidates], [c.name for c in self.candidates if c.is_trained])
 
+    def give_up(self) -> None:
+        """Forget the micro-batches of a step that has not ended."""
+        self.window.clear()
+        self._costs.clear()
+
     def fits(self, config: LSAMConfig) -> bool:
-        """Whether `config` selects from the same modules; all other settings may change between steps."""
-        return self._selects_from == (config.block_selection == "all", config.block_pattern)
+        """Whether `config` selects from the same weights; all other settings may change between steps."""
+        selects_from = config.block_selection == "all", config.block_pattern
+        return self._selects_from == selects_from and not self.trained.is_outdated()
 
     @property
     def frees_gradients(self) -> bool:
@@ -142,6 +148,8 @@ class LSAMStep:
         or for which `raises` is true; the weights are restored first.
         """
         self.overhead, self.trained.is_current, self.mixed = 0.0, False, []
+        if self.current is not None and self.current[0] != step:
+            self.give_up()  # micro-batches of a step whose last one was left out
         self.current = (step, self.state_at(step))
         self.perturbation.seed = step
         self.log.steps += is_last
@@ -160,8 +168,7 @@ class LSAMStep:
             return loss
         except BaseException:
             if is_last:  # a trainer may skip a micro-batch that fails; the others of the step still count
-                self.window.clear()
-                self._costs.clear()
+                self.give_up()
             raise
         finally:
             self.perturbation.put_back()

@@ -122,7 +122,7 @@ class LSAMMixin(_AnyTrainer):
         self._lsam_reached = True
         if step is None:
             return training_step(model, inputs, num_items_in_batch)
-        number = self.state.global_step
+        number, step.max_steps = self.state.global_step, max(self.state.max_steps, 1)
         # Each process is perturbed by its own gradient; the step averages them over processes afterwards.
         own = step.config.sharpness_scope == "micro_batch" and step.perturbs(number)
         # One batch for each pass: a `compute_loss` may pop labels from it, or mask its tokens in place.
@@ -165,6 +165,11 @@ class LSAMMixin(_AnyTrainer):
             self._lsam_counted = (inputs, super().floating_point_ops(inputs))
         return self._lsam_counted[1]
 
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Save the model; not in pass 2, when its weights are perturbed."""
+        if not self.in_second_pass:
+            super().save_model(*args, **kwargs)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the `lsam/` figures to a line of the training loss, and a row to `lsam_blocks.jsonl`; not in pass 2."""
         step = self._lsam
@@ -206,8 +211,13 @@ class LSAMMixin(_AnyTrainer):
         return {
             "trainer": self,
             "trainer.state": self.state,
+            "trainer.control": vars(self.control),
+            "trainer.args": vars(self.args),
+            "trainer.lsam_config": vars(self.lsam_config),
+            "trainer.callback_handler": self.callback_handler,
             "gradient_state": Attributes(self.accelerator.gradient_state, ("sync_gradients",)),
             "step": Attributes(self.accelerator, ("step",)),
+            **{f"param_groups[{i}]": group for i, group in enumerate(getattr(self.optimizer, "param_groups", ()))},
             "": Attributes(model, ("require_forward_param_sync",)),  # whether DDP sends buffers before the next pass
         }
 

@@ -24,6 +24,7 @@ from typing import Any
 from hf_lsam_recipes.studies.effects import (
     BASELINE,
     FIGURES,
+    FULL,
     PRIMARY,
     Runs,
     baseline_values,
@@ -83,8 +84,12 @@ def overview(tasks: dict[str, Runs], figure: str) -> list[dict[str, str]]:
 
 
 def goal_table(tasks: dict[str, Runs], figure: str) -> list[dict[str, str]]:
-    """For each method, on which of `tasks` it reaches the goal (its share of SAM's effect), or what it lacks."""
+    """For each method, on which of `tasks` it reaches the goal (its share of SAM's effect), or what it lacks.
+
+    Tasks on which SAM did not run are left out.
+    """
     found = {task: effects(runs, figure) for task, runs in tasks.items() if has(runs, figure)}
+    found = {task: of_task for task, of_task in found.items() if FULL in of_task}
     methods = dict.fromkeys(m for of_task in found.values() for m in of_task if not m.startswith(BASELINE))
     rows = []
     for method in methods:

@@ -5,9 +5,19 @@ from functools import partial
 import pytest
 import torch
 from packaging import version
-from tiny import VOCABULARY, Examples, arguments, assert_equal, block_rows, largest_difference, training_lines, weights
+from tiny import (
+    VOCABULARY,
+    Examples,
+    arguments,
+    assert_equal,
+    block_rows,
+    largest_difference,
+    out_of_reach,
+    training_lines,
+    weights,
+)
 from torch import nn
-from torch._dynamo.utils import counters
+from torch._dynamo import utils
 from torch.utils.checkpoint import checkpoint
 from transformers import TrainerCallback, set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -54,14 +64,14 @@ class Graphs(LSAMTrainer):
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
-        self.graphs[self.state.global_step] = counters["stats"]["unique_graphs"]
+        self.graphs[self.state.global_step] = utils.counters["stats"]["unique_graphs"]
         return loss
 
 
 @pytest.fixture(autouse=True)
 def compiled_anew():
     torch._dynamo.reset()
-    counters.clear()
+    utils.counters.clear()
     yield
     torch._dynamo.reset()
 
@@ -107,7 +117,7 @@ def test_equals_eager_and_compiles_nothing_anew_for_another_selection(how, added
     else:
         assert overheads == [line["lsam/overhead"] for line in training_lines(eager)]
     torch._dynamo.reset()
-    counters.clear()
+    utils.counters.clear()
     plain = train(tmp_path / "plain", how, LSAMConfig(block_selection="none"), steps=3)
     more = compiled.graphs[STEPS - 1] - plain.graphs[2]
     # Older torch needs fewer.
@@ -119,14 +129,14 @@ def test_compiled_blocks_are_replayed(tmp_path):
     Of three steps, blocks before the selected last two run in pass 1 only, and all of them in the two full passes that
     the first pass 2 is compared with.
     """
-    calls = []
+    notes = out_of_reach(calls=[])
 
     class Count(TrainerCallback):
         def on_train_begin(self, *args, **kwargs):
             for index, block in enumerate(trainer.model_wrapped.blocks):
 
                 def counted(*args, index=index, forward=block.forward):
-                    calls.append(index)
+                    notes.calls.append(index)
                     return forward(*args)
 
                 block.forward = counted
@@ -134,7 +144,7 @@ def test_compiled_blocks_are_replayed(tmp_path):
     trainer = trainer_for(tmp_path, "regional", LSAMConfig(rho=0.3, block_selection="last"), steps=3)
     trainer.add_callback(Count())
     trainer.train()
-    assert [calls.count(index) for index in range(BLOCKS)] == [3 + 2] * (BLOCKS - 2) + [6 + 2] * 2
+    assert [notes.calls.count(index) for index in range(BLOCKS)] == [3 + 2] * (BLOCKS - 2) + [6 + 2] * 2
 
 
 @pytest.mark.usefixtures("float64")
@@ -222,3 +232,31 @@ def test_micro_batches_of_several_processes_need_regional_compilation(tmp_path, 
     monkeypatch.setattr(type(trainer.args), "world_size", 2)
     with pytest.raises(NotImplementedError, match="sharpness_scope='batch'"):
         trainer.train()
+
+
+class Ran(Net):
+    """Its blocks are run by a method."""
+
+    def run(self, x, gates):
+        for index, block in enumerate(self.blocks):
+            x = block(x, gates[:, index])
+        return x
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        x = self.run(self.embedding(input_ids).mean(1), self.gates[input_ids[:, 0]])
+        return {"loss": nn.functional.cross_entropy(self.head(x), labels)}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("config", [dict(block_selection="last"), dict(alpha=0.7), dict(block_selection="all")])
+@pytest.mark.parametrize("method", ["forward", "run"])
+def test_a_compiled_method_that_runs_the_blocks(method, config, tmp_path):
+    """`model.forward = torch.compile(model.forward)`: pass 2 is a plain one, and compiles nothing anew later on."""
+    config = LSAMConfig(rho=0.3, **config)
+    model = Ran()
+    setattr(model, method, torch.compile(getattr(model, method), backend="aot_eager"))
+    compiled = train(tmp_path / "compiled", "eager", config, model)
+    eager = train(tmp_path / "eager", "eager", config, Ran())
+    assert largest_difference(weights(compiled.model), weights(eager.model)) < 1e-12
+    assert compiled.graphs[4] == compiled.graphs[STEPS - 1]
+    assert {line["lsam/overhead"] for line in training_lines(compiled)} == {1.0}

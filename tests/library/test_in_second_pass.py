@@ -6,7 +6,9 @@ from itertools import cycle
 import pytest
 import torch
 from literal_step import assert_literal
+from safetensors.torch import load_file
 from situations import ALL, BUDGET, LAST, TOP, Situation, follow, hearing, make, told
+from tiny import out_of_reach
 from transformers import TrainerCallback
 
 from hf_lsam import LSAMMixin
@@ -33,12 +35,13 @@ class Begins(TrainerCallback):
     )
 
 
-def noting(calls: list) -> type[Situation]:
+def noting(notes) -> type[Situation]:
     """Notes what the trainer says, and whether weights are moved, in each `training_step` and `compute_loss`."""
 
     class Noting(Situation):
         def note(self, model):
-            calls.append((self.state.global_step, self.in_second_pass, where_it_is(model) != self.begins.place))
+            moved = where_it_is(model) != self.begins.place
+            notes.calls.append((self.state.global_step, self.in_second_pass, moved))
 
         def begin(self, model):
             self.begins = next(c for c in self.callback_handler.callbacks if isinstance(c, Begins))
@@ -70,16 +73,16 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_it_is_true_in_pass_2_and_nowhere_else(way, accumulation, tmp_path):
     config, two_passes = WAYS[way]
-    calls, begins = [], Begins()
+    notes, begins = out_of_reach(calls=[]), Begins()
     trainer = make(
-        noting(calls), tmp_path, config, callbacks=[begins], gradient_accumulation_steps=accumulation, max_steps=3
+        noting(notes), tmp_path, config, callbacks=[begins], gradient_accumulation_steps=accumulation, max_steps=3
     )
     assert trainer.in_second_pass is False
     trainer.train()
     assert trainer.in_second_pass is False
     assert len(begins.said) > 9 and not any(begins.said)
     for step in range(3):
-        said = [(second, moved) for own, second, moved in calls if own == step]
+        said = [(second, moved) for own, second, moved in notes.calls if own == step]
         # Each pass is noted twice.
         assert sum(not second for second, _ in said) == 2 * accumulation
         assert sum(second for second, _ in said) >= 2 * accumulation * two_passes
@@ -263,3 +266,20 @@ def test_attributes_stay_the_objects_that_they_are(tmp_path):
         assert "state" in replaced[-1]
     public = [{name for name in names if not name.startswith("_")} for names in replaced]
     assert public[0] == public[1]
+
+
+class Saves(Situation):
+    """Saves the model in `compute_loss`."""
+
+    def loss(self, model, batch, items):
+        self.save_model(f"{self.args.output_dir}/step-{self.state.global_step}")
+        return model(**batch).loss
+
+
+def test_a_model_that_a_pass_saves_is_not_perturbed(tmp_path):
+    saved = []
+    for name, config in (("plain", None), ("ours", {**LAST, "rho": 5.0})):
+        trainer = make(Saves, tmp_path / name, config, max_steps=1)
+        trainer.train()
+        saved.append(load_file(tmp_path / name / "step-0" / "model.safetensors"))
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])

@@ -9,6 +9,7 @@ failure what a plain Trainer would have; else what a step has that replays nothi
 import copy
 import functools
 import random
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -57,9 +58,17 @@ class Run:
         return [None if p.grad is None else p.grad.clone() for p in self.model.parameters()]
 
 
+def copy_of(run: Run) -> Run:
+    """A copy with the same modules and global variables."""
+    shared = [
+        part for module in [*sys.modules.values()] if module for part in (module, getattr(module, "__dict__", 0))
+    ]
+    return copy.deepcopy(run, {id(part): part for part in shared})
+
+
 def without_replay_of(run: Run) -> Run:
     """A copy of a run that replays nothing from here on."""
-    clean = copy.deepcopy(run)
+    clean = copy_of(run)
     without_replay(clean.step)
     for parameter, gradient in zip(clean.model.parameters(), run.gradients(), strict=True):
         parameter.grad = gradient
@@ -153,7 +162,7 @@ def test_a_step_leaves_what_it_should_whatever_happens(kind, data):
     optimizer = torch.optim.SGD(run.model.parameters(), lr=0.1)
     before = snapshot(run.model)
     for number in range(STEPS):
-        start, clean = copy.deepcopy(run), without_replay_of(run)
+        start, clean = copy_of(run), without_replay_of(run)
         moves_at_once = one_pass and run.step.previous is not None
         states, faulty = [], False
         for micro_batch in range(case.accumulation):
@@ -168,7 +177,7 @@ def test_a_step_leaves_what_it_should_whatever_happens(kind, data):
                 event(f"{fault.kind}, {fault.where}, pass {fault.in_pass}, {'raises' * raised or 'goes on'}")
 
             # What a plain Trainer would have now.
-            plain = copy.deepcopy(start)
+            plain = copy_of(start)
             plain.model.fault.fired = not (fires and fault.in_pass == 1)
             torch.set_rng_state(state)
             plain_raised = raises(plain.pass_over, number, micro_batch)

@@ -18,6 +18,7 @@ from tiny import (
     checkpointed,
     give_gradient,
     largest_difference,
+    out_of_reach,
     training_lines,
     weights,
 )
@@ -109,18 +110,17 @@ def test_the_cache_is_emptied_in_both_passes_of_every_nth_step(tmp_path, monkeyp
 
 def test_neftune_adds_the_same_noise_in_both_passes(tmp_path):
     model = bert()
-    embedding = model.get_input_embeddings()
-    outputs = []
+    embedding, notes = model.get_input_embeddings(), out_of_reach(outputs=[])
 
     class Begin(TrainerCallback):
         def on_train_begin(self, *args, **kwargs):
             # After the hook that adds the noise.
-            embedding.register_forward_hook(lambda module, args, output: outputs.append(output.detach().clone()))
+            embedding.register_forward_hook(lambda module, args, output: notes.outputs.append(output.detach().clone()))
 
     options = dict(neftune_noise_alpha=5.0, max_steps=3)
     trainer = train(tmp_path / "noise", NotedLSAM, LAST_2, model, callbacks=[Begin()], **options)
-    first, *again = outputs[:4]
-    others = outputs[4:]
+    first, *again = notes.outputs[:4]
+    others = notes.outputs[4:]
     assert all(torch.equal(first, noisy) for noisy in again)
     assert torch.equal(others[0], others[1]) and torch.equal(others[2], others[3])
     clean = nn.functional.embedding(trainer.noted.batches[0], bert().get_input_embeddings().weight)

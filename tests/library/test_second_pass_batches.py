@@ -5,9 +5,20 @@ from collections import UserDict
 import numpy as np
 import pytest
 import torch
-from literal_step import LIMIT, WAYS, Literal, apart, assert_as_plain, assert_literal, assert_right, members
-from situations import LAST, VOCABULARY, Situation, follow
+from literal_step import (
+    LIMIT,
+    WAYS,
+    Literal,
+    apart,
+    assert_as_plain,
+    assert_literal,
+    assert_right,
+    batches_of,
+    members,
+)
+from situations import ALL, LAST, VOCABULARY, Net, Recorder, Situation, follow, trainer_class
 from test_second_pass_state import Weighs
+from tiny import arguments, block_rows
 from torch import nn
 from torch.utils.data import IterableDataset, default_collate
 
@@ -69,6 +80,17 @@ def tensors_in_a_list(batch):
     return batch["extra"][0].sum()
 
 
+def two_names_of_a_tensor(batch):
+    batch["extra"][0].mul_(2)
+    return batch["extra"][1].sum()
+
+
+def a_leaf(batch):
+    """Noise that takes a gradient, as of an attack on the inputs."""
+    batch["extra"].square().sum().backward()
+    return batch["extra"].grad.sum()
+
+
 def an_array(batch):
     batch["extra"] *= 2
     return float(batch["extra"].sum())
@@ -95,6 +117,8 @@ EXTRAS = {
     in_a_nested_dictionary: lambda: {"deep": {"rows": torch.ones(4)}},
     a_list: lambda: [0.5],
     tensors_in_a_list: lambda: [torch.ones(4), torch.zeros(2)],
+    two_names_of_a_tensor: lambda: [torch.ones(4)] * 2,
+    a_leaf: lambda: torch.ones(4, requires_grad=True),
     an_array: lambda: np.ones(4),
     an_object: lambda: Mask(torch.ones(4)),
     labels_taken_out: lambda: {"weights": {"now": 2.0}},
@@ -119,6 +143,21 @@ def changing(change) -> type[Situation]:
 @pytest.mark.parametrize("change", EXTRAS, ids=lambda change: change.__name__)
 def test_batches_changed_in_place(change, way, tmp_path):
     assert_right(changing(change), tmp_path, way)
+
+
+class HoldsAView(Situation):
+    """A batch with an object that cannot be copied."""
+
+    collate = staticmethod(lambda rows: {**default_collate(rows), "extra": {"a": 1}.keys()})
+
+    def loss(self, model, batch, items):
+        assert list(batch.pop("extra")) == ["a"]
+        return model(**batch).loss
+
+
+def test_what_cannot_be_copied_is_shared(tmp_path):
+    run = follow(HoldsAView, tmp_path, LAST)
+    assert [line["lsam/active"] for line in run.lines] == [1] * 4 and not run.messages
 
 
 class Stream(IterableDataset):
@@ -183,3 +222,36 @@ def test_a_second_optimizer(kind, way, tmp_path):
 
 def test_a_second_optimizer_with_next_to_no_rho(tmp_path):
     assert_as_plain(type("Adversarial", (Adversary,), {"kind": torch.optim.Adam}), tmp_path)
+
+
+class LeavesOut:
+    """Leaves out the last micro-batch of the second step, before the trainer sees it."""
+
+    seen = 0
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.seen += 1
+        return torch.zeros(()) if self.seen == 4 else super().training_step(model, inputs, num_items_in_batch)
+
+
+@pytest.mark.parametrize("config", [LAST, ALL, {**LAST, "max_overhead": 0.3}], ids=["last", "all", "price"])
+def test_the_micro_batches_of_a_step_that_does_not_end_are_forgotten(config, tmp_path):
+    """The step that lacks its last micro-batch is plain, and the next one begins anew."""
+    model, recorder = Net(), Recorder()
+    options = dict(optim="sgd", learning_rate=0.1, max_grad_norm=0.0, remove_unused_columns=False, logging_steps=1)
+    trainer = recorder.trainer = type("Leaves", (LeavesOut, trainer_class(Situation, True)), {})(
+        model,
+        arguments(tmp_path, max_steps=4, gradient_accumulation_steps=2, **options),
+        train_dataset=Situation.data,
+        lsam_config=LSAMConfig(**config),
+        callbacks=[recorder],
+    )
+    trainer.train()
+    perturbed = [row["perturbed"] for row in block_rows(tmp_path)]
+    assert perturbed == ([1, 0, 1, 1] if "max_overhead" not in config else perturbed) and sum(perturbed) >= 2
+    for step in (0, 2, 3):
+        literal = Literal(Situation, recorder.starts[step], batches_of(Situation, 2 * step, 2), step)
+        names = {"last": ["blocks.2", "blocks.3"], "all": ["all"]}[config["block_selection"]]
+        chosen = members(literal.model, names * perturbed[step], recorder.starts[step]["optimized"])
+        right = literal.gradients(LSAMConfig(**config), set().union(*chosen.values()))
+        assert apart(recorder.gradients[step], right) < LIMIT

@@ -4,11 +4,12 @@ import pytest
 import torch
 from literal_step import assert_literal
 from situations import ALL, BUDGET, LAST, TOP, Situation, follow, make
+from tiny import out_of_reach
 from transformers import TrainerCallback
 
 
 class Fails(Situation):
-    """Counts its calls, weighs its loss by them, and raises where it should; `struck` holds where it did."""
+    """Counts its calls, weighs its loss by them, and raises where it should; `notes.struck` holds where it did."""
 
     keeps = ("calls",)
     error = RuntimeError
@@ -25,7 +26,7 @@ class Fails(Situation):
 
     def strike(self, model, where):
         if where == self.where and self.fault(self, model):
-            self.struck.append(self.state.global_step)
+            self.notes.struck.append(self.state.global_step)
             raise self.error("a test's own")
 
     def loss(self, model, batch, items):
@@ -50,24 +51,24 @@ def second(trainer) -> bool:
 
 
 def once(step):
-    done = []
+    notes = out_of_reach(done=0)
 
     def fault(trainer, model):
-        if done or not second(trainer) or trainer.state.global_step < step:
+        if notes.done or not second(trainer) or trainer.state.global_step < step:
             return False
-        done.append(True)
+        notes.done += 1
         return True
 
     return fault
 
 
 def twice(step):
-    done = []
+    notes = out_of_reach(done=0)
 
     def fault(trainer, model):
-        if len(done) > 1 or not second(trainer) or trainer.state.global_step < step:
+        if notes.done > 1 or not second(trainer) or trainer.state.global_step < step:
             return False
-        done.append(True)
+        notes.done += 1
         return True
 
     return fault
@@ -106,7 +107,7 @@ CONFIGS = {
 
 
 def failing(fault, where="before", error=RuntimeError) -> type[Situation]:
-    own = {"fault": staticmethod(fault), "where": where, "error": error, "struck": []}
+    own = {"fault": staticmethod(fault), "where": where, "error": error, "notes": out_of_reach(struck=[])}
     return type("Failing", (Fails,), own)
 
 
@@ -123,7 +124,7 @@ def test_what_pass_2_raises_ends_no_run(fault, step, where, config, tmp_path):
     settings, accumulation = CONFIGS[config]
     situation = failing(fault(step), where)
     run = follow(situation, tmp_path, settings, accumulation)
-    assert run.trainer.state.global_step == 4 and situation.struck and run.messages
+    assert run.trainer.state.global_step == 4 and situation.notes.struck and run.messages
     assert_literal_or_plain(run)
     plain = [line["lsam/skipped"] > 0 for line in run.lines]
     if fault is always:
@@ -145,7 +146,7 @@ def test_what_only_a_shortened_pass_2_raises_makes_it_a_whole_one(fault, step, w
     settings, accumulation = CONFIGS[config]
     situation = failing(fault(step), where)
     run = follow(situation, tmp_path, settings, accumulation)
-    assert run.messages or not situation.struck
+    assert run.messages or not situation.notes.struck
     assert_literal(run)
 
 

@@ -1,6 +1,7 @@
 """The model in a pass is the model: copies of it, what reads it, and what runs it otherwise."""
 
 import copy
+import inspect
 import pickle
 from io import BytesIO
 from itertools import product
@@ -208,3 +209,37 @@ def test_layers_with_running_statistics(norm, evaluated, way, tmp_path):
     block = type("Block", (Normed,), {"norm_of": staticmethod(NORMS[norm]), "evaluated": evaluated})
     net = type("NormedNet", (Net,), {"block": block})
     assert_right(type("Norms", (Situation,), {"new": net}), tmp_path, way)
+
+
+class ReadsTheSignature(Situation):
+    """Gives the model what its `forward` takes, as `generate` does."""
+
+    def loss(self, model, batch, items):
+        names = inspect.signature(model.forward).parameters
+        assert set(names) == set(model.forward.__code__.co_varnames[1 : len(names) + 1])
+        return model(**{name: value for name, value in batch.items() if name in names}).loss
+
+
+class PatchesABlock(Situation):
+    """Replaces the forward pass of a block, in the first loss."""
+
+    def loss(self, model, batch, items):
+        block = model.blocks[1]
+        if not hasattr(block, "patched"):
+            block.patched, former = True, block.forward
+            block.forward = lambda x: 2 * former(x)
+        return model(**batch).loss
+
+
+@pytest.mark.parametrize("config", [None, LAST, ALL], ids=["plain", "last", "all"])
+def test_the_signature_of_the_model(config, tmp_path):
+    assert_literal(follow(ReadsTheSignature, tmp_path, config))
+
+
+def test_a_patch_of_a_block_stays(tmp_path):
+    ends = []
+    for name, config in (("plain", None), ("ours", {**LAST, "rho": 1e-9})):
+        run = follow(PatchesABlock, tmp_path / name, config)
+        ends.append(run.starts[-1]["model"])
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(tensor, ends[1][name], rtol=0, atol=1e-7)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from literal_step import assert_right
 from situations import ALL, LAST, TOP, Net, Situation, follow, told
+from tiny import out_of_reach
 from torch import nn
 
 
@@ -119,14 +120,14 @@ EMBEDDING_AND_HEAD = dict(block_pattern="embedding|head", num_perturbed_blocks=2
 
 @pytest.mark.parametrize("config", [LAST, TOP, ALL, EMBEDDING_AND_HEAD], ids=["last", "top_k", "all", "pattern"])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_generator_that_is_not_the_trainers_is_warned_about(config, accumulation, tmp_path):
+def test_a_generator_out_of_reach_is_warned_about(config, accumulation, tmp_path):
     """Pass 2 is not right there, and nothing says that it is."""
-    generator = np.random.default_rng(0)
+    notes = out_of_reach(generator=np.random.default_rng(0))
 
     class Draws(Situation):
         def loss(self, model, batch, items):
             output = model(**batch)
-            return output.loss + generator.uniform() * output.logits.square().mean()
+            return output.loss + notes.generator.uniform() * output.logits.square().mean()
 
     run = follow(Draws, tmp_path, config, accumulation)
     assert told(run.messages, "does not repeat")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import Examples, Unreplayed, arguments, bert, largest_difference, training_lines, weights
+from tiny import Examples, Unreplayed, arguments, bert, largest_difference, out_of_reach, training_lines, weights
 from tiny_runs import LAST, distance_to_plain, run
 from transformers import Trainer, TrainerCallback, Wav2Vec2Config, Wav2Vec2ForSequenceClassification
 
@@ -159,15 +159,15 @@ def test_a_loss_that_differentiates_by_weights_that_are_not_selected(tmp_path):
     assert perturbed._lsam.overhead == 1.0
 
 
-GENERATOR = np.random.default_rng(0)
+NOTES = out_of_reach(generator=np.random.default_rng(0))
 
 
 class Mixup:
-    """Draws from a generator that is neither a global one nor the trainer's."""
+    """Draws from a generator of a library."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, output = super().compute_loss(model, inputs, True, num_items_in_batch)
-        loss = loss * GENERATOR.uniform()
+        loss = loss * NOTES.generator.uniform()
         return (loss, output) if return_outputs else loss
 
 

@@ -1,6 +1,7 @@
 """The tables of figures beside the metric of a comparison."""
 
 import json
+import shutil
 
 import pytest
 
@@ -186,3 +187,11 @@ def test_there_is_no_share_of_an_effect_that_sam_does_not_have(folder):
 def test_runs_for_tuning_are_not_compared(folder):
     own = effects.by_task(effects.read_runs(folder))["one"]
     assert len(own) == 3 * len(METHODS) and {run["stage"] for run in own} == {"compared"}
+
+
+def test_a_comparison_without_sam_has_no_goal(folder, tmp_path, capsys):
+    for path in folder.rglob("SAM"):
+        shutil.rmtree(path)
+    flatness.main([str(folder), "--picture", str(tmp_path / "picture.png")])
+    printed = capsys.readouterr().out
+    assert "All tasks" in printed and "half of it" in printed and "The goal" not in printed

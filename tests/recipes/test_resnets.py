@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import arguments, assert_equal, largest_difference, passes, weights
+from tiny import arguments, assert_equal, largest_difference, out_of_reach, passes, weights
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, set_seed
@@ -244,10 +244,11 @@ def test_replay_gives_bitwise_what_a_full_pass_gives(name, first):
 def test_the_second_pass_begins_at_the_first_perturbed_block(tmp_path):
     set_seed(0)
     model = SMALL["wide with dropout"]()
-    calls: list[int] = []
+    notes = out_of_reach(calls=[])
     for index, block in enumerate(model.blocks):
-        block.conv1.register_forward_hook(lambda *_, index=index: calls.append(index))
+        block.conv1.register_forward_hook(lambda *_, index=index: notes.calls.append(index))
     train(model, dict(rho=0.1, block_selection="last", num_perturbed_blocks=1), tmp_path)
     # And in the two full passes that the first step's is compared with.
+    calls = notes.calls
     assert (calls.count(0), calls.count(1)) == (STEPS + 2, STEPS + 2)
     assert calls.count(2) >= 2 * STEPS

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from test_split import Ragged
-from tiny import MODELS, Examples, arguments, bert, weights
+from tiny import MODELS, Examples, arguments, bert, out_of_reach, weights
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
@@ -63,15 +63,13 @@ class RowsTrainer(LSAMTrainer):
 
 def add_fault(model: torch.nn.Module, call: int, factor: float | None) -> None:
     """Multiply the loss of the model's `call`-th forward pass by `factor`, or end that pass in an error."""
-    calls = 0
-    forward = model.forward
+    notes, forward = out_of_reach(calls=0), model.forward
 
     @functools.wraps(forward)
     def faulty(*args, **kwargs):
-        nonlocal calls
-        calls += 1
+        notes.calls += 1
         outputs = forward(*args, **kwargs)
-        if calls == call:
+        if notes.calls == call:
             if factor is None:
                 raise ReplayError("a test's own")
             outputs["loss"] = outputs["loss"] * factor

@@ -4,6 +4,7 @@ import json
 import random
 import threading
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -161,6 +162,13 @@ class Examples(Dataset):
     def batch(self, start: int, size: int) -> dict:
         """Examples `start` to `start + size` as one batch."""
         return torch.utils.data.default_collate([self[index] for index in range(start, start + size)])
+
+
+def out_of_reach(**values) -> ModuleType:
+    """An object with attributes that no pass restores, since modules are not the user's."""
+    notes = ModuleType("notes")
+    vars(notes).update(values)
+    return notes
 
 
 def arguments(folder, kind: type[TrainingArguments] = TrainingArguments, **options) -> TrainingArguments:
