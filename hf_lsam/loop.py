@@ -74,6 +74,8 @@ class LSAM:
             sync = getattr(self.model, "no_sync", nullcontext) if again or own or not is_last else nullcontext
             with sync(), buffers_not_sent(self.model) if again else nullcontext():
                 loss = compute_loss()
+                if not again:
+                    step.second_pass.see(loss)
                 if self.accelerator is not None and (loss.requires_grad or not again):
                     self.accelerator.backward(loss)
                 elif loss.requires_grad or not again:

@@ -225,7 +225,7 @@ class PassState:
             self._visit_all(name, enumerate(users_among(type(module).__mro__)), "")
             hooks = [hook for table in HOOKS for hook in vars(module).get(table, {}).values()]
             own = [hook for hook in hooks if isinstance(hook, types.FunctionType) and is_users(hook.__module__)]
-            self._visit_all(name, enumerate(own), "")
+            self._visit_all(name, enumerate(own), " hook {}")
         self._in_module = outer
 
     def _hold_table(self, name: str, table: dict, always: bool) -> None:

@@ -1,5 +1,6 @@
 """Context managers for the length of a pass: replaced methods, and the weights that require a gradient."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy, deepcopy
@@ -103,6 +104,29 @@ def backward_if_any(accelerator: Accelerator) -> Standin:
             backward(*args, **kwargs)
 
     return Standin(accelerator, "backward", run)
+
+
+def showing_loss(accelerator: Accelerator, show: Callable[[Tensor], None]) -> Standin:
+    """Inside, `show` is called with each loss before its backward pass."""
+
+    def run(backward: Callable, args: tuple, kwargs: dict) -> None:
+        show(args[0] if args else kwargs["loss"])
+        backward(*args, **kwargs)
+
+    return Standin(accelerator, "backward", run)
+
+
+def outline_of(loss: Tensor) -> tuple[str, ...]:
+    """The names of the last 32 operations that `loss` was computed by: they change with what a loss reads."""
+    names: list[str] = []
+    nodes, seen = deque([loss.grad_fn]), set[Any]()
+    while nodes and len(names) < 32:
+        node = nodes.popleft()
+        if node is not None and node not in seen:
+            seen.add(node)
+            names.append(node.name())
+            nodes.extend(inner for inner, _ in node.next_functions)
+    return tuple(names)
 
 
 @contextmanager

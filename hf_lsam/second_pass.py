@@ -19,7 +19,7 @@ from .compiled import CompiledRegions
 from .distributed import any_of_ranks, average_over_ranks
 from .held import RandomState
 from .pass_state import PassState, Snapshot
-from .passes import only_gradients_of
+from .passes import only_gradients_of, outline_of
 from .perturbation import Tensors, distance, norms
 from .replay import DroppedError, Recording, Replay
 
@@ -94,10 +94,15 @@ class SecondPass:
         self.narrow = True  # whether only the selected weights require gradients; false once that changes them
         self.collective = True  # whether all processes run these passes now, average their gradients, and agree
         self.bits = 64  # of the dtype in which gradients are averaged, where it is less precise than theirs
+        self._outline: tuple[str, ...] = ()  # of the losses of this pass 1
         self.running = 0  # 2 in pass 2, 1 where pass 1 runs again
         self.checked: dict[tuple, int] = {}  # by signature and trained parameters: latest start of a correct pass 2
         self._comparisons, self._due = 0, 0
         self._kept: list[int] | None = None  # indices of calls whose outputs are kept; `None`: not known yet
+
+    def see(self, loss: Tensor) -> None:
+        """To be called with the loss of a pass 1 before its backward pass."""
+        self._outline += outline_of(loss)
 
     def record(self, pass_1: Pass, pass_2: Pass, alone: bool) -> MicroBatch:
         """Run pass 1 of a micro-batch, and record what pass 2 needs; `alone`: it is the only one of the step."""
@@ -108,6 +113,7 @@ class SecondPass:
         sends = self._wrapper is not None and self._wrapper.will_sync_module_buffers()
         first_call = partial(before.refresh, self.model.buffers()) if sends else None
         kept = None if known is None or not self.drops else set(known[::stride])
+        self._outline = ()
         with self.replay.recording(self.replays, kept, first_call) as recording:
             loss = pass_1()
         uncopied, after = self.state.keep_changes(before), RandomState.capture(self.state.device)
@@ -123,7 +129,8 @@ class SecondPass:
                 call.kept = False  # cannot be replayed without the states of these generators
         settings = getattr(getattr(self.model, "config", None), "__dict__", {}).items()
         plain = tuple(item for item in settings if isinstance(item[1], (int, float, str, type(None))))
-        signature = (tuple((c.block, c.has_gradient) for c in recording.calls), tuple(recording.models), plain)
+        calls = tuple((call.block, call.has_gradient) for call in recording.calls)
+        signature = (calls, tuple(recording.models), plain, self._outline)
         return MicroBatch(pass_2, loss, recording, before, after, uncopied, signature)
 
     @contextmanager

@@ -15,7 +15,7 @@ from .deepspeed import bypass_engine, delayed_update, reduction_bits
 from .distributed import check_hooks, check_supported
 from .given import Optimized
 from .held import Attributes
-from .passes import backward_if_any, buffers_not_sent, copy_of, modes_kept
+from .passes import backward_if_any, buffers_not_sent, copy_of, modes_kept, showing_loss
 from .search import set_up_trial
 from .state import load_state, save_state
 from .step import LSAMStep
@@ -131,7 +131,8 @@ class LSAMMixin(_AnyTrainer):
         kept = copy_of((inputs, num_items_in_batch)) if has_two else None
 
         def pass_1() -> Tensor:
-            with self.accelerator.no_sync(model) if own else nullcontext():
+            seen = showing_loss(self.accelerator, step.second_pass.see) if has_two else nullcontext()
+            with self.accelerator.no_sync(model) if own else nullcontext(), seen:
                 return training_step(model, inputs, num_items_in_batch)
 
         def pass_2() -> Tensor:

@@ -1,12 +1,17 @@
 """What a pass reads of the blocks, and when: where a replay is another pass, the slower and right way is taken."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from literal_step import assert_right
-from situations import Block, Net, Situation
-from tiny import Examples, bert
+from situations import LAST, Block, Net, Situation
+from tiny import Examples, bert, largest_difference, weights
 from torch import nn
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, set_seed
 from transformers.modeling_outputs import SequenceClassifierOutput
+
+from hf_lsam import LSAM, LSAMConfig
 
 
 def eager_bert():
@@ -172,3 +177,72 @@ def test_numbers_that_blocks_leave_behind(detach, first_step, way, tmp_path):
             return model(**batch, reads=self.state.global_step >= first_step).loss
 
     assert_right(Loads, tmp_path, way)
+
+
+class Penalises(Situation):
+    """From a step on, the norm of the weights that take a gradient is part of the loss."""
+
+    first_step = 0
+
+    def loss(self, model, batch, items):
+        loss = model(**batch).loss
+        if self.state.global_step >= self.first_step:
+            loss = loss + sum(weight.square().sum() for weight in model.parameters() if weight.requires_grad) / 100
+        return loss
+
+
+class Counting(Block):
+    """Writes a mean of its outputs to a buffer, in place."""
+
+    def __init__(self, width):
+        super().__init__(width)
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x):
+        x = super().forward(x)
+        self.mean.mul_(0.5).add_(x.detach().mean())
+        return x
+
+
+class CountingNet(Net):
+    block = Counting
+
+
+class ReadsBuffers(Situation):
+    """From a step on, the loss is weighted by what the blocks have written."""
+
+    new, first_step = CountingNet, 0
+
+    def loss(self, model, batch, items):
+        output = model(**batch)
+        if self.state.global_step < self.first_step:
+            return output.loss
+        return output.loss + sum(block.mean for block in model.blocks) * output.logits.square().mean()
+
+
+@pytest.mark.parametrize("way", ["plain", "last", "last, two", "top_k, two", "budget, two"])
+@pytest.mark.parametrize("first_step", [0, 1, 2])
+@pytest.mark.parametrize("situation", [Penalises, ReadsBuffers])
+def test_a_loss_that_is_computed_otherwise_from_a_step_on(situation, first_step, way, tmp_path):
+    assert_right(type("Begins", (situation,), {"first_step": first_step}), tmp_path, way)
+
+
+@pytest.mark.parametrize("situation", [Penalises, ReadsBuffers])
+def test_a_loop_whose_loss_is_computed_otherwise_from_a_step_on(situation):
+    """The gradients are those of the same loop that runs pass 2 in full from the beginning."""
+    ends = []
+    for first_step in (2, -1):
+        model, holder = situation.new(), situation()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        lsam = LSAM(model, optimizer, LSAMConfig(**LAST), max_steps=4)
+        if first_step < 0:
+            lsam._lsam.second_pass.replays = lsam._lsam.second_pass.narrow = False
+        holder.first_step = 2
+        for step in range(4):
+            holder.state = SimpleNamespace(global_step=step)
+            batch = situation.collate([situation.data[4 * step + row] for row in range(4)])
+            lsam.backward(lambda: holder.loss(model, batch, None))  # noqa: B023
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(weights(model))
+    assert largest_difference(*ends) < 1e-12
