@@ -1,7 +1,8 @@
 """Modules that `torch.compile` has compiled, which recompile if what they see differs between steps."""
 
 import inspect
-from collections.abc import Iterable, Iterator
+import types
+from collections.abc import Iterable
 from typing import Any
 
 from accelerate.utils import is_compiled_module
@@ -41,11 +42,10 @@ class CompiledRegions:
 
 
 def _has_compiled_method(module: nn.Module) -> bool:
-    methods = [inspect.getattr_static(module, "forward"), *filter(callable, vars(module).values())]
-    return any(hasattr(inner, "_torchdynamo_orig_callable") for method in methods for inner in _unwrapped(method))
+    methods = [inspect.getattr_static(module, "forward"), *vars(module).values()]
+    functions = [method for method in methods if isinstance(method, (types.FunctionType, types.MethodType))]
+    return any(_is_compiled(inspect.unwrap(function, stop=_is_compiled)) for function in functions)
 
 
-def _unwrapped(method: Any) -> Iterator[Any]:
-    while method is not None:
-        yield method
-        method = getattr(method, "__wrapped__", None)
+def _is_compiled(function: Any) -> bool:
+    return hasattr(function, "_torchdynamo_orig_callable")

@@ -131,7 +131,6 @@ class Trained:
         self._multiplied, self._weights = multiplied_parameters(model), Weights(model, blocks)
         self.parameters: list[Tensor] = list(model.parameters())  # of the model and of the optimizer
         self._former = set(self.parameters)  # those of the model from which the candidates were made
-        self._looked_at: Collection[Tensor] | None = None  # the optimizer's parameters at the last `is_outdated`
         self._is_outdated = False
         self.candidates = candidates  # each reduced to its trained parameters
         self.number = 0  # identifies the set of parameters with a gradient
@@ -144,10 +143,7 @@ class Trained:
         """Update this, at most once a micro-batch, from the parameters that have a gradient; returns itself."""
         if self.is_current:
             return self
-        optimized = self._look_up_optimized()
-        if optimized is not self._optimized:
-            self._optimized = optimized
-            self.parameters[:] = dict.fromkeys([*self._model.parameters(), *(optimized or ())])
+        optimized = self._look()
         flags = [p.grad is not None for p in self.parameters]
         # Under DeepSpeed there is no `.grad` before the last micro-batch.
         key = (tuple(flags if any(flags) else [p.requires_grad for p in self.parameters]), id(optimized))
@@ -162,18 +158,23 @@ class Trained:
 
     def is_outdated(self) -> bool:
         """Whether the optimizer has got parameters of the model that did not exist when this was made."""
-        optimized = self._look_up_optimized()
-        if optimized is not self._looked_at:
-            self._looked_at = optimized
-            new = set(self._model.parameters()) - self._former
-            self._is_outdated = not new.isdisjoint(optimized or ())
+        self._look()
         return self._is_outdated
 
     def includes(self, parameter: Tensor) -> bool:
         """Whether `parameter` may be trained, whether or not it has a gradient now."""
-        if self._looked_at is None:
-            self.is_outdated()
-        return parameter.requires_grad if self._looked_at is None else parameter in self._looked_at
+        optimized = self._look() if self._optimized is None else self._optimized
+        return parameter.requires_grad if optimized is None else parameter in optimized
+
+    def _look(self) -> Collection[Tensor] | None:
+        """The parameters in the optimizer; where they have changed, those of the model are read anew, too."""
+        optimized = self._look_up_optimized()
+        if optimized is not self._optimized:
+            self._optimized = optimized
+            self.parameters[:] = dict.fromkeys([*self._model.parameters(), *(optimized or ())])
+            new = set(self._model.parameters()) - self._former
+            self._is_outdated = not new.isdisjoint(optimized or ())
+        return optimized
 
     def costs(self, recording: Recording) -> CostModel:
         """The cost model of a pass 2 after this pass 1."""

@@ -8,7 +8,7 @@ import types
 import weakref
 from collections import UserDict
 from collections.abc import Collection, Iterable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -66,6 +66,11 @@ def is_opened(thing: Any) -> bool:
     return package not in _LIBRARIES and not isinstance(thing, (types.ModuleType, Dataset))
 
 
+def is_users_function(thing: Any) -> bool:
+    """Whether `thing` is a function of a user's module."""
+    return isinstance(thing, types.FunctionType) and is_users(thing.__globals__.get("__name__"))
+
+
 def parts_of(thing: Any) -> Iterable[Any]:
     """The objects that a function, a method, or another wrapper refers to."""
     if isinstance(thing, types.FunctionType):
@@ -85,7 +90,7 @@ def parts_of(thing: Any) -> Iterable[Any]:
     return ()
 
 
-@cache
+@lru_cache(1024)
 def users_among(classes: tuple[type, ...]) -> tuple[type, ...]:
     """Those of the classes that are not of a library."""
     return tuple(each for each in classes if is_users(each.__module__))
@@ -102,7 +107,7 @@ def variables_of(function: types.FunctionType) -> Attributes:
     return Attributes(owner, _globals_in(function.__code__))
 
 
-@cache
+@lru_cache(1024)
 def _globals_in(code: types.CodeType) -> tuple[str, ...]:
     named = [each.argval for each in dis.get_instructions(code) if each.opname in _OF_GLOBALS]
     inner = [_globals_in(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]

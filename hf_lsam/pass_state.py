@@ -4,7 +4,6 @@ import concurrent.futures
 import io
 import queue
 import threading
-import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
-from .given import is_opened, is_users, parts_of, users_among, variables_of
+from .given import is_opened, is_users, is_users_function, parts_of, users_among, variables_of
 from .held import HOOKS, Attributes, Entry, RandomState, Snapshot, attributes_of, kind_of, mark_of, stamp_of
 from .shards import compute_device, is_sharded
 
@@ -180,7 +179,7 @@ class PassState:
                 self._hold(name, thing)
                 self._visit_all(name, [(k, value) for k, value in vars(thing).items() if not k.startswith("__")])
             return
-        if isinstance(thing, types.FunctionType) and is_users(thing.__globals__.get("__name__")):
+        if is_users_function(thing):
             variables = variables_of(thing)
             self._hold("globals", variables)
             self._visit_all("", variables.read().items(), "{}")
@@ -224,8 +223,7 @@ class PassState:
             self._visit_all(name, attributes_of(module).items())
             self._visit_all(name, enumerate(users_among(type(module).__mro__)), "")
             hooks = [hook for table in HOOKS for hook in vars(module).get(table, {}).values()]
-            own = [hook for hook in hooks if isinstance(hook, types.FunctionType) and is_users(hook.__module__)]
-            self._visit_all(name, enumerate(own), " hook {}")
+            self._visit_all(name, enumerate(filter(is_users_function, hooks)), " hook {}")
         self._in_module = outer
 
     def _hold_table(self, name: str, table: dict, always: bool) -> None:

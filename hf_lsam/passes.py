@@ -19,18 +19,18 @@ class Standin:
         self.owner, self.name, self.copies = owner, name, []  # type: ignore[var-annotated]
         # A method that was already replaced on the instance (accelerate's device hooks) is restored as such.
         self.own = vars(owner).get(name)
-        self.method = self.__wrapped__ = getattr(owner, name)  # `generate` looks up its arguments in the signature
+        self.__wrapped__ = getattr(owner, name)  # by this name, `inspect.signature` finds it, as `generate` does
         self.run: Callable | None = run
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__wrapped__, name)
 
     def __call__(self, *args, **kwargs):
-        return self.method(*args, **kwargs) if self.run is None else self.run(self.method, args, kwargs)
+        return self.__wrapped__(*args, **kwargs) if self.run is None else self.run(self.__wrapped__, args, kwargs)
 
     def __deepcopy__(self, memo: dict):
         self.copies.append(memo.get(id(self.owner)))
-        return deepcopy(self.method, memo)
+        return deepcopy(self.__wrapped__, memo)
 
     def __reduce__(self):
         # An object that is unpickled has no attributes yet, so this is the method of its class.

@@ -202,3 +202,25 @@ def test_what_is_off_is_plain_and_needs_no_blocks():
         results.append(weights(model))
     for result in results[1:]:
         assert_equal(result, results[0])
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("config", [dict(block_selection="last"), dict(block_selection="all"), dict(alpha=0.7)])
+def test_a_step_that_the_loop_gives_up(config):
+    """`zero_grad` after a micro-batch that is not the last one: it is no part of the next step."""
+    ends = []
+    for gives_up in (True, False):
+        model, examples = bert(), Examples(32)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        lsam = LSAM(model, optimizer, LSAMConfig(rho=0.3, **config), max_steps=4)
+        for step in range(3):
+            if gives_up and step == 1:
+                lsam.backward(lambda: model(**examples.batch(28, 4)).loss / 2, is_last=False)  # noqa: B023
+                optimizer.zero_grad()
+            for part in range(2):
+                batch = examples.batch(8 * step + 4 * part, 4)
+                lsam.backward(lambda: model(**batch).loss / 2, is_last=part == 1)  # noqa: B023
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(weights(model))
+    assert_equal(*ends)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from situations import LAST, Net, Situation, follow, hearing, make
 from torch import nn
-from transformers import TrainerCallback
+from transformers import PretrainedConfig, TrainerCallback
 
 from hf_lsam import LSAM, LSAMConfig
 
@@ -85,6 +85,33 @@ class InArguments(Situation):
         return self.args.tally
 
 
+class InTheModelsSettings(Situation):
+    def attach(self, model):
+        model.config = PretrainedConfig(tally=0)
+
+    def loss(self, model, batch, items):
+        model.config.tally += 1
+        return model(**batch).loss
+
+    def counted(self):
+        return self.model.config.tally
+
+
+class InOurSettings(Situation):
+    """A radius that shrinks at each micro-batch; the plain trainer has none."""
+
+    def loss(self, model, batch, items):
+        self.shrunk = getattr(self, "shrunk", 0) + 1
+        if hasattr(self, "lsam_config"):
+            self.lsam_config.rho *= 0.5
+        return model(**batch).loss
+
+    def counted(self):
+        if hasattr(self, "lsam_config"):
+            assert self.lsam_config.rho == LAST["rho"] * 0.5**self.shrunk
+        return self.shrunk
+
+
 class InGroups(Situation):
     def loss(self, model, batch, items):
         group = self.optimizer.param_groups[0]
@@ -118,6 +145,7 @@ class InAClosure(Situation):
 
 
 PLACES = [InAGlobal, InAClass, InItsOwnClass, InACallback, InArguments, InGroups, InAHook, InAClosure]
+PLACES += [InTheModelsSettings, InOurSettings]
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -192,3 +220,27 @@ def test_a_loss_of_pass_2_does_not_end_the_training(tmp_path):
         trainer.train()
     assert trainer.state.global_step == 4
     assert max(line["loss"] for line in trainer.state.log_history if "loss" in line) < 2
+
+
+class Answers:
+    """Settings in which every name has a value, as some libraries have them."""
+
+    def __getattr__(self, name):
+        return None
+
+
+class Stream(Answers):
+    """An iterator that answers everything, too."""
+
+    def __next__(self):
+        return None
+
+
+@pytest.mark.parametrize("kind", [Answers, Stream])
+def test_an_object_that_has_every_attribute(kind, tmp_path):
+    class Holds(Situation):
+        def begin(self, model):
+            self.answers = kind()
+
+    run = follow(Holds, tmp_path, LAST)
+    assert [line["lsam/active"] for line in run.lines] == [1] * 4 and not run.messages
