@@ -71,6 +71,11 @@ def is_users_function(thing: Any) -> bool:
     return isinstance(thing, types.FunctionType) and is_users(thing.__globals__.get("__name__"))
 
 
+def is_users_hook(hook: Any) -> bool:
+    """Whether `hook` is a function, a method, or another callable object of a user's module."""
+    return is_users(getattr(hook.func if isinstance(hook, functools.partial) else hook, "__module__", None))
+
+
 def parts_of(thing: Any) -> Iterable[Any]:
     """The objects that a function, a method, or another wrapper refers to."""
     if isinstance(thing, types.FunctionType):

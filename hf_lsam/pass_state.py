@@ -1,6 +1,7 @@
 """What a pass reads and changes: copied before pass 1, restored before pass 2 and after it."""
 
 import concurrent.futures
+import copyreg
 import io
 import queue
 import threading
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
-from .given import is_opened, is_users, is_users_function, parts_of, users_among, variables_of
+from .given import is_opened, is_users, is_users_function, is_users_hook, parts_of, users_among, variables_of
 from .held import HOOKS, Attributes, Entry, RandomState, Snapshot, attributes_of, kind_of, mark_of, stamp_of
 from .shards import compute_device, is_sharded
 
@@ -200,7 +201,7 @@ class PassState:
         elif any(isinstance(value, _THREADS) for value in own.values()):
             self._unheld[name] = thing
         else:
-            slots = Attributes(thing, tuple(s for c in type(thing).__mro__ for s in vars(c).get("__slots__", ())))
+            slots = Attributes(thing, tuple(copyreg._slotnames(type(thing))))  # type: ignore[attr-defined]
             for held in [slots] * bool(slots.names) + [own] * hasattr(thing, "__dict__"):
                 self._hold(name, held)
             self._visit_all(name, [*slots.read().items(), *own.items()])
@@ -222,8 +223,11 @@ class PassState:
                 self._hold_table(f"{name}._parameters", module._parameters, not all(map(self.is_trained, weights)))
             self._visit_all(name, attributes_of(module).items())
             self._visit_all(name, enumerate(users_among(type(module).__mro__)), "")
-            hooks = [hook for table in HOOKS for hook in vars(module).get(table, {}).values()]
-            self._visit_all(name, enumerate(filter(is_users_function, hooks)), " hook {}")
+            tables = [vars(module).get(table, {}) for table in HOOKS] + [
+                weight._backward_hooks or {} for weight in weights
+            ]
+            hooks = [hook for table in tables for hook in table.values() if is_users_hook(hook)]
+            self._visit_all(name, enumerate(hooks), " hook {}")
         self._in_module = outer
 
     def _hold_table(self, name: str, table: dict, always: bool) -> None:

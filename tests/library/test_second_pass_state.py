@@ -48,6 +48,17 @@ class Slotted:
         self.calls, self.mean = 0, torch.zeros(3, dtype=torch.float64)
 
 
+class SlottedPrivately:
+    __slots__ = "__calls"
+
+    def __init__(self):
+        self.__calls = 0
+
+    def count(self):
+        self.__calls += 1
+        return self.__calls
+
+
 class Annealer:
     def __init__(self):
         self.calls = 0
@@ -120,6 +131,10 @@ def an_object_with_slots(self, output, batch):
     self.kept.calls += 1
     self.kept.mean += mean(output)
     return self.kept.calls / 10 + self.kept.mean.abs().sum()
+
+
+def an_object_with_a_private_slot(self, output, batch):
+    return self.kept.count() / 10
 
 
 def a_set(self, output, batch):
@@ -214,6 +229,7 @@ KEPT = {
     a_schedule: Annealer,
     a_dataclass: Progress,
     an_object_with_slots: Slotted,
+    an_object_with_a_private_slot: SlottedPrivately,
     a_set: set,
     a_bag: lambda: defaultdict(Counter),
     an_order: lambda: OrderedDict(first=0.1, second=1.0, third=3.0),

@@ -1,5 +1,7 @@
 """State that is not reached from attributes: global variables, closures, classes, callbacks, and settings."""
 
+import weakref
+from functools import partial
 from typing import ClassVar
 
 import pytest
@@ -131,6 +133,45 @@ class InAHook(Situation):
         return len(self.seen)
 
 
+class Collector:
+    """Counts the calls of a hook; nothing else refers to it."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def see(self, *call):
+        self.calls += 1
+
+    __call__ = see
+
+
+class InAHooksObject(Situation):
+    hook_of = staticmethod(lambda collector: collector.see)
+
+    def attach(self, model):
+        collector = Collector()
+        model.head.register_forward_hook(self.hook_of(collector))
+        self.collector = weakref.ref(collector)
+
+    def counted(self):
+        return self.collector().calls
+
+
+class InAHookThatIsAnObject(InAHooksObject):
+    hook_of = staticmethod(lambda collector: collector)
+
+
+class InAHooksArgument(InAHooksObject):
+    hook_of = staticmethod(lambda collector: partial(Collector.see, collector))
+
+
+class InAHookOfAWeight(InAHooksObject):
+    def attach(self, model):
+        collector = Collector()
+        model.blocks[-1].up.weight.register_hook(collector.see)
+        self.collector = weakref.ref(collector)
+
+
 class InAClosure(Situation):
     def begin(self, model):
         seen = []
@@ -145,7 +186,8 @@ class InAClosure(Situation):
 
 
 PLACES = [InAGlobal, InAClass, InItsOwnClass, InACallback, InArguments, InGroups, InAHook, InAClosure]
-PLACES += [InTheModelsSettings, InOurSettings]
+PLACES += [InTheModelsSettings, InOurSettings, InAHooksObject, InAHookThatIsAnObject, InAHooksArgument]
+PLACES += [InAHookOfAWeight]
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

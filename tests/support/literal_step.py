@@ -1,5 +1,6 @@
 """A literal step in plain loops; every step of a run is held to it, from the weights and the states it began with."""
 
+import copyreg
 from collections import deque
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
@@ -156,7 +157,7 @@ def flat(value) -> list:
         return [len(value), *(part for each in value for part in flat(each))]
     if isinstance(value, (nn.Module, torch.optim.Optimizer)):
         return flat(value.state_dict())
-    slots = {name: getattr(value, name) for name in getattr(type(value), "__slots__", ()) if hasattr(value, name)}
+    slots = {name: getattr(value, name) for name in copyreg._slotnames(type(value)) if hasattr(value, name)}
     return [type(value).__name__, *flat({**getattr(value, "__dict__", {}), **slots})]
 
 
