@@ -77,19 +77,19 @@ class PassState:
         self._now, self._seen, self._bytes = Snapshot(RandomState.capture(self.device)), set[int](), 0
         if self.copies_all:
             self._known, self._contents, self._of_modules, self._unheld, self.foreign = {}, {}, [], {}, []
+        roots = self.roots()
+        # A root itself may be of a library. Attributes that are left out are skipped wherever they occur.
+        objects = {name: root for name, root in roots.items() if not isinstance(root, (Attributes, dict))}
+        for root in objects.values():
+            out = [value for key, value in vars(root).items() if key in _LEFT_OUT or key.startswith("_lsam")]
+            self._seen.update(map(id, [root, *out, *(getattr(value, "optimizer", None) for value in out)]))
         self._in_model, self._in_module = True, False
         self._visit("model", self.model)
         self._in_model = False
-        for name, root in self.roots().items():
-            if isinstance(root, (Attributes, dict)):
-                self._hold(name, root)
-                continue
-            # The root itself may be of a library. Attributes that are left out are skipped wherever else they occur.
-            own = vars(root)
-            out = [own[key] for key in _LEFT_OUT & own.keys()]
-            self._seen.update(map(id, [root, *out, *(getattr(value, "optimizer", None) for value in out)]))
-            self._hold(name, own)
-            self._visit_all(name, [(key, value) for key, value in own.items() if not key.startswith("_lsam")])
+        for name, root in roots.items():
+            self._hold(name, vars(root) if name in objects else root)
+        for name, root in objects.items():
+            self._visit_all(name, vars(root).items())
             self._visit_all(name, enumerate(users_among(type(root).__mro__)), "")
         if self.copies_all:
             held = {id(entry.thing) for entry in self._now.entries}
@@ -223,10 +223,8 @@ class PassState:
                 self._hold_table(f"{name}._parameters", module._parameters, not all(map(self.is_trained, weights)))
             self._visit_all(name, attributes_of(module).items())
             self._visit_all(name, enumerate(users_among(type(module).__mro__)), "")
-            tables = [vars(module).get(table, {}) for table in HOOKS] + [
-                weight._backward_hooks or {} for weight in weights
-            ]
-            hooks = [hook for table in tables for hook in table.values() if is_users_hook(hook)]
+            tables = [*(vars(module).get(table) for table in HOOKS), *(weight._backward_hooks for weight in weights)]
+            hooks = [hook for table in tables if table for hook in table.values() if is_users_hook(hook)]
             self._visit_all(name, enumerate(hooks), " hook {}")
         self._in_module = outer
 

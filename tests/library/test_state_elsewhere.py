@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig, TrainerCallback
 
 from hf_lsam import LSAM, LSAMConfig
+from hf_lsam.pass_state import PassState
 
 TALLY = 0
 TEACHER: nn.Module | None = None
@@ -172,6 +173,20 @@ class InAHookOfAWeight(InAHooksObject):
         self.collector = weakref.ref(collector)
 
 
+class InAHookOfTheTrainer(Situation):
+    def begin(self, model):
+        self.kept, self.calls = [0], 0
+        model.head.register_forward_hook(self.see)
+
+    def see(self, *call):
+        self.kept[0] += 1
+        self.calls += 1
+
+    def counted(self):
+        assert self.calls == self.kept[0]
+        return self.calls
+
+
 class InAClosure(Situation):
     def begin(self, model):
         seen = []
@@ -187,7 +202,7 @@ class InAClosure(Situation):
 
 PLACES = [InAGlobal, InAClass, InItsOwnClass, InACallback, InArguments, InGroups, InAHook, InAClosure]
 PLACES += [InTheModelsSettings, InOurSettings, InAHooksObject, InAHookThatIsAnObject, InAHooksArgument]
-PLACES += [InAHookOfAWeight]
+PLACES += [InAHookOfAWeight, InAHookOfTheTrainer]
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -286,3 +301,17 @@ def test_an_object_that_has_every_attribute(kind, tmp_path):
 
     run = follow(Holds, tmp_path, LAST)
     assert [line["lsam/active"] for line in run.lines] == [1] * 4 and not run.messages
+
+
+def test_a_hook_of_the_trainer_does_not_lead_to_the_optimizer(tmp_path, monkeypatch):
+    """Its state is as large as the weights, and no pass changes it."""
+    names, keep_changes = set(), PassState.keep_changes
+
+    def noted(self, before):
+        names.update(entry.name for entry in before.entries)
+        return keep_changes(self, before)
+
+    monkeypatch.setattr(PassState, "keep_changes", noted)
+    follow(InAHookOfTheTrainer, tmp_path, LAST)
+    assert "trainer.kept" in names
+    assert not any(".optimizer" in name or "._lsam" in name for name in names)
