@@ -54,7 +54,7 @@ def announce(config: LSAMConfig, candidates: Sequence[Candidate], costs: CostMod
     trained = [candidate for candidate in candidates if candidate.is_trained] or list(candidates)
     count = min(config.num_perturbed_blocks or len(trained), len(trained))
     among = f"{len(trained)} {'blocks' if config.block_pattern is None else 'modules of block_pattern'}"
-    cost = f"{most:.2f}"
+    cost, ends = f"{most:.2f}", [most]
     if config.block_selection == "all":
         what = "all trainable parameters"
     elif config.block_selection == "budget":
@@ -65,10 +65,14 @@ def announce(config: LSAMConfig, candidates: Sequence[Candidate], costs: CostMod
         what = f"the last {count} of {among}"
     else:
         what = f"the {count} of {among} with the largest gradient norm"
-        cost = f"{least:.2f} (last {count}) to {most:.2f} (first {count})"
+        cost, ends = f"{least:.2f} (last {count}) to {most:.2f} (first {count})", [least, most]
+    cost += " of a plain step"
+    if len(steps) < max_steps and not config.is_priced:
+        averages = [f"{one * len(steps) / max_steps:.2f}" for one in ends]
+        cost += f", and {' to '.join(averages)} on average"
     pays = f", of which max_overhead={config.budget:g} pays for {' to '.join(map(str, sorted(counts)))}"
     price = pays if config.is_priced else ""
-    extra = f"Predicted cost of pass 2: {cost} of a plain step" if not is_one_pass else "There is no second pass"
+    extra = f"Predicted cost of pass 2: {cost}" if not is_one_pass else "There is no second pass"
     interval = f" (1 in {config.perturb_interval})" if config.perturb_interval > 1 else ""
     scope = "each micro-batch of " if config.sharpness_scope == "micro_batch" else ""
     logger.info(

@@ -40,6 +40,12 @@ METHODS = {
         range(1, 7),
         "{}",
     ),
+    "SAM at every 3rd step": (
+        dict(block_selection="all", perturb_interval=3, perturb_start=0.1),
+        "all trainable parameters",
+        range(2, 11, 3),
+        "{}",
+    ),
     "budget": (
         dict(block_selection="budget", num_perturbed_blocks=3, max_overhead=0.5),
         "up to 3 of 4 blocks",
@@ -96,7 +102,14 @@ def test_it_says_what_the_training_then_does(method, tmp_path, caplog):
         assert line["cost"] == "There is no second pass" and not any(overheads)
         return
     form = cost.format(*(f"{number:.2f}" for number in predicted))
-    assert line["cost"] == f"Predicted cost of pass 2: {form} of a plain step"
+    each, _, average = line["cost"].partition(", and ")
+    assert each == f"Predicted cost of pass 2: {form} of a plain step"
+    assert bool(average) == (len(steps) < STEPS)
+    if average:
+        share = len(steps) / STEPS
+        assert average == f"{predicted[-1]:.2f} on average"
+        assert sum(overheads) / STEPS == pytest.approx(predicted.pop(), abs=0.005)
+        assert predicted[0] * share == pytest.approx(sum(overheads) / STEPS, abs=0.01)
     if "to" in cost:
         assert predicted[0] < predicted[1]
         assert predicted[0] - 0.005 <= min(overheads) and max(overheads) <= predicted[1] + 0.005
@@ -112,6 +125,14 @@ def test_the_range_of_equal_blocks_is_the_formula(caplog):
     LSAM(model, torch.optim.SGD(model.parameters()), LSAMConfig(), max_steps=8)
     [line] = start_lines(caplog)
     assert line["cost"] == "Predicted cost of pass 2: 0.50 (last 2) to 0.83 (first 2) of a plain step"
+
+
+def test_the_average_of_a_range_is_a_range(caplog):
+    model = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh()) for _ in range(4)])
+    LSAM(model, torch.optim.SGD(model.parameters()), LSAMConfig(perturb_interval=2), max_steps=8)
+    [line] = start_lines(caplog)
+    costs = "0.50 (last 2) to 0.83 (first 2) of a plain step, and 0.25 to 0.42 on average"
+    assert line["cost"] == f"Predicted cost of pass 2: {costs}"
 
 
 @pytest.mark.parametrize(
