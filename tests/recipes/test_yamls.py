@@ -53,8 +53,8 @@ def test_a_yaml_has_the_recommended_setting_or_the_papers_and_says_which(name):
         assert config == paper and config.block_selection == "top_k"
         assert "# The paper's own rule, `block_selection: top_k`" in text
     else:
-        assert config == LSAMConfig(block_selection="last", num_perturbed_blocks=2, rho=0.05, perturb_start=0.3)
-        assert "# The recommended setting" in text and "(docs/evidence.md). The paper's own rule is" in text
+        assert config == LSAMConfig(block_selection="all", perturb_interval=4, rho=0.1, perturb_start=0.1)
+        assert "# The recommended setting" in text and "The paper's own\n# rule is `block_selection: top_k`." in text
 
 
 @pytest.mark.parametrize("name", YAMLS)
