@@ -44,6 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "plain": {"block_selection": "none"},
     "off": {"rho": 0.0},
     "sam": {"block_selection": "all"},
+    "sam-every-4th": {"block_selection": "all", "perturb_interval": 4},
     "generalized-sam": {"block_selection": "all", "alpha": 0.8},
     "looksam-5": {"block_selection": "all", "perturb_interval": 5, "reuse_correction": 0.7},
     "top-1": {"num_perturbed_blocks": 1},
@@ -110,8 +111,8 @@ class Contender:
 
     def __init__(self, name: str, args: BenchmarkArguments, folder: str):
         self.settings = METHODS.get(name, {})
-        # LookSAM is measured over whole intervals, and its warm-up is one interval. Others warm up for one step.
-        interval = 5 if name.endswith("looksam-5") else 1
+        # With an interval, whole intervals are measured, after one of warm-up. Other methods warm up for one step.
+        interval = 5 if name.endswith("looksam-5") else self.settings.get("perturb_interval", 1)
         self.warm_up = interval
         self.steps = self.warm_up + max(args.steps, interval) // interval * interval
         self.timer, self.figures = StepTimer(), LogFigures()
@@ -151,7 +152,7 @@ class Contender:
         self.trainer.remove_callback(PrinterCallback)
 
     def take_turn(self) -> float:
-        """Train for a turn; returns seconds per step: the median, or for LookSAM the mean over whole intervals."""
+        """Train for a turn; returns seconds per step: the median, or the mean over whole intervals."""
         if self.loop is not None:
             seconds = self.loop.run(self.steps)
         else:

@@ -33,6 +33,7 @@ def test_every_method(tmp_path, capsys):
     assert bounds["plain"] == bounds["off"] == bounds["one-pass-2"] == 1
     assert bounds["sam"] == pytest.approx(2)
     assert bounds["looksam-5"] == pytest.approx(1.2)
+    assert bounds["sam-every-4th"] == pytest.approx(1.25)
     assert 1 < bounds["last-1"] < bounds["last-2"] < bounds["last-4"] < 2
     assert bounds["budget-0.5"] <= 1.5
     assert figures["last-2"]["first_block"] == 2

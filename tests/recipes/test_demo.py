@@ -178,27 +178,27 @@ def test_the_table_on_a_console_is_in_line_and_narrow():
 def test_how_long_it_takes_is_said_for_what_is_missing(tmp_path):
     assert {*demo.SECONDS} == {*demo.METHODS}
     runs = demo.plan([0, 1], {}, tmp_path, "1")
-    methods = "AdamW; LSAM, last 2 blocks; SAM; LSAM, the paper's rule"
+    methods = "AdamW; SAM at every 4th step; LSAM, last 2 blocks; SAM; LSAM, the paper's rule"
     assert demo.announcement(runs).splitlines() == [
-        f"8 runs of 250 steps. Methods: {methods}.",
-        "This takes about 13 minutes on two CPU cores.",
+        f"10 runs of 250 steps. Methods: {methods}.",
+        "This takes about 16 minutes on two CPU cores.",
         "A first comparison, with one seed, is printed after about 3 minutes.",
     ]
     for run in runs[:2]:
         run.folder.mkdir()
     assert demo.announcement(runs).splitlines()[1:] == [
-        "2 of 8 runs are already finished.",
-        "This takes about 10 minutes on two CPU cores.",
+        "2 of 10 runs are already finished.",
+        "This takes about 13 minutes on two CPU cores.",
     ]
     for run in runs[2:]:
         run.folder.mkdir()
-    assert demo.announcement(runs).splitlines()[1:] == ["8 of 8 runs are already finished."]
+    assert demo.announcement(runs).splitlines()[1:] == ["10 of 10 runs are already finished."]
     assert demo.minutes(runs[:1]) == "2 minutes"
 
 
 def test_the_first_comparison_is_of_adamw_and_what_is_recommended():
-    first = [*demo.METHODS.values()][: demo.FIRST]
-    assert [method["block_selection"] for method in first] == ["none", "last"]
+    recommended = dict(block_selection="all", perturb_interval=4, rho=0.1, perturb_start=0.1)
+    assert [*demo.METHODS.values()][: demo.FIRST] == [{"block_selection": "none"}, recommended]
 
 
 class InThisProcess:
