@@ -60,7 +60,7 @@ def draw_gains(panels: dict[str, Panel], cost: str) -> Figure:
         if title != unit:
             axes.set_title(title, fontsize=10, loc="left", fontweight="bold", parse_math=False)
         baselines = " or ".join(dict.fromkeys(task.baseline for task in panel.values()))
-        text = f"difference to {baselines} with the same seed, {_named(unit)}, 95 % confidence interval"
+        text = f"difference to {baselines} with the same seed, {_words(unit)}, 95 % confidence interval"
         axes.set_xlabel(text, fontsize=9, parse_math=False)
         if unit in shared:
             # `sharex` takes over the limits of the first panel, so both are scaled again.
@@ -105,7 +105,7 @@ def _draw_panel(axes: Axes, panel: Panel, points: dict[str, dict[str, Point]], m
             entries[method] = axes.errorbar([mean], [row + 0.75 * place], xerr=bar, elinewidth=1.2, **drawn)
         counts = sorted({point.seeds for point in points[name].values()}) or [0]
         n = f"n = {counts[0]}" + f" to {counts[-1]}" * (len(counts) > 1)
-        what = task.metric.partition("_")[2].replace("_", " ") + " (lower is better)" * (not task.greater_is_better)
+        what = _words(task.metric) + " (lower is better)" * (not task.greater_is_better)
         labels.append(f"{name}\n{what}, {n}")
         if row % 2:
             axes.axhspan(row - 0.5, row + 0.5, color="black", alpha=0.04, linewidth=0)
@@ -121,8 +121,9 @@ def _draw_panel(axes: Axes, panel: Panel, points: dict[str, dict[str, Point]], m
     return entries
 
 
-def _named(unit: str) -> str:
-    return unit if unit == POINTS else unit.partition("_")[2].replace("_", " ")
+def _words(metric: str) -> str:
+    name = metric if metric == POINTS else metric.partition("_")[2]
+    return "loss after a temperature" if name == "nll_scaled" else name.replace("_", " ")
 
 
 def _with_cost(method: str, points: dict[str, dict[str, dict[str, Point]]]) -> str:
