@@ -55,7 +55,8 @@ class LSAMConfig:
             `"batch"`: one perturbation for the whole optimizer step, over accumulation and ranks. `"micro_batch"`:
             each micro-batch is perturbed by its own gradient (m-sharpness).
         perturb_interval (`int`, *optional*, defaults to `1`):
-            Perturb every n-th step.
+            Perturb every n-th step. SAM at every 4th step, with `rho=0.1`, is the setting that we recommend
+            (`docs/evidence.md`).
         reuse_correction (`float`, *optional*, defaults to `0.0`):
             LookSAM (Liu et al., CVPR 2022): at the steps between two perturbed ones, add the part of the last
             perturbed gradient that is orthogonal to the plain one, scaled to this share of the plain gradient's norm.
