@@ -45,8 +45,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "perturb_start": 0.3,
     },
 }
-# Seconds of a run on one CPU core: the mean training time of studies/results/demo.json, plus 20 for start and test. For
-# SAM at every 4th step, the former is AdamW's, times the ratio of demo_every_4th.json.
+# Seconds of a run on one CPU core: the mean training time of studies/results/demo.json, plus 20 for start and test.
+# For SAM at every 4th step, the former is AdamW's, times the ratio of demo_every_4th.json.
 SECONDS = {
     "AdamW": 75,
     "SAM at every 4th step": 90,
