@@ -123,7 +123,7 @@ def _draw_panel(axes: Axes, panel: Panel, points: dict[str, dict[str, Point]], m
 
 def _words(metric: str) -> str:
     name = metric if metric == POINTS else metric.partition("_")[2]
-    return "loss after a temperature" if name == "nll_scaled" else name.replace("_", " ")
+    return "scaled loss" if name == "nll_scaled" else name.replace("_", " ")
 
 
 def _with_cost(method: str, points: dict[str, dict[str, dict[str, Point]]]) -> str:
