@@ -87,8 +87,8 @@ def test_python_examples_run(page, in_hub):
 @pytest.mark.parametrize(
     ("right", "wrong", "error"),
     [
-        ("num_perturbed_blocks=2", "perturbed_blocks=2", TypeError),
-        ('block_selection="last"', 'block_selection="final"', ValueError),
+        ("perturb_interval=4", "interval=4", TypeError),
+        ('block_selection="all"', 'block_selection="every"', ValueError),
         ('"nyu-mll/glue", "sst2"', '"nyu-mll/glue", "sst"', ValueError),
         ('rows["sentence"]', 'rows["text"]', KeyError),
         ("all-MiniLM-L6-v2", "all-MiniLM-L6", OSError),
@@ -112,6 +112,6 @@ def test_the_quickstart_shows_the_log_line_that_one_sees(in_hub):
     [shown] = shown_lines(page)
     lines = training_lines(run_examples(page.split("## Read the log")[0])["trainer"])
     assert lines and lines[-1].keys() - {"step"} == shown.keys()
-    assert lines[-1]["lsam/active"] == 1 == float(shown["lsam/active"])
+    assert lines[-1]["lsam/active"] == 0.25 == float(shown["lsam/active"])
     described = set(re.findall(r"^\| `(lsam/\w+)` \|", page, re.MULTILINE))
     assert described == {name for name in shown if name.startswith("lsam/")}
