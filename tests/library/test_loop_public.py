@@ -80,6 +80,9 @@ def test_the_loops_of_the_page_run():
         before = weights(model)
         if "lsam" in names:
             names["lsam"].step = 0
+        snippet = snippet.replace("perturb_interval=4", "perturb_interval=1").replace(
+            "perturb_start=0.1", "perturb_start=0"
+        )
         exec(snippet.replace("GradScaler()", 'GradScaler("cpu")').replace('"cuda", torch.float16', '"cpu"'), names)
         assert largest_difference(weights(model), before) > 1e-5
         assert names["lsam"].log()["lsam/active"] == 1 and names["lsam"].step in (8, 2, 1)

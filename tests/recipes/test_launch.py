@@ -76,6 +76,7 @@ def launched(tmp_path_factory) -> Path:
     recipe = [str(ROOT / "recipes" / "run_glue.py"), str(ROOT / "recipes" / "glue" / "rte.yaml"), "--do_predict"]
     recipe += ["--model_name_or_path", model, "--data_dir", write_task(folder, "rte"), "--disable_tqdm", "true"]
     recipe += ["--max_steps", "2", "--logging_steps", "1", "--perturb_start", "0", "--rho", "0.1"]
+    recipe += ["--block_selection", "last", "--perturb_interval", "1"]
     recipe += ["--save_strategy", "steps", "--save_steps", "1"]
     # Adam would blow up the rounding in gradients that are zero.
     recipe += ["--optim", "sgd", "--learning_rate", "0.5", "--train_sampling_strategy", "sequential"]

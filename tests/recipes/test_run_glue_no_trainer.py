@@ -32,7 +32,8 @@ def settings(model: str, glue: str, output: Path, *more: str) -> list[str]:
     """RTE as its YAML has it, on the tiny model and data: 2 epochs of 2 steps of 2 micro-batches of 4 rows."""
     paths = ["--model_name_or_path", model, "--data_dir", glue, "--output_dir", str(output)]
     sizes = ["--num_train_epochs", "2", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]
-    return [str(RECIPES / "glue" / "rte.yaml"), *paths, *sizes, "--perturb_start", "0", "--rho", "0.1", *more]
+    every_step = ["--block_selection", "last", "--perturb_interval", "1", "--perturb_start", "0", "--rho", "0.1"]
+    return [str(RECIPES / "glue" / "rte.yaml"), *paths, *sizes, *every_step, *more]
 
 
 def log_of(folder: Path) -> list[dict]:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from test_split import Ragged
-from tiny import MODELS, Examples, arguments, checkpoint, weights
+from tiny import MODELS, Examples, arguments, checkpoint, out_of_reach, weights
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -60,7 +60,7 @@ class Run:
         self.model = MODELS[case["model"]](**case.get("options", {})).train()
         if case.get("checkpointing"):
             checkpoint(self.model, use_reentrant=case["checkpointing"] == "reentrant")
-        self.attention_runs = 0
+        self.notes = out_of_reach(attention_runs=0)
         for block in find_blocks(self.model).values():
             inner = block.attention if case["model"] == "bert" else block.self_attn
             inner.register_forward_hook(self._count)
@@ -79,7 +79,7 @@ class Run:
         self.chosen, self.collectives, self.runs, self.losses = [], [], [], []
 
     def _count(self, *_):
-        self.attention_runs += 1
+        self.notes.attention_runs += 1
 
     def evaluate(self):
         """A forward pass without a backward pass, after which FSDP2 keeps the root's weights gathered."""
@@ -119,8 +119,8 @@ class Run:
         self._check_gradients()
         self.chosen.append([p.chosen for p in self.step.log.pending])
         self.step.reset_log()
-        self.runs.append(self.attention_runs)
-        self.attention_runs = 0
+        self.runs.append(self.notes.attention_runs)
+        self.notes.attention_runs = 0
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.case.get("evaluated"):
