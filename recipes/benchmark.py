@@ -31,6 +31,7 @@ from transformers.utils import logging
 from hf_lsam import LSAMConfig, LSAMTrainer
 from hf_lsam.blocks import find_blocks, find_candidates
 from hf_lsam.costs import CostModel
+from hf_lsam_recipes.support.cost.methods import METHODS
 from hf_lsam_recipes.support.cost.peers import IN_TRAINER, PEERS, HandWrittenLoop, SAMTrainer
 from hf_lsam_recipes.support.cost.table import table
 from hf_lsam_recipes.support.cost.workload import Rows, WorkloadArguments, make_model
@@ -39,26 +40,6 @@ from hf_lsam_recipes.support.json_files import check_output_file, write_json
 from hf_lsam_recipes.support.settings import parse_arguments
 from hf_lsam_recipes.support.stamp import stamp
 from hf_lsam_recipes.support.step_timer import StepTimer, peak_memory_mib
-
-METHODS: dict[str, dict[str, Any]] = {
-    "plain": {"block_selection": "none"},
-    "off": {"rho": 0.0},
-    "sam": {"block_selection": "all"},
-    "sam-every-4th": {"block_selection": "all", "perturb_interval": 4},
-    "generalized-sam": {"block_selection": "all", "alpha": 0.8},
-    "looksam-5": {"block_selection": "all", "perturb_interval": 5, "reuse_correction": 0.7},
-    "top-1": {"num_perturbed_blocks": 1},
-    "top-2": {"num_perturbed_blocks": 2},
-    "top-4": {"num_perturbed_blocks": 4},
-    "last-1": {"block_selection": "last", "num_perturbed_blocks": 1},
-    "last-2": {"block_selection": "last", "num_perturbed_blocks": 2},
-    "last-4": {"block_selection": "last", "num_perturbed_blocks": 4},
-    "budget-0.1": {"block_selection": "budget", "max_overhead": 0.1, "num_perturbed_blocks": None},
-    "budget-0.2": {"block_selection": "budget", "max_overhead": 0.2, "num_perturbed_blocks": None},
-    "budget-0.5": {"block_selection": "budget", "max_overhead": 0.5, "num_perturbed_blocks": None},
-    "one-pass-2": {"ascent_gradient": "previous"},
-    "one-pass-all": {"ascent_gradient": "previous", "block_selection": "all"},
-}
 
 
 @dataclass

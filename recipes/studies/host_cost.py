@@ -39,8 +39,8 @@ from transformers import (
 from transformers.utils import logging
 
 from hf_lsam import LSAMConfig, LSAMTrainer
-from hf_lsam_recipes.benchmark import METHODS
 from hf_lsam_recipes.studies.host_calls import CallCounter
+from hf_lsam_recipes.support.cost.methods import METHODS
 from hf_lsam_recipes.support.cost.peers import IN_TRAINER, SAMTrainer
 from hf_lsam_recipes.support.json_files import check_output_file, write_json
 from hf_lsam_recipes.support.markdown import markdown_table

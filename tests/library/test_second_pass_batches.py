@@ -5,6 +5,7 @@ from collections import UserDict
 import numpy as np
 import pytest
 import torch
+from kept import Weighs
 from literal_step import (
     LIMIT,
     WAYS,
@@ -17,7 +18,6 @@ from literal_step import (
     members,
 )
 from situations import ALL, LAST, VOCABULARY, Net, Recorder, Situation, follow, trainer_class
-from test_second_pass_state import Weighs
 from tiny import arguments, block_rows
 from torch import nn
 from torch.utils.data import IterableDataset, default_collate

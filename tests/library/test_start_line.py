@@ -148,6 +148,7 @@ def test_a_price_says_how_many_steps_it_pays_for(settings, price, counts, tmp_pa
     trainer = run(tmp_path, LSAMConfig(**settings))
     [line] = start_lines(caplog)
     assert (line["price"], line["counts"]) == (price, counts)
+    assert "average" not in line["cost"]
     few, many = int(counts.split()[0]), int(counts.split()[-1])
     assert few <= sum(logged["lsam/active"] for logged in training_lines(trainer)) <= many
 

@@ -315,3 +315,4 @@ def test_a_hook_of_the_trainer_does_not_lead_to_the_optimizer(tmp_path, monkeypa
     follow(InAHookOfTheTrainer, tmp_path, LAST)
     assert "trainer.kept" in names
     assert not any(".optimizer" in name or "._lsam" in name for name in names)
+    assert not any(name.startswith("model.head hook 0.") for name in names)

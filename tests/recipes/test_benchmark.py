@@ -12,7 +12,7 @@ from transformers import LlamaConfig, TrainingArguments
 
 from hf_lsam import LSAMConfig, LSAMTrainer
 from hf_lsam_recipes import benchmark
-from hf_lsam_recipes.benchmark import METHODS
+from hf_lsam_recipes.support.cost.methods import METHODS
 from hf_lsam_recipes.support.cost.peers import IN_TRAINER, PEERS, HandWrittenLoop, SAMTrainer
 from hf_lsam_recipes.support.cost.workload import Rows, make_model
 

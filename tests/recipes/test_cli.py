@@ -152,15 +152,8 @@ def test_a_comparison_that_ships_goes_by_its_name(run, tmp_path):
 
 
 def test_the_command_trains_what_the_script_trains(run, bert, glue, tmp_path):
-    argv = [
-        *rte(bert, glue, tmp_path / "command"),
-        "--perturb_start",
-        "0",
-        "--perturb_interval",
-        "1",
-        "--logging_steps",
-        "1",
-    ]
+    every_step = ["--perturb_start", "0", "--perturb_interval", "1", "--logging_steps", "1"]
+    argv = [*rte(bert, glue, tmp_path / "command"), *every_step]
     printed = run("glue", "rte", *argv)
     assert "train_loss" in printed
     run_glue.main([str(ROOT / "recipes" / "glue" / "rte.yaml"), *argv, "--output_dir", str(tmp_path / "script")])

@@ -271,6 +271,19 @@ def test_the_picture_of_the_readme_has_the_numbers_of_the_table():
     assert len(rows) == 11
 
 
+def test_the_picture_of_the_loss_is_of_all_tasks_of_the_rule():
+    panels = gains.read_panels(STUDIES / "loss.yaml")
+    assert sorted(len(panel) for panel in panels.values()) == [2, 4]
+    assert all(
+        point.seeds == 5
+        for panel in panels.values()
+        for task in panel.values()
+        for point in gains.gains(task, "flops").values()
+    )
+    axes = plot_gains.draw_gains(panels, "flops").axes
+    assert all("AdamW with the same seed, scaled loss, 95 %" in each.get_xlabel() for each in axes)
+
+
 def test_sixteen_methods_have_colours_and_markers_of_their_own():
     styles = [style(index) for index in range(16)]
     assert len({one["color"] for one in styles}) == 16
