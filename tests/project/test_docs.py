@@ -161,7 +161,7 @@ def test_the_walk_of_contributing_starts_from_the_code_as_it_is():
             "def test_a_block_without_gradient_is_never_selected(",
             "def chosen(squared_norms",
         ),
-        "recipes/benchmark.py": ("METHODS: ", '"last-2": {"block_selection": "last"'),
+        "recipes/support/cost/methods.py": ("METHODS: ", '"last-2": {"block_selection": "last"'),
         "Makefile": (".venv/.installed-%:",),
     }
     for file, texts in places.items():
