@@ -32,7 +32,7 @@ from hf_lsam import LSAMConfig, LSAMTrainer
 from hf_lsam.blocks import find_blocks, find_candidates
 from hf_lsam.costs import CostModel
 from hf_lsam_recipes.support.cost.methods import METHODS
-from hf_lsam_recipes.support.cost.peers import IN_TRAINER, PEERS, HandWrittenLoop, SAMTrainer
+from hf_lsam_recipes.support.cost.peers import IN_TRAINER, PEERS, HandWrittenLoop
 from hf_lsam_recipes.support.cost.table import table
 from hf_lsam_recipes.support.cost.workload import Rows, WorkloadArguments, make_model
 from hf_lsam_recipes.support.figures.cost import draw_cost, read_runs
@@ -47,7 +47,7 @@ class BenchmarkArguments(WorkloadArguments):
     """Settings of the benchmark."""
 
     methods: str = field(
-        default=",".join([*METHODS, IN_TRAINER, *PEERS]),
+        default=",".join([*METHODS, *IN_TRAINER, *PEERS]),
         metadata={"help": "Comma-separated methods and peers; must include plain."},
     )
     torch_compile: str | None = field(
@@ -108,8 +108,8 @@ class Contender:
         # Accelerate reads this when the Trainer is constructed.
         os.environ["ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"] = str(args.torch_compile == "regional")
         kind, extra = LSAMTrainer, {"lsam_config": LSAMConfig(**self.settings)}
-        if name == IN_TRAINER:
-            kind, extra = SAMTrainer, {}
+        if name in IN_TRAINER:
+            kind, extra = IN_TRAINER[name], {}
         self.trainer = kind(
             model=model,
             args=TrainingArguments(
@@ -188,7 +188,7 @@ def measure_times(args: BenchmarkArguments, names: list[str]) -> dict[str, dict[
             "lowest": min(ratios[name], default=1.0),
             "highest": max(ratios[name], default=1.0),
             "seconds": statistics.median(times[name]),
-            "bound": None if name in PEERS or name == IN_TRAINER else 1 + line.get("lsam/overhead", 0.0),
+            "bound": None if name in PEERS or name in IN_TRAINER else 1 + line.get("lsam/overhead", 0.0),
             "first_block": line.get("lsam/first_block"),
             "captured": line.get("lsam/captured"),
             "settings": contender.settings,
@@ -239,7 +239,7 @@ def measure(args: BenchmarkArguments) -> dict[str, dict[str, Any]]:
         ValueError: if `methods` or `torch_compile` is not valid, or if they do not go together.
     """
     names = args.methods.split(",")
-    known = [*METHODS, IN_TRAINER, *PEERS]
+    known = [*METHODS, *IN_TRAINER, *PEERS]
     if "plain" not in names or not set(known).issuperset(names):
         raise ValueError(f"methods={args.methods}: it must include plain, and only names among {', '.join(known)}.")
     if args.torch_compile not in (None, "whole", "regional"):

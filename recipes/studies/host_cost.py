@@ -41,7 +41,7 @@ from transformers.utils import logging
 from hf_lsam import LSAMConfig, LSAMTrainer
 from hf_lsam_recipes.studies.host_calls import CallCounter
 from hf_lsam_recipes.support.cost.methods import METHODS
-from hf_lsam_recipes.support.cost.peers import IN_TRAINER, SAMTrainer
+from hf_lsam_recipes.support.cost.peers import IN_TRAINER
 from hf_lsam_recipes.support.json_files import check_output_file, write_json
 from hf_lsam_recipes.support.markdown import markdown_table
 from hf_lsam_recipes.support.settings import parse_arguments
@@ -55,7 +55,7 @@ class HostArguments:
     """Methods and sizes of the measurement."""
 
     methods: str = field(
-        default=f"plain,off,one-pass-2,last-1,last-2,top-2,sam,{IN_TRAINER}",
+        default=f"plain,off,one-pass-2,last-1,last-2,top-2,sam,{','.join(IN_TRAINER)}",
         metadata={"help": "Comma-separated methods of benchmark.py; must include plain."},
     )
     num_hidden_layers: int = field(default=12, metadata={"help": "Blocks of the BERT."})
@@ -72,10 +72,10 @@ class HostArguments:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}.")
         names = self.methods.split(",")
-        if "plain" not in names or not {*METHODS, IN_TRAINER}.issuperset(names):
+        if "plain" not in names or not {*METHODS, *IN_TRAINER}.issuperset(names):
             raise ValueError(
                 f"methods={self.methods}: it must include plain, and only names among "
-                f"{', '.join([*METHODS, IN_TRAINER])}."
+                f"{', '.join([*METHODS, *IN_TRAINER])}."
             )
 
 
@@ -174,8 +174,8 @@ def _make_trainer(name: str, args: HostArguments, folder: str) -> Trainer:
         for place, row in enumerate(tokens)
     ]
     kind, extra = LSAMTrainer, {"lsam_config": LSAMConfig(**METHODS.get(name, {}))}
-    if name in ("plain", IN_TRAINER):
-        kind, extra = Trainer if name == "plain" else SAMTrainer, {}
+    if name == "plain" or name in IN_TRAINER:
+        kind, extra = IN_TRAINER.get(name, Trainer), {}
     return kind(
         model=BertForSequenceClassification(config),
         args=TrainingArguments(

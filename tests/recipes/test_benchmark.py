@@ -8,12 +8,12 @@ import torch
 from tiny import Examples, arguments, bert, largest_difference, weights
 from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, TrainingArguments
+from transformers import LlamaConfig, Trainer, TrainingArguments
 
 from hf_lsam import LSAMConfig, LSAMTrainer
 from hf_lsam_recipes import benchmark
 from hf_lsam_recipes.support.cost.methods import METHODS
-from hf_lsam_recipes.support.cost.peers import IN_TRAINER, PEERS, HandWrittenLoop, SAMTrainer
+from hf_lsam_recipes.support.cost.peers import IN_TRAINER, PEERS, HandWrittenLoop
 from hf_lsam_recipes.support.cost.workload import Rows, make_model
 
 TINY = ["--num_hidden_layers", "4", "--hidden_size", "64", "--batch_size", "2", "--sequence_length", "8"]
@@ -23,7 +23,7 @@ TINY += ["--rounds", "1", "--steps", "1", "--memory_repeats", "0"]
 def test_every_method(tmp_path, capsys):
     path = tmp_path / "cost.json"
     # One of 4 blocks costs more than a budget of 0.2.
-    names = [name for name in [*METHODS, IN_TRAINER, *PEERS] if name not in ("budget-0.1", "budget-0.2")]
+    names = [name for name in [*METHODS, *IN_TRAINER, *PEERS] if name not in ("budget-0.1", "budget-0.2")]
     files = ["--output_file", str(path), "--picture", str(tmp_path / "cost.svg")]
     figures = benchmark.main([*TINY, "--methods", ",".join(names), *files])
     assert list(figures) == names
@@ -37,7 +37,7 @@ def test_every_method(tmp_path, capsys):
     assert 1 < bounds["last-1"] < bounds["last-2"] < bounds["last-4"] < 2
     assert bounds["budget-0.5"] <= 1.5
     assert figures["last-2"]["first_block"] == 2
-    assert figures["pasted-sam"]["bound"] is figures[IN_TRAINER]["bound"] is None
+    assert all(figures[name]["bound"] is None for name in (*IN_TRAINER, *PEERS))
     [saved] = json.loads(path.read_text())["runs"]
     assert saved["figures"] == figures
     assert saved["bounds"]["2"][2] == pytest.approx(bounds["last-2"])
@@ -99,15 +99,25 @@ def test_a_peer_takes_sams_step(peer):
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_sam_by_hand_steps_as_sam_in_the_trainer(accumulation, tmp_path):
-    """Without dropout, whose draws the hand-written one does not repeat. To move back by subtraction rounds."""
+@pytest.mark.parametrize(
+    ("name", "selection"), [("sam-by-hand", "all"), ("last-1-by-hand", "last"), ("last-2-by-hand", "last")]
+)
+def test_a_step_by_hand_is_that_of_the_trainer(name, selection, accumulation, tmp_path):
+    """Without dropout, whose draws the hand-written ones do not repeat."""
     states = []
-    for kind, extra in ((SAMTrainer, {}), (LSAMTrainer, {"lsam_config": LSAMConfig(block_selection="all")})):
-        options = dict(max_steps=3, gradient_accumulation_steps=accumulation, learning_rate=1e-2, optim="sgd")
-        trainer = kind(model=bert(), args=arguments(tmp_path, **options), train_dataset=Examples(36), **extra)
+    config = LSAMConfig(block_selection=selection, num_perturbed_blocks=1 if name.startswith("last-1") else 2)
+    for kind, extra in ((IN_TRAINER[name], {}), (LSAMTrainer, {"lsam_config": config}), (Trainer, {})):
+        options = dict(max_steps=1, gradient_accumulation_steps=accumulation, learning_rate=1e-2, optim="sgd")
+        trainer = kind(model=bert().double(), args=arguments(tmp_path, **options), train_dataset=Examples(36), **extra)
         trainer.train()
         states.append(weights(trainer.model))
-    assert largest_difference(*states) < 1e-5 < 1e-3 < largest_difference(states[0], weights(bert()))
+    by_hand, ours, plain = states
+    assert largest_difference(by_hand, ours) < 1e-12 < 1e-6 < largest_difference(by_hand, plain)
+
+
+def test_a_model_of_which_nothing_is_replayed_has_no_step_by_hand(tmp_path):
+    with pytest.raises(ValueError, match="Of 2 blocks, the last 2 leave none to replay"):
+        IN_TRAINER["last-2-by-hand"](model=bert(2), args=arguments(tmp_path))
 
 
 def test_a_file_of_something_else_is_not_written_over(tmp_path):

@@ -15,7 +15,7 @@ TINY = ["--num_hidden_layers", "3", "--rounds", "2", "--steps", "2", "--warm_up"
 def test_every_method_has_its_figures(tmp_path, capsys):
     path = tmp_path / "host.json"
     figures = host_cost.main([*TINY, "--output_file", str(path)])
-    assert list(figures) == ["plain", "off", "one-pass-2", "last-1", "last-2", "top-2", "sam", IN_TRAINER]
+    assert list(figures) == ["plain", "off", "one-pass-2", "last-1", "last-2", "top-2", "sam", *IN_TRAINER]
     assert figures["plain"]["ratio"] == figures["plain"]["calls_ratio"] == 1
     for row in figures.values():
         assert row["lowest"] <= row["ratio"] <= row["highest"] and row["milliseconds"] > 0
@@ -24,7 +24,7 @@ def test_every_method_has_its_figures(tmp_path, capsys):
     parts = {name: row["calls_by_part"] for name, row in figures.items()}
     assert "snapshots" in parts["last-1"] and "snapshots" not in parts["plain"] and "snapshots" not in parts["off"]
     # A pass more, of one block, of two, and of all of them.
-    for part, blocks in (("plain", 3), ("last-1", 4), ("last-2", 5), ("sam", 6), (IN_TRAINER, 6)):
+    for part, blocks in (("plain", 3), ("last-1", 4), ("last-2", 5), ("sam", 6), ("sam-by-hand", 6)):
         assert parts[part]["blocks"] == pytest.approx(parts["plain"]["blocks"] * blocks / 3)
     assert not any(place.startswith("hf_lsam") for place in figures["plain"]["calls_by_file"])
     saved = json.loads(path.read_text())

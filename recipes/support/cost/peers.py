@@ -1,14 +1,17 @@
-"""Other implementations of SAM for the benchmark: optimizers in a hand-written loop, and a `training_step`."""
+"""Other implementations of SAM for the benchmark: optimizers in a hand-written loop, and `training_step`s."""
 
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from pytorch_optimizer import SAM, LookSAM
 from torch import Tensor, nn
 from transformers import Trainer
+
+from hf_lsam.blocks import find_blocks
 
 
 class PastedSAM(torch.optim.Optimizer):
@@ -56,10 +59,6 @@ PEERS: dict[str, Callable[[Iterable[nn.Parameter]], Any]] = {
 }
 
 
-# The peer that runs in the Trainer's loop, so that only the step differs.
-IN_TRAINER = "sam-by-hand"
-
-
 class SAMTrainer(Trainer):
     """SAM as in the widely used `davda54/sam`, in a `training_step`: ascent step, second pass, step back."""
 
@@ -100,6 +99,85 @@ class SAMTrainer(Trainer):
         for weight, e_w in self._moves:
             weight.sub_(e_w)
         self._moves.clear()
+
+
+class LastBlocksTrainer(Trainer):
+    """
+    SAM for the last `k` blocks, with nothing but what the gradient needs: the least that a pass 2 through
+    `training_step` costs. It restores no random or other state, so that dropout differs between the passes, checks
+    nothing, and logs nothing. Each block has to be called once, and to return a tensor.
+    """
+
+    k = 1
+    rho = 0.05
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        blocks = list(find_blocks(self.model).values())
+        if len(blocks) <= self.k:
+            raise ValueError(f"Of {len(blocks)} blocks, the last {self.k} leave none to replay. Take a deeper model.")
+        self._plain = blocks[: -self.k]
+        self._moved: list[Tensor] = [weight for block in blocks[-self.k :] for weight in block.parameters()]
+        moved = set(self._moved)
+        self._others = [weight for weight in self.model.parameters() if weight.requires_grad and weight not in moved]
+        self._window: list[tuple[dict[str, Any], Tensor]] = []
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Both passes; the second one follows the last micro-batch, and begins at the first of the last blocks."""
+        forward, outputs = self._plain[-1].forward, []
+
+        def record(*args: Any, **kwargs: Any) -> Tensor:
+            outputs.append(forward(*args, **kwargs))
+            return outputs[-1]
+
+        self._plain[-1].forward = record
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            del self._plain[-1].forward
+        self._window.append((inputs, outputs[0].detach()))
+        if self.accelerator.sync_gradients:
+            with self._at_moved_weights():
+                for batch, output in self._window:
+                    for block in self._plain:
+                        block.forward = lambda *args, output=output, **kwargs: output
+                    super().training_step(model, batch, num_items_in_batch)
+            self._window.clear()
+        return loss
+
+    @contextmanager
+    def _at_moved_weights(self) -> Iterator[None]:
+        plain = [weight.grad for weight in self._others]
+        slopes: list[Any] = [weight.grad for weight in self._moved]
+        with torch.no_grad():
+            before = [weight.clone() for weight in self._moved]
+            norm = torch.stack(torch._foreach_norm(slopes)).norm()
+            torch._foreach_add_(self._moved, list(torch._foreach_mul(slopes, self.rho / norm)))
+        for weight in self._moved:
+            weight.grad = None
+        for weight in self._others:
+            weight.grad, weight.requires_grad = None, False
+        yield
+        for block in self._plain:
+            del block.forward
+        for weight, gradient in zip(self._others, plain, strict=True):
+            weight.grad, weight.requires_grad = gradient, True
+        with torch.no_grad():
+            torch._foreach_copy_(self._moved, before)
+
+
+class LastTwoBlocksTrainer(LastBlocksTrainer):
+    """The last two blocks."""
+
+    k = 2
+
+
+# Peers in the Trainer's loop, so that only the step differs.
+IN_TRAINER: dict[str, type[Trainer]] = {
+    "sam-by-hand": SAMTrainer,
+    "last-1-by-hand": LastBlocksTrainer,
+    "last-2-by-hand": LastTwoBlocksTrainer,
+}
 
 
 class HandWrittenLoop:
