@@ -4,12 +4,13 @@ import dis
 import functools
 import itertools
 import sys
+import threading
 import types
 import weakref
-from collections import UserDict
-from collections.abc import Collection, Iterable
+from collections import ChainMap, UserDict, UserList
+from collections.abc import Collection, Iterable, Iterator
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -49,6 +50,10 @@ _LIBRARIES = {
 }
 # The operations of a function that use its global variables.
 _OF_GLOBALS = {"LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL"}
+# Objects of the standard library whose attributes are copied: users keep state in them.
+_OPENED = (Optimizer, LRScheduler, PretrainedConfig, types.SimpleNamespace, threading.local)
+# Those that keep their items in an attribute.
+_WITH_DATA = (UserDict, UserList, weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet)
 
 
 @cache
@@ -59,8 +64,8 @@ def is_users(module: str | None) -> bool:
 
 
 def is_opened(thing: Any) -> bool:
-    """Whether `thing` is an object of a user's class, whose attributes are copied."""
-    if isinstance(thing, (Optimizer, LRScheduler, PretrainedConfig, types.SimpleNamespace)):
+    """Whether the attributes of `thing` are copied, as those of all objects of users' classes are."""
+    if isinstance(thing, _OPENED):
         return True
     package = type(thing).__module__.partition(".")[0]
     return package not in _LIBRARIES and not isinstance(thing, (types.ModuleType, Dataset))
@@ -90,8 +95,14 @@ def parts_of(thing: Any) -> Iterable[Any]:
         return (thing.cell_contents,) if thing != types.CellType() else ()
     if isinstance(thing, functools.partial):
         return (thing.func, *thing.args, *thing.keywords.values())
-    if isinstance(thing, UserDict):
-        return (thing.data,)
+    if isinstance(thing, functools._lru_cache_wrapper):
+        return (thing.__wrapped__,)
+    if isinstance(thing, weakref.ref):
+        return (thing(),)
+    if isinstance(thing, _WITH_DATA):
+        return (thing.data,)  # type: ignore[union-attr]
+    if isinstance(thing, ChainMap):
+        return thing.maps
     return ()
 
 
@@ -102,18 +113,39 @@ def users_among(classes: tuple[type, ...]) -> tuple[type, ...]:
 
 
 class _Variables:
-    """An object whose attributes are the global variables of a function."""
+    """An object whose attributes are the variables of a module."""
+
+    def __init__(self, variables: dict[str, Any]):
+        self.__dict__ = variables
 
 
-def variables_of(function: types.FunctionType) -> Attributes:
-    """The global variables that a function uses."""
-    owner = _Variables()
-    owner.__dict__ = function.__globals__
-    return Attributes(owner, _globals_in(function.__code__))
+def variables_of(function: types.FunctionType) -> Iterator[Attributes]:
+    """The variables that a function uses: of its own module, and of users' modules, as in `settings.step += 1`."""
+    names = _names_in(function.__code__)
+    own = Attributes(_Variables(function.__globals__), names.variables)
+    yield own
+    modules, seen = [*own.read().values(), *(sys.modules.get(name) for name in names.imported)], set()
+    for module in modules:
+        if isinstance(module, types.ModuleType) and is_users(module.__name__) and module not in seen:
+            seen.add(module)
+            of_module = Attributes(_Variables(vars(module)), names.every)
+            modules += of_module.read().values()  # modules of a package
+            yield of_module
+
+
+class _Names(NamedTuple):
+    """The names in the code of a function."""
+
+    variables: tuple[str, ...]  # its global variables
+    imported: tuple[str, ...]  # the modules that it imports itself
+    every: tuple[str, ...]  # these, and all attributes
 
 
 @lru_cache(1024)
-def _globals_in(code: types.CodeType) -> tuple[str, ...]:
-    named = [each.argval for each in dis.get_instructions(code) if each.opname in _OF_GLOBALS]
-    inner = [_globals_in(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
-    return tuple(dict.fromkeys(itertools.chain(named, *inner)))
+def _names_in(code: types.CodeType) -> _Names:
+    read = [*dis.get_instructions(code)]
+    variables = [each.argval for each in read if each.opname in _OF_GLOBALS]
+    imported = [each.argval for each in read if each.opname == "IMPORT_NAME"]
+    inner = [_names_in(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    parts = zip((variables, imported, code.co_names), *inner, strict=True)
+    return _Names(*(tuple(dict.fromkeys(itertools.chain(*part))) for part in parts))

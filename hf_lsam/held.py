@@ -1,7 +1,9 @@
 """Snapshots of objects that a pass may change: how each kind is copied, compared with its copy, and restored."""
 
+import array
 import collections
 import contextlib
+import contextvars
 import inspect
 import io
 import operator
@@ -191,6 +193,8 @@ KINDS: dict[type, Kind] = {
     collections.deque: LIST,
     set: Kind(list, _put_items),
     bytearray: Kind(bytes, lambda array, kept: array.__setitem__(slice(None), kept), operator.eq),
+    array.array: Kind(lambda array: array[:], lambda array, kept: array.__setitem__(slice(None), kept), operator.eq),
+    contextvars.ContextVar: Kind(contextvars.ContextVar.get, contextvars.ContextVar.set),
     Attributes: SLOTS,
     type: Kind(_copy_class, _put_class),
     nn.Module: MODULE,
@@ -236,9 +240,9 @@ class Snapshot:
         self.watched: list[tuple[str, Tensor, tuple]] = []
 
     def hold(self, name: str, thing: Any, always: bool) -> None:
-        """Copy the content of `thing`, if it has a kind and a content: an unset variable of a closure has none."""
+        """Copy the content of `thing`, if it has a kind and a content; an unset variable has none."""
         if (kind := kind_of(thing)) is not None:
-            with contextlib.suppress(RuntimeError, TypeError, ValueError):
+            with contextlib.suppress(LookupError, RuntimeError, TypeError, ValueError):
                 self.entries.append(Entry(name, thing, kind, kind.copy(thing), always))
 
     def later(self, random: RandomState) -> "Snapshot":

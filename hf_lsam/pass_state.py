@@ -27,6 +27,7 @@ _LEFT_OUT = {
     *("args", "accelerator", "deepspeed", "optimizer", "lr_scheduler", "train_dataset", "eval_dataset", "log_history")
 }
 _PLAIN = (int, float, complex, str, bytes, type(None), np.generic, torch.dtype, torch.device, torch.Size)
+_NAMES = (*_PLAIN, tuple)
 # An object with one of these in it is also used by other threads, so it is not restored.
 _LOCKS = (threading.Condition, threading.Event, type(threading.Lock()), type(threading.RLock()))
 _THREADS = (*_LOCKS, threading.Thread, queue.Queue, concurrent.futures.Executor)
@@ -158,7 +159,8 @@ class PassState:
         """Visit `parts`, pairs of a key and an object, whose name is `name` and the key, formatted by `place`."""
         for key, part in parts:
             if not isinstance(part, _PLAIN) and id(part) not in self._seen:
-                part_name = name + place.format(key)
+                # Not the text of other keys: that of a tensor takes long, and synchronises with its device.
+                part_name = name + place.format(key if isinstance(key, _NAMES) else type(key))
                 try:
                     self._visit(part_name, part)
                 except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -181,20 +183,22 @@ class PassState:
                 self._visit_all(name, [(k, value) for k, value in vars(thing).items() if not k.startswith("__")])
             return
         if is_users_function(thing):
-            variables = variables_of(thing)
-            self._hold("globals", variables)
-            self._visit_all("", variables.read().items(), "{}")
+            for variables in variables_of(thing):
+                self._hold("globals", variables)
+                self._visit_all("", variables.read().items(), "{}")
         is_held = kind_of(thing) is not None
         if is_held and (not isinstance(thing, np.ndarray) or thing.size <= _SMALL or self._is_due(thing)):
             self._hold(name, thing)
-        if isinstance(thing, (dict, list, tuple, deque)):
-            items = dict(thing if isinstance(thing, dict) else enumerate(thing))
+        if isinstance(thing, (dict, list, tuple, deque, set, frozenset)):
+            items = [*(thing.items() if isinstance(thing, dict) else enumerate(thing))]
             if len(thing) > _LARGE:
-                content = [id(thing), *map(id, items.values())]
+                content = [id(thing), *(id(item) for _, item in items)]
                 if self._contents.get(name) == content:
                     return
                 self._contents[name] = content
-            self._visit_all(name, items.items(), "[{!r}]")
+            self._visit_all(name, items, "[{!r}]")
+            if isinstance(thing, dict):
+                self._visit_all(name, enumerate(thing), " key {}")
         own = getattr(thing, "__dict__", {})
         if not is_opened(thing):
             self._visit_all(name, enumerate(parts_of(thing)), "")

@@ -165,8 +165,8 @@ class Examples(Dataset):
 
 
 def out_of_reach(**values) -> ModuleType:
-    """An object with attributes that no pass restores, since modules are not the user's."""
-    notes = ModuleType("notes")
+    """An object with attributes that no pass restores, since it is not the user's."""
+    notes = ModuleType("torch.notes")
     vars(notes).update(values)
     return notes
 
