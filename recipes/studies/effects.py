@@ -13,7 +13,7 @@ import numpy as np
 
 from hf_lsam_recipes.support.comparison.statistics import COSTS, Interval, mean_interval, t_test
 
-# The figures by name, and their titles. The first two are primary. Lower is better for losses and calibration errors.
+# The figures by name, and their titles. Lower is better for losses and calibration errors.
 FIGURES = {
     "predict_nll_scaled": "scaled loss on test data",
     "shift_nll_scaled": "scaled loss under shift",
@@ -23,8 +23,13 @@ FIGURES = {
     "predict_accuracy": "accuracy on test data",
     "shift_accuracy": "accuracy under shift",
     "predict_matthews_correlation": "Matthews correlation on test data",
+    # Of `run_clm.py`
+    "eval_loss": "loss on test data",
+    "eval_neutral_loss": "loss on other text",
+    "eval_int4_loss": "loss on test data with 4-bit weights",
+    "eval_neutral_int4_loss": "loss on other text with 4-bit weights",
 }
-PRIMARY = ("predict_nll_scaled", "shift_nll_scaled")
+PRIMARY = ("predict_nll_scaled", "shift_nll_scaled", "eval_loss", "eval_neutral_loss")
 BASELINE, FULL = "AdamW", "SAM"  # other baselines are called "AdamW, ..."
 # The goal: at this training time or less, this share of SAM's effect, and no more than this loss of accuracy (of 1).
 MAX_TIME, MIN_SHARE, MAX_LOSS = 1.25, 0.8, 0.005
@@ -80,11 +85,11 @@ def read_runs(path: Path) -> list[dict[str, Any]]:
         return sorted(rows, key=lambda row: [row[name] for name in ("task", "method", "stage", "chosen", "seed")])
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    needed = ("task", "method", "chosen", "stage", "seed", "training_seconds", "flops", *FIGURES)
+    needed = ("task", "method", "chosen", "stage", "seed", "training_seconds", "flops")
     missing = [name for name in needed if name not in (rows[0] if rows else {})]
     if missing:
         raise ValueError(f"{path} holds no runs that `flatness.py --csv` wrote: it lacks {', '.join(missing)}.")
-    return rows
+    return [dict.fromkeys(FIGURES, "") | row for row in rows]
 
 
 def _row(result: dict[str, Any]) -> dict[str, Any]:
@@ -95,10 +100,13 @@ def _row(result: dict[str, Any]) -> dict[str, Any]:
         "stage": "tuning" if result["tuning"] else "compared",
         "seed": str(result["seed"]),
     }
+    metrics = result["metrics"]
+    of_language_model = "eval_perplexity" in metrics  # a classifier's `eval_loss` is that of held-out training data
     # As in the runs.csv of a comparison.
-    metric = "eval_nll_scaled" if result["tuning"] else "predict_nll_scaled"
-    row |= {"metric": metric, "value": result["metrics"][metric]}
-    row |= {name: result["metrics"].get(name, "") for name in (*FIGURES, "train_loss")}
+    metric = "eval_loss" if of_language_model else "eval_nll_scaled" if result["tuning"] else "predict_nll_scaled"
+    row |= {"metric": metric, "value": metrics[metric]}
+    figures = [name for name in FIGURES if name.startswith("eval_") == of_language_model]
+    row |= dict.fromkeys(FIGURES, "") | {name: metrics.get(name, "") for name in (*figures, "train_loss")}
     row |= {name: result[name] for name in (*COSTS, "commit", "machine")}
     versions = " ".join(f"{name}={version}" for name, version in result["versions"].items())
     return row | {"versions": versions}
@@ -170,16 +178,15 @@ def effects(runs: Runs, figure: str) -> dict[str, Effect]:
     }
 
 
-def shortfall(method: str, runs: Runs, figure: str) -> str | None:
-    """
-    What `method` lacks on a task to count for the goal on `figure`; `None` if it counts.
+def bounded_metric(runs: Runs) -> str | None:
+    """The metric that the goal bounds: the Matthews correlation of a task that has it, else accuracy; else `None`."""
+    return next((name for name in ("predict_matthews_correlation", "predict_accuracy") if has(runs, name)), None)
 
-    The bound on accuracy is one on the Matthews correlation where the task has that metric.
-    """
-    of_figure = effects(runs, figure)
+
+def shortfall(method: str, runs: Runs, figure: str) -> str | None:
+    """What `method` lacks on a task to count for the goal on `figure`; `None` if it counts."""
+    of_figure, metric = effects(runs, figure), bounded_metric(runs)
     own = of_figure[method]
-    matthews = "predict_matthews_correlation"
-    metric = matthews if has(runs, matthews) else "predict_accuracy"
     if not of_figure[FULL].is_lower:
         return "SAM has no effect"
     if own.time > MAX_TIME:
@@ -188,6 +195,6 @@ def shortfall(method: str, runs: Runs, figure: str) -> str | None:
         return "share"
     if any(own.mean >= other.mean for name, other in of_figure.items() if name.startswith(f"{BASELINE}, ")):
         return "a free remedy is better"
-    if fmean(effects(runs, metric)[method].differences) < -MAX_LOSS:
+    if metric is not None and fmean(effects(runs, metric)[method].differences) < -MAX_LOSS:
         return "accuracy"
     return None

@@ -28,6 +28,7 @@ from hf_lsam_recipes.studies.effects import (
     PRIMARY,
     Runs,
     baseline_values,
+    bounded_metric,
     by_task,
     effects,
     has,
@@ -86,9 +87,10 @@ def overview(tasks: dict[str, Runs], figure: str) -> list[dict[str, str]]:
 def goal_table(tasks: dict[str, Runs], figure: str) -> list[dict[str, str]]:
     """For each method, on which of `tasks` it reaches the goal (its share of SAM's effect), or what it lacks.
 
-    Tasks on which SAM did not run are left out.
+    Tasks on which SAM did not run are left out, and those without a metric that the goal bounds.
     """
-    found = {task: effects(runs, figure) for task, runs in tasks.items() if has(runs, figure)}
+    bounded = {task: runs for task, runs in tasks.items() if bounded_metric(runs) is not None}
+    found = {task: effects(runs, figure) for task, runs in bounded.items() if has(runs, figure)}
     found = {task: of_task for task, of_task in found.items() if FULL in of_task}
     methods = dict.fromkeys(m for of_task in found.values() for m in of_task if not m.startswith(BASELINE))
     rows = []
@@ -112,9 +114,10 @@ def percent(share: float | None) -> str:
 
 
 def write_csv(runs: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write the rows to a file."""
+    """Write the rows to a file, without the figures that none of them has."""
+    names = [name for name in runs[0] if name not in FIGURES or any(run[name] != "" for run in runs)]
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(runs[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(runs)
 

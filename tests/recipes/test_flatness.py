@@ -30,9 +30,10 @@ def folder(tmp_path):
     return tmp_path
 
 
-def write(folder, task, method, seed, effect, shift, tuning=False):
+def write(folder, task, method, seed, effect, shift, tuning=False, **metrics):
     loss = 1 + 0.1 * seed + effect * (1 + 0.01 * (seed - 1))
-    metrics = {"eval_nll_scaled": loss, "predict_nll_scaled": loss, "predict_accuracy": 0.8, "train_loss": 0.1}
+    of_classifier = {"eval_loss": 9.0, "eval_nll_scaled": loss, "predict_nll_scaled": loss, "predict_accuracy": 0.8}
+    metrics = {"train_loss": 0.1} | (metrics or of_classifier)
     result = dict(
         task=task,
         method=method,
@@ -75,6 +76,29 @@ def test_tables_are_those_of_the_file_and_of_the_folder(folder, tmp_path, capsys
         "## All tasks: scaled loss under shift",
         "## The goal: scaled loss under shift",
     ]
+
+
+def test_language_models_have_figures_of_their_own(tmp_path, capsys):
+    for method, effect in (("AdamW", 0.0), ("SAM", -0.2)):
+        for seed in range(3):
+            own = {"eval_loss": 1.0 + effect + 0.01 * seed, "eval_neutral_loss": 3.0 - effect}
+            write(tmp_path, "text", method, seed, effect, False, eval_perplexity=2.7, **own)
+    path = tmp_path / "runs.csv"
+    flatness.main([str(tmp_path), "--csv", str(path)])
+    printed = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if line.startswith("## ")] == [
+        "## text: loss on test data",
+        "## text: loss on other text",
+        "## All tasks: loss on test data",
+        "## All tasks: loss on other text",
+    ]
+    assert "-0.2000 [-0.2000, -0.2000]" in printed and "+0.2000 [+0.2000, +0.2000]" in printed
+    columns = path.read_text().splitlines()[0].split(",")
+    assert "eval_neutral_loss" in columns and not {"eval_int4_loss", "predict_nll_scaled"} & {*columns}
+    # Beside a file of classifiers, neither has the figures of the other.
+    write(tmp_path / "other", "words", "AdamW", 0, 0.0, False)
+    rows = [*effects.read_runs(path), *effects.read_runs(tmp_path / "other")]
+    assert effects.has(rows[:-1], "eval_loss") and not effects.has(rows[-1:], "eval_loss")
 
 
 def test_a_row_holds_the_difference_to_the_same_seed_and_the_share_of_sam(folder):
