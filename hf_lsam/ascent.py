@@ -1,6 +1,7 @@
 """The ascent: which candidates are perturbed and in which direction, and what a step keeps for the next one."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ from .blocks import Candidate
 from .config import LSAMConfig
 from .costs import CostModel
 from .distributed import average_over_ranks, first_of_ranks, is_distributed
-from .perturbation import adaptive_scores, joint_norm, norms
+from .perturbation import Perturbation, adaptive_scores, joint_norm, norms
 from .rounding import add_into, is_coarse
 from .selection import select
 from .shards import is_sharded, on_host
@@ -39,6 +40,17 @@ class Ascent:
     def length(self, rho: float) -> Tensor:
         """`||eps||`, how far the weights move; if adaptive, that is not `rho`."""
         return joint_norm(self.direction) * self.scale(rho)
+
+    @contextmanager
+    def moved(self, perturbation: Perturbation, rho: float) -> Iterator[None]:
+        """Inside, the weights of S are w + eps with eps_i = rho * direction_i / norm; afterwards w."""
+        if self.moved_in_place:
+            move = perturbation.at(self.weights, self.direction)
+        else:
+            move = perturbation.moved(self.weights, self.direction, self.scale(rho))
+        with move as before:
+            perturbation.check_rounding(self.weights, before, self.direction, rho)
+            yield
 
     def release(self) -> None:
         """Free the gradients, since those of pass 2 take as much memory."""

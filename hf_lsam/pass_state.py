@@ -41,8 +41,8 @@ class PassState:
 
     That is: the random states; the buffers, frozen weights, and attributes of users' classes in the modules of
     `model`; and everything that `roots` refer to (objects by the names that users know), to any depth, the class
-    attributes of users' classes and the global variables that their functions name included. It is not the state of
-    libraries, nor that of objects which other threads use.
+    attributes of users' classes and the variables of users' modules that their functions name included. It is not the
+    state of libraries, nor that of objects which other threads use.
 
     A copy of everything at each step would be too slow, so the class learns what changes. At perturbed steps 1, 2, 4,
     8, ... everything is copied, and compared after pass 1. At the others, it copies only what changed before or is

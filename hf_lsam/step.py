@@ -2,17 +2,16 @@
 
     pass 1     g = grad L(w), for all trained weights                    `_batch_step`
     select     S, the k blocks with the largest ||g_i||                  `_find_ascent`
-    perturb    w_i + eps_i with eps_i = rho * g_i / ||g_S|| for i in S   `_moved`
+    perturb    w_i + eps_i with eps_i = rho * g_i / ||g_S|| for i in S   `Ascent.moved`
     pass 2     p_i = grad_i L(w + eps) for i in S                        `_gradients`
-    restore    w                                                         the end of `_moved`
+    restore    w                                                         the end of `Ascent.moved`
     mix        (1 - alpha) * g_i + alpha * p_i for i in S, else g_i      `_perturb_and_rerun`
 
 The result is left in `.grad`, for the optimizer. This module does not depend on a Trainer: for each micro-batch it
 gets two callables, which run forward and backward and return the loss.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -267,23 +266,12 @@ class LSAMStep:
             return f"pass 1 changed {uncopied or 'a tensor in another process'}, of which there is no copy yet"
         if is_due and (problem := passes.compare_with_pass_1(window, ascent.weights, ascent.gradients)) is not None:
             return problem
-        with self._moved(ascent):
+        reshard(self.sharded_modules)
+        with ascent.moved(self.perturbation, self.config.rho):
             if self.frees_gradients:
                 ascent.release()
             run = passes.compare_with_replay if is_due else passes.gradients
             return run(window, ascent.weights, blocks)
-
-    @contextmanager
-    def _moved(self, ascent: Ascent) -> Iterator[None]:
-        """Inside, the weights of S are w + eps with eps_i = rho * grad_i L(w) / ||grad_S L(w)||; afterwards w."""
-        reshard(self.sharded_modules)
-        if ascent.moved_in_place:
-            move = self.perturbation.at(ascent.weights, ascent.direction)
-        else:
-            move = self.perturbation.moved(ascent.weights, ascent.direction, ascent.scale(self.config.rho))
-        with move as before:
-            self.perturbation.check_rounding(ascent.weights, before, ascent.direction, self.config.rho)
-            yield
 
     def _one_pass(self, pass_1: Pass, step: int, is_last: bool) -> Tensor:
         """The only pass of `ascent_gradient="previous"`, at weights moved along the gradient of the step before."""
@@ -293,7 +281,8 @@ class LSAMStep:
         else:
             if not self.config.adaptive:
                 ascent.move_in_place(self.config.rho)
-            with self._moved(ascent), unchanged(ascent.weights):
+            reshard(self.sharded_modules)
+            with ascent.moved(self.perturbation, self.config.rho), unchanged(ascent.weights):
                 loss = pass_1()
             if is_last:
                 self._count(ascent, (ascent.norm > 0) & ascent.norm.isfinite())

@@ -52,7 +52,7 @@ class Interrupts:
 
     def __call__(self, frame, event, arg):
         path, name = frame.f_code.co_filename, frame.f_code.co_name
-        if not path.endswith(WATCHED) and name not in ("_moved", "_perturb_and_rerun", "_one_pass"):
+        if not path.endswith(WATCHED) and name not in ("_gradients", "_perturb_and_rerun", "_one_pass"):
             return None
         frame.f_trace_opcodes = True
         self.count += 1
