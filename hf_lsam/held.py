@@ -4,8 +4,6 @@ import array
 import collections
 import contextlib
 import contextvars
-import inspect
-import io
 import operator
 import random
 import types
@@ -17,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
+
+from .stamps import differ, stamp_of
 
 logger = logging.get_logger(__name__)
 
@@ -74,6 +74,48 @@ class Attributes(NamedTuple):
             setattr(self.owner, name, value)
 
 
+# How containers are copied in bulk: the copies equal them.
+BULK: dict[type, Callable] = {
+    list: list,
+    dict: dict,
+    set: set,
+    collections.deque: collections.deque,
+    collections.defaultdict: dict,
+    collections.Counter: dict,
+}
+
+
+class Items:
+    """The containers in a large container. They are copied and compared in bulk, since one by one takes 20 times as
+    long, and only those that differ from their latest copies are copied again.
+    """
+
+    def __init__(self, owner: Any):
+        self.owner = owner
+        self._latest: tuple[list, list] = ([], [])
+
+    def read(self) -> tuple[list, list]:
+        """All of them, and their copies."""
+        values = self.owner.values() if isinstance(self.owner, dict) else self.owner
+        items, (former, copies) = [item for item in values if type(item) in BULK], self._latest
+        if len(items) != len(former) or not all(map(operator.is_, items, former)):
+            copies = items
+        pairs = zip(items, copies, strict=True)
+        copies = [BULK[type(item)](item) if item is copy or differ(item, copy) else copy for item, copy in pairs]
+        self._latest = items, copies
+        return self._latest
+
+    def put(self, kept: tuple[list, list]) -> None:
+        """Restore those that have changed."""
+        for item, copy in zip(*kept, strict=True):
+            if differ(item, copy):
+                KINDS[dict if isinstance(item, dict) else type(item)].put(item, copy)
+
+    def same(self, kept: tuple[list, list]) -> bool:
+        """Whether all equal their copies."""
+        return kept[0] == kept[1]
+
+
 @dataclass(frozen=True, eq=False)
 class Kind:
     """A kind of object: how its content is copied, compared with the copy, and restored."""
@@ -81,31 +123,6 @@ class Kind:
     copy: Callable[[Any], Any]
     put: Callable[[Any, Any], object]  # object, copy
     same: Callable[[Any, Any], bool] | None = None  # object, copy; default: whether a new copy holds identical objects
-
-
-def version_of(tensor: Tensor) -> int:
-    """The version counter, which in-place operations increase; 0 in inference mode, where there is none."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def stamp_of(tensor: Tensor) -> tuple:
-    """A value that differs after a change of the tensor, except for one through `.data`."""
-    return version_of(tensor), tensor.data_ptr(), tensor.shape
-
-
-def mark_of(thing: Any) -> Any:
-    """A value that differs after most changes of a file, an iterator, or another object that cannot be copied."""
-    if inspect.isgenerator(thing):
-        frame = thing.gi_frame
-        return frame and (frame.f_lasti, *map(id, frame.f_locals.values()))
-    if isinstance(thing, io.IOBase):
-        # There is no position in a pipe, in a closed file, or while it is iterated over.
-        with contextlib.suppress(OSError, ValueError):
-            return thing.tell()
-        return None
-    plain = [value for value in getattr(thing, "__dict__", {}).values() if isinstance(value, (int, float, str))]
-    count = repr(thing) if type(thing).__module__ == "itertools" else None
-    return plain, count, thing.__length_hint__() if hasattr(type(thing), "__length_hint__") else None
 
 
 def _identical(now: Any, kept: Any) -> bool:
@@ -196,6 +213,7 @@ KINDS: dict[type, Kind] = {
     array.array: Kind(lambda array: array[:], lambda array, kept: array.__setitem__(slice(None), kept), operator.eq),
     contextvars.ContextVar: Kind(contextvars.ContextVar.get, contextvars.ContextVar.set),
     Attributes: SLOTS,
+    Items: Kind(Items.read, Items.put, Items.same),
     type: Kind(_copy_class, _put_class),
     nn.Module: MODULE,
     Tensor: TENSOR,
@@ -232,12 +250,12 @@ class Entry(NamedTuple):
 
 
 class Snapshot:
-    """Copies of objects, and the stamps of tensors that were not copied but are watched for changes."""
+    """Copies of objects, and the stamps of tensors and containers that were not copied but are watched for changes."""
 
     def __init__(self, random: RandomState):
         self.random = random
         self.entries: list[Entry] = []
-        self.watched: list[tuple[str, Tensor, tuple]] = []
+        self.watched: list[tuple[str, Any, Any]] = []
 
     def hold(self, name: str, thing: Any, always: bool) -> None:
         """Copy the content of `thing`, if it has a kind and a content; an unset variable has none."""

@@ -17,8 +17,9 @@ from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
 from .given import is_opened, is_users, is_users_function, is_users_hook, parts_of, users_among, variables_of
-from .held import HOOKS, Attributes, Entry, RandomState, Snapshot, attributes_of, kind_of, mark_of, stamp_of
+from .held import BULK, HOOKS, Attributes, Entry, Items, RandomState, Snapshot, attributes_of, kind_of
 from .shards import compute_device, is_sharded
+from .stamps import PLAIN, has_changed, mark_of, stamp_of
 
 logger = logging.get_logger(__name__)
 
@@ -26,14 +27,14 @@ logger = logging.get_logger(__name__)
 _LEFT_OUT = {
     *("args", "accelerator", "deepspeed", "optimizer", "lr_scheduler", "train_dataset", "eval_dataset", "log_history")
 }
-_PLAIN = (int, float, complex, str, bytes, type(None), np.generic, torch.dtype, torch.device, torch.Size)
-_NAMES = (*_PLAIN, tuple)
+_NAMES = (*PLAIN, tuple)
 # An object with one of these in it is also used by other threads, so it is not restored.
 _LOCKS = (threading.Condition, threading.Event, type(threading.Lock()), type(threading.RLock()))
 _THREADS = (*_LOCKS, threading.Thread, queue.Queue, concurrent.futures.Executor)
 _MOST_BYTES = 2**30  # of the copies of tensors that have not changed so far; further ones are only watched
 _SMALL = 1024  # entries of a tensor up to which it is always copied, if it belongs to no module
-_LARGE = 64  # items of a container above which they are visited only if they are other objects than before
+# Items of a container above which they are visited only if they are other objects than before, or one has changed.
+_LARGE = 64
 
 
 class PassState:
@@ -46,8 +47,9 @@ class PassState:
 
     A copy of everything at each step would be too slow, so the class learns what changes. At perturbed steps 1, 2, 4,
     8, ... everything is copied, and compared after pass 1. At the others, it copies only what changed before or is
-    new, containers in `roots`, small tensors, and the tables of a module's tensors. Other tensors are watched by their
-    version counters: at the first change of one the step is not perturbed, and from then on the tensor is copied.
+    new, what `roots` and users' modules refer to, small tensors, and the tables of a module's tensors. Other tensors
+    are watched by their version counters, and large containers by the sizes and attributes of their items: at the
+    first change of one the step is not perturbed, and from then on it is copied.
     """
 
     def __init__(self, model: nn.Module, roots: Callable[[], Mapping[str, Any]], is_trained: Callable[[Tensor], bool]):
@@ -58,8 +60,12 @@ class PassState:
         self._window: list[Snapshot] = []  # before each micro-batch of this step, and after the last
         self._changing: dict[int, tuple[str, Any]] = {}  # by id: what is copied at every step
         self._known: dict[int, weakref.ref] = {}  # by id: modules that were visited, and tensors that did not change
-        self._contents: dict[str, list[int]] = {}  # by name: ids of the items of large containers
+        self._contents: dict[str, set[int]] = {}  # by name: ids of large containers and of their items
+        self._in_bulk: dict[int, Items] = {}  # by id of a large container: its items, where these have no parts
         self._of_modules: list[tuple[str, Tensor]] = []  # names and tensors of modules
+        self._users_modules: list[tuple[str, nn.Module]] = []  # names and modules of users' classes
+        self._within: tuple[str, Any] | None = None  # the large container that is visited
+        self._container_of: dict[int, tuple[str, Any]] = {}  # by id of what was copied: the large container it is in
         self._unheld: dict[str, Any] = {}  # by name: objects that cannot be copied
         self._unchanged: list[Entry] = []  # the entries of the last snapshot that had not changed after pass 1
 
@@ -76,8 +82,10 @@ class PassState:
     def before_pass_1(self) -> Snapshot:
         """The snapshot before pass 1."""
         self._now, self._seen, self._bytes = Snapshot(RandomState.capture(self.device)), set[int](), 0
+        self._container_of = {}
         if self.copies_all:
             self._known, self._contents, self._of_modules, self._unheld, self.foreign = {}, {}, [], {}, []
+            self._users_modules, self._in_bulk = [], {}
         roots = self.roots()
         # A root itself may be of a library. Attributes that are left out are skipped wherever they occur.
         objects = {name: root for name, root in roots.items() if not isinstance(root, (Attributes, dict))}
@@ -87,6 +95,9 @@ class PassState:
         self._in_model, self._in_module = True, False
         self._visit("model", self.model)
         self._in_model = False
+        if not self.copies_all:
+            for name, module in self._users_modules:
+                self._visit_attributes(name, module)
         for name, root in roots.items():
             self._hold(name, vars(root) if name in objects else root)
         for name, root in objects.items():
@@ -108,9 +119,9 @@ class PassState:
         return after
 
     def keep_changes(self, before: Snapshot) -> str | None:
-        """After pass 1, reduce `before` to what has changed; returns the name of a changed tensor that it lacks."""
-        uncopied = [(name, tensor) for name, tensor, stamp in before.watched if stamp_of(tensor) != stamp]
-        self._changing.update((id(tensor), (name, tensor)) for name, tensor in uncopied)
+        """After pass 1, reduce `before` to what has changed; returns the name of something changed that it lacks."""
+        uncopied = [(name, thing) for name, thing, stamp in before.watched if has_changed(thing, stamp)]
+        self._changing.update((id(thing), (name, thing)) for name, thing in uncopied)
         always = [entry for entry in before.entries if entry.always]
         before.entries = always + self._changed([entry for entry in before.entries if not entry.always])
         before.watched = []
@@ -133,6 +144,10 @@ class PassState:
                 continue
             changed.append(entry)
             self._changing[id(entry.thing)] = entry[:2]
+            container = self._container_of.get(id(entry.thing))
+            while container is not None:
+                self._changing[id(container[1])] = container
+                container = self._container_of.get(id(container[1]))
             for former in self._window:  # before the earlier micro-batches of this step it was the same, if not held
                 former.entries.insert(0, entry)
         return changed
@@ -150,15 +165,18 @@ class PassState:
                 logger.warning_once(f"{what}. Change it in pass 1 only: if not {owner}.in_second_pass.")
 
     def _hold(self, name: str, thing: Any, always: bool = False) -> None:
-        """Copy `thing`; tensors, and what belongs to a module, are kept only if pass 1 changes or has changed them."""
+        """Copy `thing`; a tensor, or what is in a module or a large container, is kept only if pass 1 changes it."""
         self._seen.add(id(thing))
-        is_compared = (self._in_module or isinstance(thing, (Tensor, np.ndarray))) and id(thing) not in self._changing
+        if self._within is not None:
+            self._container_of[id(thing)] = self._within
+        is_compared = self._in_module or self._within is not None or isinstance(thing, (Tensor, np.ndarray))
+        is_compared = is_compared and id(thing) not in self._changing
         self._now.hold(name, thing, always or not is_compared)
 
     def _visit_all(self, name: str, parts: Iterable[tuple[Any, Any]], place: str = ".{}") -> None:
         """Visit `parts`, pairs of a key and an object, whose name is `name` and the key, formatted by `place`."""
         for key, part in parts:
-            if not isinstance(part, _PLAIN) and id(part) not in self._seen:
+            if not isinstance(part, PLAIN) and id(part) not in self._seen:
                 # Not the text of other keys: that of a tensor takes long, and synchronises with its device.
                 part_name = name + place.format(key if isinstance(key, _NAMES) else type(key))
                 try:
@@ -190,15 +208,7 @@ class PassState:
         if is_held and (not isinstance(thing, np.ndarray) or thing.size <= _SMALL or self._is_due(thing)):
             self._hold(name, thing)
         if isinstance(thing, (dict, list, tuple, deque, set, frozenset)):
-            items = [*(thing.items() if isinstance(thing, dict) else enumerate(thing))]
-            if len(thing) > _LARGE:
-                content = [id(thing), *(id(item) for _, item in items)]
-                if self._contents.get(name) == content:
-                    return
-                self._contents[name] = content
-            self._visit_all(name, items, "[{!r}]")
-            if isinstance(thing, dict):
-                self._visit_all(name, enumerate(thing), " key {}")
+            self._visit_items(name, thing)
         own = getattr(thing, "__dict__", {})
         if not is_opened(thing):
             self._visit_all(name, enumerate(parts_of(thing)), "")
@@ -213,6 +223,33 @@ class PassState:
         if not is_held and (isinstance(thing, io.IOBase) or hasattr(type(thing), "__next__")):
             self._unheld[name] = thing
 
+    def _visit_items(self, name: str, thing: Any) -> None:
+        """Visit the items of a container, and its keys; of a large one, those that are new or may have changed."""
+        places = thing if isinstance(thing, dict) else ()
+        items: Iterable = thing.items() if isinstance(thing, dict) else enumerate(thing)
+        if len(thing) <= _LARGE:
+            self._visit_all(name, [*items], "[{!r}]")
+            self._visit_all(name, enumerate(places), " key {}")
+            return
+        values = [*(thing.values() if isinstance(thing, dict) else thing)]
+        former, self._contents[name] = self._contents.get(name, set()), {id(thing), *map(id, values)}
+        if id(thing) not in former:
+            former = set()
+        elif id(thing) not in self._changing:
+            self._now.watched.append((name, thing, stamp_of(thing)))
+        elif id(thing) in self._in_bulk:
+            self._hold(name, self._in_bulk[id(thing)])
+        else:
+            former = set()
+        outer, self._within, number = self._within, (name, thing), len(self._now.entries)
+        self._visit_all(name, [(key, item) for key, item in items if id(item) not in former], "[{!r}]")
+        if not former:
+            self._visit_all(name, enumerate(places), " key {}")
+            with_parts = [item for item in values if not isinstance(item, PLAIN)]
+            if len(self._now.entries) - number == sum(type(item) in BULK for item in with_parts) == len(with_parts):
+                self._in_bulk[id(thing)] = Items(thing)  # nothing else is in them
+        self._within = outer
+
     def _visit_module(self, name: str, module: nn.Module) -> None:
         """Visit its tensors, its submodules, and the attributes that a user's class has set."""
         self._known[id(module)] = weakref.ref(module)
@@ -220,16 +257,23 @@ class PassState:
         self._visit_all(name, [*module.named_buffers(recurse=False), *module.named_parameters(recurse=False)])
         self._visit_all(name, module.named_children())
         if not isinstance(module, torch.jit.ScriptModule):
-            self._hold(name, module)
             self._hold_table(f"{name}._buffers", module._buffers, bool(module._buffers))
             weights = [weight for weight in module._parameters.values() if weight is not None]
             if not is_sharded(weights):  # FSDP2 changes the table whenever it gathers or frees the weights
                 self._hold_table(f"{name}._parameters", module._parameters, not all(map(self.is_trained, weights)))
-            self._visit_all(name, attributes_of(module).items())
+            if is_users(type(module).__module__):
+                self._users_modules.append((name, module))
+            self._visit_attributes(name, module)
             self._visit_all(name, enumerate(users_among(type(module).__mro__)), "")
             tables = [*(vars(module).get(table) for table in HOOKS), *(weight._backward_hooks for weight in weights)]
             hooks = [hook for table in tables if table for hook in table.values() if is_users_hook(hook)]
             self._visit_all(name, enumerate(hooks), " hook {}")
+        self._in_module = outer
+
+    def _visit_attributes(self, name: str, module: nn.Module) -> None:
+        outer, self._in_module = self._in_module, True
+        self._hold(name, module)
+        self._visit_all(name, attributes_of(module).items())
         self._in_module = outer
 
     def _hold_table(self, name: str, table: dict, always: bool) -> None:

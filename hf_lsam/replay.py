@@ -10,8 +10,9 @@ import torch
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
-from .held import RandomState, version_of
+from .held import RandomState
 from .passes import Standin
+from .stamps import version_of
 
 
 class ReplayError(RuntimeError):

@@ -9,13 +9,14 @@ from kept import (
     a_counter,
     a_deque,
     a_list,
+    a_nested_history_of_each_row,
     a_set,
     a_torch_generator,
     an_array,
     nested_objects,
 )
 from literal_step import WAYS, alike, assert_as_plain, assert_literal, assert_right, flat
-from situations import LAST, Situation, follow
+from situations import LAST, Net, Situation, follow
 
 # Warnings about a step that is plain because pass 2 does not repeat pass 1.
 PLAIN = r"pass 2|second pass|repeat|not perturbed"
@@ -37,9 +38,13 @@ def test_what_a_trainer_keeps(weight, way, tmp_path):
     assert_right(keeping(weight), tmp_path, way)
 
 
+# Between steps 1, 2, 4, 8, ..., a change of an item of a large container is noticed, but not one of a part of an item.
+NESTED_IN_MANY = (a_nested_history_of_each_row, 2)
+LATE = [(weight, step) for weight in KEPT for step in (1, 2) if (weight, step) != NESTED_IN_MANY]
+
+
 @pytest.mark.parametrize("way", ["last", "top_k, two"])
-@pytest.mark.parametrize("first_step", [1, 2])
-@pytest.mark.parametrize("weight", KEPT, ids=lambda weight: weight.__name__)
+@pytest.mark.parametrize(("weight", "first_step"), LATE, ids=lambda part: getattr(part, "__name__", part))
 def test_what_a_trainer_begins_to_keep_later(weight, first_step, way, tmp_path):
     """After the first perturbed steps nothing had changed yet."""
     assert_right(keeping(weight, first_step), tmp_path, way, may_skip=PLAIN)
@@ -83,3 +88,36 @@ def test_what_a_module_keeps_in_an_object_with_slots(accumulation, tmp_path):
             return model(**batch).loss * model.own.calls
 
     assert_as_plain(OnTheModel, tmp_path, accumulation)
+
+
+class Keeps(Net):
+    """A model that keeps something for each label, and begins to keep more at some call."""
+
+    def __init__(self, first_call=0):
+        super().__init__()
+        self.first_call, self.calls, self.late = first_call, 0, []
+        self.meters, self.history = [Slotted() for _ in range(3)], {label: [] for label in range(100)}
+        self.counts = [0, 0, 0]
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        self.calls += 1
+        if self.calls > self.first_call:
+            self.late.append(1)
+            self.meters[self.calls % 3].calls += 1
+            self.counts[self.calls % 3] += 1
+            self.history[self.calls].append(1)
+        return super().forward(input_ids, attention_mask, labels)
+
+
+@pytest.mark.parametrize("first_call", range(7))
+def test_what_a_model_begins_to_keep_later(first_call, tmp_path):
+    class Owned(Situation):
+        @staticmethod
+        def new():
+            return Keeps(first_call)
+
+    model = follow(Owned, tmp_path, LAST, max_steps=9).trainer.model
+    assert model.calls == 9
+    late = 9 - first_call
+    counts = len(model.late), sum(meter.calls for meter in model.meters), sum(model.counts)
+    assert counts == (late, late, late) and sum(map(len, model.history.values())) == late

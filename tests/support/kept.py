@@ -203,6 +203,39 @@ def bytes_that_grow(self, output, batch):
     return len(self.kept) / 10
 
 
+def rows_of(batch):
+    return [total % 100 for total in batch["input_ids"].sum(1).tolist()]
+
+
+def a_history_of_each_row(self, output, batch):
+    for row in rows_of(batch):
+        self.kept[row].append(float(output.loss.detach()))
+    return sum(sum(self.kept[row]) for row in rows_of(batch)) / 10
+
+
+def a_meter_of_each_row(self, output, batch):
+    for row in rows_of(batch):
+        self.kept[row].calls += 1
+    return sum(self.kept[row].calls for row in rows_of(batch)) / 10
+
+
+def a_mean_of_each_row(self, output, batch):
+    for row in rows_of(batch):
+        self.kept[row].mul_(0.5).add_(mean(output))
+    return sum(self.kept[row].abs().sum() for row in rows_of(batch)) / 10
+
+
+def a_nested_history_of_each_row(self, output, batch):
+    for row in rows_of(batch):
+        self.kept[row]["losses"].append(float(output.loss.detach()))
+    return sum(sum(self.kept[row]["losses"]) for row in rows_of(batch)) / 10
+
+
+def a_list_that_has_grown(self, output, batch):
+    self.kept.append(mean(output))
+    return (self.kept[-1] - self.kept[-2]).abs().sum()
+
+
 def a_function_that_counts(self, output, batch):
     return self.kept() / 10
 
@@ -239,6 +272,11 @@ KEPT = {
     an_object_whose_class_begins_at_zero: type("Calls", (), {"calls": 0}),
     a_dictionary_with_attributes: type("Mapping", (dict,), {}),
     bytes_that_grow: bytearray,
+    a_history_of_each_row: lambda: {row: [] for row in range(100)},
+    a_meter_of_each_row: lambda: [Holder(calls=0) for _ in range(100)],
+    a_mean_of_each_row: lambda: [torch.zeros(3, dtype=float64) for _ in range(100)],
+    a_list_that_has_grown: lambda: [torch.zeros(3, dtype=float64) for _ in range(100)],
+    a_nested_history_of_each_row: lambda: {row: {"losses": []} for row in range(100)},
 }
 
 
