@@ -3,11 +3,13 @@
 import pytest
 from kept import (
     KEPT,
+    LATER,
     SHARED,
     Slotted,
     Weighs,
     a_counter,
     a_deque,
+    a_history_of_each_row,
     a_list,
     a_nested_history_of_each_row,
     a_set,
@@ -24,7 +26,7 @@ PLAIN = r"pass 2|second pass|repeat|not perturbed"
 
 def keeping(weight, first_step=0) -> type[Weighs]:
     def begin(self, model):
-        make = (KEPT | SHARED)[weight]
+        make = (KEPT | SHARED | LATER)[weight]
         if make is not None:
             self.kept = self.other = make()
 
@@ -48,6 +50,18 @@ LATE = [(weight, step) for weight in KEPT for step in (1, 2) if (weight, step) !
 def test_what_a_trainer_begins_to_keep_later(weight, first_step, way, tmp_path):
     """After the first perturbed steps nothing had changed yet."""
     assert_right(keeping(weight, first_step), tmp_path, way, may_skip=PLAIN)
+
+
+@pytest.mark.parametrize("weight", LATER, ids=lambda weight: weight.__name__)
+def test_what_begins_to_change_beside_other_things(weight, tmp_path):
+    assert_right(keeping(weight), tmp_path, "last", may_skip=PLAIN)
+
+
+def test_a_history_of_many_rows_is_copied_in_bulk(tmp_path):
+    trainer = follow(keeping(a_history_of_each_row), tmp_path, LAST, max_steps=3).trainer
+    names = [entry.name for entry in trainer._lsam.second_pass.state._now.entries]
+    # Those that changed in the first two steps have copies of their own.
+    assert sum(name.startswith("trainer.kept[") for name in names) < 50 < len(trainer.kept)
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])

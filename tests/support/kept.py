@@ -213,6 +213,21 @@ def a_history_of_each_row(self, output, batch):
     return sum(sum(self.kept[row]) for row in rows_of(batch)) / 10
 
 
+def a_history_that_gets_more_rows(self, output, batch):
+    new, first = len(self.kept), rows_of(batch)[0]
+    self.kept[new].append(float(output.loss.detach()))
+    self.kept[new - 1].append(1.0)
+    self.kept[first] = [*self.kept[first], 2.0]
+    return (sum(self.kept[new - 1]) + sum(self.kept[first]) + new) / 100
+
+
+def a_history_beside_a_large_tensor(self, output, batch):
+    self.kept[rows_of(batch)[0]].append(1.0)
+    if self.state.global_step >= 2:
+        self.kept["bank"].add_(mean(output))
+    return len(self.kept[rows_of(batch)[0]]) / 10 + self.kept["bank"][0].abs().sum()
+
+
 def a_meter_of_each_row(self, output, batch):
     for row in rows_of(batch):
         self.kept[row].calls += 1
@@ -273,6 +288,7 @@ KEPT = {
     a_dictionary_with_attributes: type("Mapping", (dict,), {}),
     bytes_that_grow: bytearray,
     a_history_of_each_row: lambda: {row: [] for row in range(100)},
+    a_history_that_gets_more_rows: lambda: defaultdict(list, {row: [] for row in range(100)}),
     a_meter_of_each_row: lambda: [Holder(calls=0) for _ in range(100)],
     a_mean_of_each_row: lambda: [torch.zeros(3, dtype=float64) for _ in range(100)],
     a_list_that_has_grown: lambda: [torch.zeros(3, dtype=float64) for _ in range(100)],
@@ -295,4 +311,11 @@ def counting():
 # What the literal step, which copies all that it begins with, would share with the run.
 SHARED = {
     a_function_that_counts: counting,
+}
+# What begins to change in the third step, of which there is no copy then: that step is plain.
+LATER = {
+    a_history_beside_a_large_tensor: lambda: {
+        **{row: [] for row in range(100)},
+        "bank": torch.zeros(1000, 3, dtype=float64),
+    },
 }
