@@ -10,6 +10,7 @@ from kept import (
     a_counter,
     a_deque,
     a_history_of_each_row,
+    a_history_that_gets_more_rows,
     a_list,
     a_nested_history_of_each_row,
     a_set,
@@ -19,6 +20,9 @@ from kept import (
 )
 from literal_step import WAYS, alike, assert_as_plain, assert_literal, assert_right, flat
 from situations import LAST, Net, Situation, follow
+
+from hf_lsam import pass_state
+from hf_lsam.pass_state import PassState
 
 # Warnings about a step that is plain because pass 2 does not repeat pass 1.
 PLAIN = r"pass 2|second pass|repeat|not perturbed"
@@ -52,16 +56,36 @@ def test_what_a_trainer_begins_to_keep_later(weight, first_step, way, tmp_path):
     assert_right(keeping(weight, first_step), tmp_path, way, may_skip=PLAIN)
 
 
+@pytest.mark.parametrize("most_bytes", [2**30, 0])
 @pytest.mark.parametrize("weight", LATER, ids=lambda weight: weight.__name__)
-def test_what_begins_to_change_beside_other_things(weight, tmp_path):
+def test_what_begins_to_change_beside_other_things(weight, most_bytes, tmp_path, monkeypatch):
+    monkeypatch.setattr(pass_state, "_MOST_BYTES", most_bytes)
     assert_right(keeping(weight), tmp_path, "last", may_skip=PLAIN)
 
 
-def test_a_history_of_many_rows_is_copied_in_bulk(tmp_path):
-    trainer = follow(keeping(a_history_of_each_row), tmp_path, LAST, max_steps=3).trainer
-    names = [entry.name for entry in trainer._lsam.second_pass.state._now.entries]
-    # Those that changed in the first two steps have copies of their own.
-    assert sum(name.startswith("trainer.kept[") for name in names) < 50 < len(trainer.kept)
+def test_a_history_of_many_rows_is_copied_in_bulk(tmp_path, monkeypatch):
+    """One by one in the first steps, in which everything is looked at."""
+    before_pass_1, numbers = PassState.before_pass_1, []
+
+    def counted(self):
+        before = before_pass_1(self)
+        numbers.append(sum(entry.name.startswith("trainer.kept[") for entry in before.entries))
+        return before
+
+    monkeypatch.setattr(PassState, "before_pass_1", counted)
+    follow(keeping(a_history_of_each_row), tmp_path, LAST, max_steps=3)
+    one, two, three = numbers
+    assert one == two == 100 > 50 > three
+
+
+def test_a_history_that_gets_more_rows_in_a_longer_training(tmp_path):
+    """Steps 5 to 7 are in a row without a look at everything."""
+    mine, plain = (
+        follow(keeping(a_history_that_gets_more_rows), tmp_path / name, config, max_steps=7).trainer.kept
+        for name, config in (("mine", LAST), ("plain", None))
+    )
+    assert {row: len(values) for row, values in mine.items()} == {row: len(values) for row, values in plain.items()}
+    assert len(plain) == 107
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])

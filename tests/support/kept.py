@@ -216,9 +216,9 @@ def a_history_of_each_row(self, output, batch):
 def a_history_that_gets_more_rows(self, output, batch):
     new, first = len(self.kept), rows_of(batch)[0]
     self.kept[new].append(float(output.loss.detach()))
-    self.kept[new - 1].append(1.0)
+    self.kept[new - 100].append(1.0)
     self.kept[first] = [*self.kept[first], 2.0]
-    return (sum(self.kept[new - 1]) + sum(self.kept[first]) + new) / 100
+    return (sum(self.kept[new - 100]) + sum(self.kept[first]) + new) / 100
 
 
 def a_history_beside_a_large_tensor(self, output, batch):
