@@ -63,7 +63,9 @@ class PassState:
         self._contents: dict[str, set[int]] = {}  # by name: ids of large containers and of their items
         self._in_bulk: dict[int, Items] = {}  # by id of a large container: its items, where these have no parts
         self._of_modules: list[tuple[str, Tensor]] = []  # names and tensors of modules
-        self._users_modules: list[tuple[str, nn.Module]] = []  # names and modules of users' classes
+        self._users_modules: list[
+            tuple[str, nn.Module]
+        ] = []  # names and modules: of users' classes, and outermost ones
         self._within: tuple[str, Any] | None = None  # the large container that is visited
         self._container_of: dict[int, tuple[str, Any]] = {}  # by id of what was copied: the large container it is in
         self._unheld: dict[str, Any] = {}  # by name: objects that cannot be copied
@@ -261,7 +263,7 @@ class PassState:
             weights = [weight for weight in module._parameters.values() if weight is not None]
             if not is_sharded(weights):  # FSDP2 changes the table whenever it gathers or frees the weights
                 self._hold_table(f"{name}._parameters", module._parameters, not all(map(self.is_trained, weights)))
-            if is_users(type(module).__module__):
+            if is_users(type(module).__module__) or not outer:
                 self._users_modules.append((name, module))
             self._visit_attributes(name, module)
             self._visit_all(name, enumerate(users_among(type(module).__mro__)), "")

@@ -20,6 +20,7 @@ from kept import (
 )
 from literal_step import WAYS, alike, assert_as_plain, assert_literal, assert_right, flat
 from situations import LAST, Net, Situation, follow
+from tiny import bert
 
 from hf_lsam import pass_state
 from hf_lsam.pass_state import PassState
@@ -145,6 +146,26 @@ class Keeps(Net):
             self.counts[self.calls % 3] += 1
             self.history[self.calls].append(1)
         return super().forward(input_ids, attention_mask, labels)
+
+
+@pytest.mark.parametrize("first_step", range(7))
+def test_what_is_attached_to_the_model_of_a_library_later(first_step, tmp_path):
+    class Attached(Situation):
+        @staticmethod
+        def new():
+            return bert().double()
+
+        def begin(self, model):
+            model.meters, model.calls = [Slotted() for _ in range(3)], 0
+
+        def loss(self, model, batch, items):
+            if self.state.global_step >= first_step:
+                model.calls += 1
+                model.meters[model.calls % 3].calls += 1
+            return model(**batch).loss
+
+    model = follow(Attached, tmp_path, LAST, max_steps=9).trainer.model
+    assert model.calls == sum(meter.calls for meter in model.meters) == 9 - first_step
 
 
 @pytest.mark.parametrize("first_call", range(7))

@@ -63,6 +63,21 @@ class Annealer:
         return self.calls / 10
 
 
+class Values(nn.Module):
+    """A metric of a library that keeps all values, as `torchmetrics.CatMetric` does."""
+
+    __module__ = "evaluate.metrics"
+
+    def __init__(self):
+        super().__init__()
+        self.values, self.updates = [], 0
+
+    def forward(self, value):
+        self.values.append(float(value))
+        self.updates += 1
+        return sum(self.values) / self.updates
+
+
 def mean(output):
     return output.logits.detach().mean(0)
 
@@ -162,6 +177,10 @@ def a_python_generator(self, output, batch):
 def a_metric_module(self, output, batch):
     self.kept(output.logits.detach())
     return self.kept.running_mean.abs().sum()
+
+
+def a_metric_of_a_library(self, output, batch):
+    return self.kept(output.loss.detach())
 
 
 def an_attribute_made_later(self, output, batch):
@@ -280,6 +299,7 @@ KEPT = {
     a_torch_generator: lambda: torch.Generator().manual_seed(0),
     a_python_generator: lambda: Random(0),
     a_metric_module: lambda: nn.BatchNorm1d(3, dtype=float64),
+    a_metric_of_a_library: Values,
     an_attribute_made_later: None,
     an_attribute_that_goes: lambda: True,
     two_names_for_one_list: list,
