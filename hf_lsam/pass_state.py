@@ -266,7 +266,6 @@ class PassState:
             if is_users(type(module).__module__) or not outer:
                 self._users_modules.append((name, module))
             self._visit_attributes(name, module)
-            self._visit_all(name, enumerate(users_among(type(module).__mro__)), "")
             tables = [*(vars(module).get(table) for table in HOOKS), *(weight._backward_hooks for weight in weights)]
             hooks = [hook for table in tables if table for hook in table.values() if is_users_hook(hook)]
             self._visit_all(name, enumerate(hooks), " hook {}")
@@ -276,6 +275,7 @@ class PassState:
         outer, self._in_module = self._in_module, True
         self._hold(name, module)
         self._visit_all(name, attributes_of(module).items())
+        self._visit_all(name, enumerate(users_among(type(module).__mro__)), "")
         self._in_module = outer
 
     def _hold_table(self, name: str, table: dict, always: bool) -> None:

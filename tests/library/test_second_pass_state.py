@@ -20,7 +20,7 @@ from kept import (
 )
 from literal_step import WAYS, alike, assert_as_plain, assert_literal, assert_right, flat
 from situations import LAST, Net, Situation, follow
-from tiny import bert
+from tiny import bert, out_of_reach
 
 from hf_lsam import pass_state
 from hf_lsam.pass_state import PassState
@@ -129,8 +129,13 @@ def test_what_a_module_keeps_in_an_object_with_slots(accumulation, tmp_path):
     assert_as_plain(OnTheModel, tmp_path, accumulation)
 
 
+TOTAL = 0
+
+
 class Keeps(Net):
-    """A model that keeps something for each label, and begins to keep more at some call."""
+    """A model that begins at some call to keep something: for each label, in its class, and in a global variable."""
+
+    total = 0
 
     def __init__(self, first_call=0):
         super().__init__()
@@ -139,13 +144,19 @@ class Keeps(Net):
         self.counts = [0, 0, 0]
 
     def forward(self, input_ids, attention_mask=None, labels=None):
+        global TOTAL
         self.calls += 1
         if self.calls > self.first_call:
+            TOTAL += 1
+            Keeps.total += 1
             self.late.append(1)
             self.meters[self.calls % 3].calls += 1
             self.counts[self.calls % 3] += 1
             self.history[self.calls].append(1)
         return super().forward(input_ids, attention_mask, labels)
+
+
+MODELS = out_of_reach(keeps=Keeps)  # no other way than the model leads to its class
 
 
 @pytest.mark.parametrize("first_step", range(7))
@@ -173,10 +184,11 @@ def test_what_a_model_begins_to_keep_later(first_call, tmp_path):
     class Owned(Situation):
         @staticmethod
         def new():
-            return Keeps(first_call)
+            return MODELS.keeps(first_call)
 
+    global TOTAL
+    TOTAL = Keeps.total = 0
     model = follow(Owned, tmp_path, LAST, max_steps=9).trainer.model
     assert model.calls == 9
-    late = 9 - first_call
-    counts = len(model.late), sum(meter.calls for meter in model.meters), sum(model.counts)
-    assert counts == (late, late, late) and sum(map(len, model.history.values())) == late
+    counts = [len(model.late), sum(meter.calls for meter in model.meters), sum(model.counts), Keeps.total, TOTAL]
+    assert {*counts, sum(map(len, model.history.values()))} == {9 - first_call}
