@@ -66,6 +66,7 @@ class PassState:
         self._users_modules: list[
             tuple[str, nn.Module]
         ] = []  # names and modules: of users' classes, and outermost ones
+        self._users_hooks: list[tuple[str, Any]] = []  # names and hooks of modules
         self._within: tuple[str, Any] | None = None  # the large container that is visited
         self._container_of: dict[int, tuple[str, Any]] = {}  # by id of what was copied: the large container it is in
         self._unheld: dict[str, Any] = {}  # by name: objects that cannot be copied
@@ -87,7 +88,7 @@ class PassState:
         self._container_of = {}
         if self.copies_all:
             self._known, self._contents, self._of_modules, self._unheld, self.foreign = {}, {}, [], {}, []
-            self._users_modules, self._in_bulk = [], {}
+            self._users_modules, self._users_hooks, self._in_bulk = [], [], {}
         roots = self.roots()
         # A root itself may be of a library. Attributes that are left out are skipped wherever they occur.
         objects = {name: root for name, root in roots.items() if not isinstance(root, (Attributes, dict))}
@@ -100,6 +101,7 @@ class PassState:
         if not self.copies_all:
             for name, module in self._users_modules:
                 self._visit_attributes(name, module)
+            self._visit_all("", self._users_hooks, "{}")
         for name, root in roots.items():
             self._hold(name, vars(root) if name in objects else root)
         for name, root in objects.items():
@@ -268,6 +270,7 @@ class PassState:
             self._visit_attributes(name, module)
             tables = [*(vars(module).get(table) for table in HOOKS), *(weight._backward_hooks for weight in weights)]
             hooks = [hook for table in tables if table for hook in table.values() if is_users_hook(hook)]
+            self._users_hooks += [(f"{name} hook {place}", hook) for place, hook in enumerate(hooks)]
             self._visit_all(name, enumerate(hooks), " hook {}")
         self._in_module = outer
 

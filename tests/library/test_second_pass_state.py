@@ -129,6 +129,27 @@ def test_what_a_module_keeps_in_an_object_with_slots(accumulation, tmp_path):
     assert_as_plain(OnTheModel, tmp_path, accumulation)
 
 
+@pytest.mark.parametrize("first_call", range(7))
+def test_what_a_hook_begins_to_keep_later(first_call, tmp_path):
+    class Collector:
+        def __init__(self):
+            self.calls, self.seen = 0, []
+
+        def __call__(self, module, args, output):
+            self.calls += 1
+            if self.calls > first_call:
+                self.seen.append(self.calls)
+
+    collectors = out_of_reach(own=Collector())
+
+    class Hooked(Situation):
+        def begin(self, model):
+            model.head.register_forward_hook(collectors.own)
+
+    follow(Hooked, tmp_path, LAST, max_steps=9)
+    assert collectors.own.calls == 9 and collectors.own.seen == [*range(first_call + 1, 10)]
+
+
 TOTAL = 0
 
 
