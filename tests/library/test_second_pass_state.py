@@ -1,6 +1,7 @@
 """Pass 2 begins with all that pass 1 began with, and leaves all as pass 1 left it: attributes of the trainer."""
 
 import pytest
+import torch
 from kept import (
     KEPT,
     LATER,
@@ -22,7 +23,7 @@ from literal_step import WAYS, alike, assert_as_plain, assert_literal, assert_ri
 from situations import LAST, Net, Situation, follow
 from tiny import bert, out_of_reach
 
-from hf_lsam import pass_state
+from hf_lsam import visitor
 from hf_lsam.pass_state import PassState
 
 # Warnings about a step that is plain because pass 2 does not repeat pass 1.
@@ -60,7 +61,7 @@ def test_what_a_trainer_begins_to_keep_later(weight, first_step, way, tmp_path):
 @pytest.mark.parametrize("most_bytes", [2**30, 0])
 @pytest.mark.parametrize("weight", LATER, ids=lambda weight: weight.__name__)
 def test_what_begins_to_change_beside_other_things(weight, most_bytes, tmp_path, monkeypatch):
-    monkeypatch.setattr(pass_state, "_MOST_BYTES", most_bytes)
+    monkeypatch.setattr(visitor, "_MOST_BYTES", most_bytes)
     assert_right(keeping(weight), tmp_path, "last", may_skip=PLAIN)
 
 
@@ -127,6 +128,22 @@ def test_what_a_module_keeps_in_an_object_with_slots(accumulation, tmp_path):
             return model(**batch).loss * model.own.calls
 
     assert_as_plain(OnTheModel, tmp_path, accumulation)
+
+
+def test_tensors_that_a_model_assigns_anew_are_not_kept(tmp_path):
+    class Last(Net):
+        def forward(self, input_ids, attention_mask=None, labels=None):
+            output = super().forward(input_ids, attention_mask, labels)
+            self.loss, self.many = output.loss.detach(), torch.zeros(2000)
+            return output
+
+    class Assigned(Situation):
+        new = Last
+
+    state = follow(Assigned, tmp_path, LAST, max_steps=15).trainer._lsam.second_pass.state
+    kept = [named[1] for named in (*state._of_modules.values(), *state._changing.values())]
+    # Those of the last step at which everything was looked at.
+    assert sum(isinstance(thing, torch.Tensor) for thing in kept) < 8
 
 
 @pytest.mark.parametrize("first_call", range(7))
