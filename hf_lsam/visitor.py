@@ -76,6 +76,7 @@ class Visitor:
         self._in_model = False
         if not self.copies_all:
             for name, module in self._users_modules:
+                self._hold(name, vars(module))  # all attributes, since to leave some out takes 5 times as long
                 self._visit_attributes(name, module)
             self._visit_all("", self._users_hooks, "{}")
 
@@ -178,6 +179,7 @@ class Visitor:
                 self._hold_table(f"{name}._parameters", module._parameters, not all(map(self.is_trained, weights)))
             if is_users(type(module).__module__) or not outer:
                 self._users_modules.append((name, module))
+            self._hold(name, module)
             self._visit_attributes(name, module)
             tables = [*(vars(module).get(table) for table in HOOKS), *(weight._backward_hooks for weight in weights)]
             hooks = [hook for table in tables if table for hook in table.values() if is_users_hook(hook)]
@@ -186,7 +188,6 @@ class Visitor:
         self._in_module = outer
 
     def _visit_attributes(self, name: str, module: nn.Module) -> None:
-        self._hold(name, module)
         self._visit_all(name, attributes_of(module).items())
         self._visit_all(name, enumerate(users_among(type(module).__mro__)), "")
 
