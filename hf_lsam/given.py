@@ -122,15 +122,13 @@ class _Variables:
 def variables_of(function: types.FunctionType) -> Iterator[Attributes]:
     """The variables that a function uses: of its own module, and of users' modules, as in `settings.step += 1`."""
     names = _names_in(function.__code__)
-    own = Attributes(_Variables(function.__globals__), names.variables)
-    yield own
-    modules, seen = [*own.read().values(), *(sys.modules.get(name) for name in names.imported)], set()
+    yield Attributes(_Variables(function.__globals__), names.variables)
+    modules, seen = [*map(function.__globals__.get, names.variables), *map(sys.modules.get, names.imported)], set()
     for module in modules:
         if isinstance(module, types.ModuleType) and is_users(module.__name__) and module not in seen:
             seen.add(module)
-            of_module = Attributes(_Variables(vars(module)), names.every)
-            modules += of_module.read().values()  # modules of a package
-            yield of_module
+            modules += map(vars(module).get, names.every)  # modules of a package
+            yield Attributes(_Variables(vars(module)), names.every)
 
 
 class _Names(NamedTuple):

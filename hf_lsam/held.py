@@ -108,8 +108,8 @@ class Items:
     def put(self, kept: tuple[list, list]) -> None:
         """Restore those that have changed."""
         for item, copy in zip(*kept, strict=True):
-            if differ(item, copy):
-                KINDS[dict if isinstance(item, dict) else type(item)].put(item, copy)
+            if differ(item, copy) and (kind := kind_of(item)) is not None:
+                kind.put(item, copy)
 
     def same(self, kept: tuple[list, list]) -> bool:
         """Whether all equal their copies."""

@@ -162,7 +162,7 @@ class Visitor:
         if not former:
             self._visit_all(name, enumerate(places), " key {}")
             with_parts = [item for item in values if not isinstance(item, PLAIN)]
-            if len(self._now.entries) - number == sum(type(item) in BULK for item in with_parts) == len(with_parts):
+            if len(self._now.entries) - number == len(with_parts) and BULK.keys() >= {*map(type, with_parts)}:
                 self._in_bulk[id(thing)] = Items(thing)  # nothing else is in them
         self._within = outer
 

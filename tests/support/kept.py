@@ -222,54 +222,6 @@ def bytes_that_grow(self, output, batch):
     return len(self.kept) / 10
 
 
-def rows_of(batch):
-    return [total % 100 for total in batch["input_ids"].sum(1).tolist()]
-
-
-def a_history_of_each_row(self, output, batch):
-    for row in rows_of(batch):
-        self.kept[row].append(float(output.loss.detach()))
-    return sum(sum(self.kept[row]) for row in rows_of(batch)) / 10
-
-
-def a_history_that_gets_more_rows(self, output, batch):
-    new, first = len(self.kept), rows_of(batch)[0]
-    self.kept[new].append(float(output.loss.detach()))
-    self.kept[new - 100].append(1.0)
-    self.kept[first] = [*self.kept[first], 2.0]
-    return (sum(self.kept[new - 100]) + sum(self.kept[first]) + new) / 100
-
-
-def a_history_beside_a_large_tensor(self, output, batch):
-    self.kept[rows_of(batch)[0]].append(1.0)
-    if self.state.global_step >= 2:
-        self.kept["bank"].add_(mean(output))
-    return len(self.kept[rows_of(batch)[0]]) / 10 + self.kept["bank"][0].abs().sum()
-
-
-def a_meter_of_each_row(self, output, batch):
-    for row in rows_of(batch):
-        self.kept[row].calls += 1
-    return sum(self.kept[row].calls for row in rows_of(batch)) / 10
-
-
-def a_mean_of_each_row(self, output, batch):
-    for row in rows_of(batch):
-        self.kept[row].mul_(0.5).add_(mean(output))
-    return sum(self.kept[row].abs().sum() for row in rows_of(batch)) / 10
-
-
-def a_nested_history_of_each_row(self, output, batch):
-    for row in rows_of(batch):
-        self.kept[row]["losses"].append(float(output.loss.detach()))
-    return sum(sum(self.kept[row]["losses"]) for row in rows_of(batch)) / 10
-
-
-def a_list_that_has_grown(self, output, batch):
-    self.kept.append(mean(output))
-    return (self.kept[-1] - self.kept[-2]).abs().sum()
-
-
 def a_function_that_counts(self, output, batch):
     return self.kept() / 10
 
@@ -307,12 +259,6 @@ KEPT = {
     an_object_whose_class_begins_at_zero: type("Calls", (), {"calls": 0}),
     a_dictionary_with_attributes: type("Mapping", (dict,), {}),
     bytes_that_grow: bytearray,
-    a_history_of_each_row: lambda: {row: [] for row in range(100)},
-    a_history_that_gets_more_rows: lambda: defaultdict(list, {row: [] for row in range(100)}),
-    a_meter_of_each_row: lambda: [Holder(calls=0) for _ in range(100)],
-    a_mean_of_each_row: lambda: [torch.zeros(3, dtype=float64) for _ in range(100)],
-    a_list_that_has_grown: lambda: [torch.zeros(3, dtype=float64) for _ in range(100)],
-    a_nested_history_of_each_row: lambda: {row: {"losses": []} for row in range(100)},
 }
 
 
@@ -331,11 +277,4 @@ def counting():
 # What the literal step, which copies all that it begins with, would share with the run.
 SHARED = {
     a_function_that_counts: counting,
-}
-# What begins to change in the third step, of which there is no copy then: that step is plain.
-LATER = {
-    a_history_beside_a_large_tensor: lambda: {
-        **{row: [] for row in range(100)},
-        "bank": torch.zeros(1000, 3, dtype=float64),
-    },
 }
