@@ -1,8 +1,10 @@
 """What is read from users' objects: the parameters of an optimizer, and what functions and classes refer to."""
 
+import concurrent.futures
 import dis
 import functools
 import itertools
+import queue
 import sys
 import threading
 import types
@@ -18,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 from transformers import PretrainedConfig
 
-from .held import Attributes
+from .kinds import Attributes
 
 
 class Optimized:
@@ -48,6 +50,9 @@ _LIBRARIES = {
     *("matplotlib", "numpy", "pandas", "PIL", "pyarrow", "scipy", "sklearn", "tokenizers", "torch", "tqdm"),
     *("transformers", "wandb"),
 }
+# An object with one of these in it is also used by other threads, so it is not restored.
+_LOCKS = (threading.Condition, threading.Event, type(threading.Lock()), type(threading.RLock()))
+_THREADS = (*_LOCKS, threading.Thread, queue.Queue, concurrent.futures.Executor)
 # The operations of a function that use its global variables.
 _OF_GLOBALS = {"LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL"}
 # Objects of the standard library whose attributes are copied: users keep state in them.
@@ -63,12 +68,16 @@ def is_users(module: str | None) -> bool:
     return (module or "").partition(".")[0] not in _LIBRARIES and "-packages" not in file
 
 
-def is_opened(thing: Any) -> bool:
-    """Whether the attributes of `thing` are copied, as those of all objects of users' classes are."""
-    if isinstance(thing, _OPENED):
+def is_opened(kind: type) -> bool:
+    """Whether the attributes of objects of a class are copied, as those of all users' classes are."""
+    if issubclass(kind, _OPENED):
         return True
-    package = type(thing).__module__.partition(".")[0]
-    return package not in _LIBRARIES and not isinstance(thing, (types.ModuleType, Dataset))
+    return kind.__module__.partition(".")[0] not in _LIBRARIES and not issubclass(kind, (types.ModuleType, Dataset))
+
+
+def is_used_by_threads(attributes: dict[str, Any]) -> bool:
+    """Whether one of the attributes of an object shows that other threads use it."""
+    return any(isinstance(value, _THREADS) for value in attributes.values())
 
 
 def is_users_function(thing: Any) -> bool:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .given import users_among
-from .held import Attributes, Entry, RandomState, Snapshot
-from .stamps import has_changed, mark_of, stamp_of
+from .held import Entry, RandomState, Snapshot
+from .kinds import Attributes
+from .stamps import changed_in, mark_of, stamp_of
 from .visitor import Visitor
 
 logger = logging.get_logger(__name__)
@@ -76,8 +77,10 @@ class PassState(Visitor):
 
     def keep_changes(self, before: Snapshot) -> str | None:
         """After pass 1, reduce `before` to what has changed; returns the name of something changed that it lacks."""
-        uncopied = [(name, thing) for name, thing, stamp in before.watched if has_changed(thing, stamp)]
+        uncopied = [(name, part) for name, thing, stamp in before.watched for part in changed_in(thing, stamp)]
         self._changing.update((id(thing), (name, thing)) for name, thing in uncopied)
+        for bulk in (self._bulks[name] for name, _ in uncopied if name in self._bulks):
+            bulk.changes = True
         always = [entry for entry in before.entries if entry.always]
         before.entries = always + self._changed([entry for entry in before.entries if not entry.always])
         before.watched = []
@@ -100,10 +103,8 @@ class PassState(Visitor):
                 continue
             changed.append(entry)
             self._changing[id(entry.thing)] = entry[:2]
-            container = self._container_of.get(id(entry.thing))
-            while container is not None:
-                self._changing[id(container[1])] = container
-                container = self._container_of.get(id(container[1]))
+            if (bulk := self._bulk_of.get(id(entry.thing))) is not None:
+                bulk.changes = True
             for former in self._window:  # before the earlier micro-batches of this step it was the same, if not held
                 former.entries.insert(0, entry)
         return changed

@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from .held import Attributes
+from .kinds import Attributes
 
 
 class Standin:

@@ -1,18 +1,22 @@
-"""Stamps: values that differ after a change, of things that are too large to copy, or cannot be copied."""
+"""Stamps: values that differ after a change, of tensors that are too large to copy, and of what cannot be copied."""
 
 import contextlib
 import inspect
 import io
-from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# Objects without parts that a pass may change, and containers whose size changes with most changes.
+# Objects without parts that a pass may change.
 PLAIN = (int, float, complex, str, bytes, type(None), np.generic, torch.dtype, torch.device, torch.Size)
-_SIZED = (list, dict, set, deque, bytearray)
+
+
+def are_plain(values: Iterable[Any]) -> bool:
+    """Whether none of the values has parts that a pass may change."""
+    return all(issubclass(kind, PLAIN) for kind in {*map(type, values)})
 
 
 def version_of(tensor: Tensor) -> int:
@@ -21,44 +25,22 @@ def version_of(tensor: Tensor) -> int:
 
 
 def stamp_of(thing: Any) -> Any:
-    """A value from which `has_changed` tells whether a tensor has changed, or one of the items of a container."""
-    if isinstance(thing, Tensor):
-        return version_of(thing), thing.data_ptr(), thing.shape
-    items = [*(thing.values() if isinstance(thing, dict) else thing)]
-    return items, _outline_of(items)
+    """A value from which `changed_in` tells whether a tensor, or one in a list of them, has changed."""
+    return [*map(version_of, thing)] if isinstance(thing, list) else (version_of(thing), thing.data_ptr(), thing.shape)
 
 
-def has_changed(thing: Any, stamp: Any) -> bool:
-    """Whether a tensor has changed since, except through `.data`, or an item that was in a container.
-
-    Of items that are containers, their sizes are compared, and of objects the values of their attributes.
-    """
-    if isinstance(thing, Tensor):
-        return stamp_of(thing) != stamp
-    items, outline = stamp
-    return differ(_outline_of(items), outline)
-
-
-def _outline_of(items: list) -> list | None:
-    kinds = {*map(type, items)}
-    if all(issubclass(kind, PLAIN) for kind in kinds):
-        return None
-    if all(issubclass(kind, _SIZED) for kind in kinds):
-        return [*map(len, items)]
-    return [*map(_sketch, items)]
-
-
-def _sketch(item: Any) -> Any:
-    if isinstance(item, Tensor):
-        return version_of(item)
-    return len(item) if isinstance(item, _SIZED) else [*getattr(item, "__dict__", {}).values()]
+def changed_in(thing: Any, stamp: Any) -> list[Tensor]:
+    """The tensors that have changed since: a tensor itself, or those in a list of them, except through `.data`."""
+    if not isinstance(thing, list):
+        return [thing] * (stamp_of(thing) != stamp)
+    return [tensor for tensor, version in zip(thing, stamp, strict=True) if version_of(tensor) != version]
 
 
 def differ(one: Any, other: Any) -> bool:
     """Whether two values differ; also where that cannot be said, as of tensors with several entries."""
     try:
         return bool(one != other)
-    except (RuntimeError, TypeError, ValueError):
+    except Exception:  # users' classes may raise any
         return True
 
 

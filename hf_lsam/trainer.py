@@ -14,7 +14,7 @@ from .config import LSAMConfig
 from .deepspeed import bypass_engine, delayed_update, reduction_bits
 from .distributed import check_hooks, check_supported
 from .given import Optimized
-from .held import Attributes
+from .kinds import Attributes
 from .passes import backward_if_any, buffers_not_sent, copy_of, modes_kept, showing_loss
 from .search import set_up_trial
 from .state import load_state, save_state

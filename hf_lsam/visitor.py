@@ -1,10 +1,8 @@
 """Finds what a pass may change, and copies it: all of it at some steps, and what may have changed at the others."""
 
-import concurrent.futures
 import copyreg
 import io
-import queue
-import threading
+import math
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -16,21 +14,31 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
-from .given import is_opened, is_users, is_users_function, is_users_hook, parts_of, users_among, variables_of
-from .held import BULK, HOOKS, Attributes, Items, RandomState, Snapshot, attributes_of, kind_of
+from .bulk import Bulk
+from .given import (
+    is_opened,
+    is_used_by_threads,
+    is_users,
+    is_users_function,
+    is_users_hook,
+    parts_of,
+    users_among,
+    variables_of,
+)
+from .held import RandomState, Snapshot
+from .kinds import HOOKS, Attributes, attributes_of, kind_of
 from .shards import compute_device, is_sharded
 from .stamps import PLAIN, stamp_of
 
 logger = logging.get_logger(__name__)
 
 _NAMES = (*PLAIN, tuple)
-# An object with one of these in it is also used by other threads, so it is not restored.
-_LOCKS = (threading.Condition, threading.Event, type(threading.Lock()), type(threading.RLock()))
-_THREADS = (*_LOCKS, threading.Thread, queue.Queue, concurrent.futures.Executor)
 _MOST_BYTES = 2**30  # of the copies of tensors that have not changed so far; further ones are only watched
 _SMALL = 1024  # entries of a tensor up to which it is always copied, if it belongs to no module
-# Items of a container above which they are visited only if they are other objects than before, or one has changed.
-_LARGE = 64
+_LARGE = 64  # items of a container above which it is not visited item by item
+# What is in a large container is looked at in every step once it has changed, and before: containers up to this many
+# items in total, and objects that are neither containers nor of users' classes up to this many.
+_MOST_VALUES, _MOST_OTHERS = 10**5, 1000
 
 
 class Visitor:
@@ -39,7 +47,7 @@ class Visitor:
     A copy of everything at each step would be too slow, so the class learns what changes. At perturbed steps 1, 2, 4,
     8, ... everything is copied. At the others, it copies only what changed before or is new, what other objects than
     modules and users' modules refer to, small tensors, and the tables of a module's tensors. Other tensors are watched
-    by their version counters, and large containers by the sizes and attributes of their items.
+    by their version counters. What is in large containers is copied in bulk, up to `_MOST_VALUES` and `_MOST_OTHERS`.
     """
 
     def __init__(self, model: nn.Module, is_trained: Callable[[Tensor], bool]):
@@ -49,8 +57,7 @@ class Visitor:
         self.foreign: list[Tensor] = []  # parameters that another optimizer trains, such as those of a critic
         self._changing: dict[int, tuple[str, Any]] = {}  # by id: what is copied at every step
         self._known: dict[int, weakref.ref] = {}  # by id: modules that were visited, and tensors that did not change
-        self._contents: dict[str, set[int]] = {}  # by name: ids of large containers and of their items
-        self._in_bulk: dict[int, Items] = {}  # by id of a large container: its items, where these have no parts
+        self._bulks: dict[str, Bulk] = {}  # by name of a large container: what is in it
         self._of_modules: dict[int, tuple[str, Tensor]] = {}  # by id: names and tensors of modules
         self._users_modules: list[tuple[str, nn.Module]] = []  # with names: of users' classes, and outermost ones
         self._users_hooks: list[tuple[str, Any]] = []  # names and hooks of modules
@@ -64,11 +71,11 @@ class Visitor:
     def _begin(self) -> None:
         """Begin a snapshot."""
         self._now, self._seen, self._bytes = Snapshot(RandomState.capture(self.device)), set[int](), 0
-        self._within: tuple[str, Any] | None = None  # the large container that is visited
-        self._container_of: dict[int, tuple[str, Any]] = {}  # by id of what was copied: the large container it is in
+        self._within: Bulk | None = None  # the large container that is visited
+        self._bulk_of: dict[int, Bulk] = {}  # by id of what was copied: the large container it is in
         if self.copies_all:
-            self._known, self._contents, self._of_modules, self._unheld, self.foreign = {}, {}, {}, {}, []
-            self._users_modules, self._users_hooks, self._in_bulk = [], [], {}
+            self._known, self._of_modules, self._unheld, self.foreign = {}, {}, {}, []
+            self._users_modules, self._users_hooks = [], []
 
     def _visit_model(self) -> None:
         self._in_model, self._in_module = True, False
@@ -84,8 +91,8 @@ class Visitor:
         """Copy `thing`; a tensor, or what is in a module or a large container, is kept only if pass 1 changes it."""
         self._seen.add(id(thing))
         if self._within is not None:
-            self._container_of[id(thing)] = self._within
-        is_compared = self._in_module or self._within is not None or isinstance(thing, (Tensor, np.ndarray))
+            self._bulk_of[id(thing)] = self._within
+        is_compared = self._in_module or self._within is not None or isinstance(thing, (Tensor, np.ndarray, Bulk))
         is_compared = is_compared and id(thing) not in self._changing
         self._now.hold(name, thing, always or not is_compared)
 
@@ -126,9 +133,9 @@ class Visitor:
         if isinstance(thing, (dict, list, tuple, deque, set, frozenset)):
             self._visit_items(name, thing)
         own = getattr(thing, "__dict__", {})
-        if not is_opened(thing):
+        if not is_opened(type(thing)):
             self._visit_all(name, enumerate(parts_of(thing)), "")
-        elif any(isinstance(value, _THREADS) for value in own.values()):
+        elif is_used_by_threads(own):
             self._unheld[name] = thing
         else:
             slots = Attributes(thing, tuple(copyreg._slotnames(type(thing))))  # type: ignore[attr-defined]
@@ -140,30 +147,30 @@ class Visitor:
             self._unheld[name] = thing
 
     def _visit_items(self, name: str, thing: Any) -> None:
-        """Visit the items of a container, and its keys; of a large one, those that are new or may have changed."""
-        places = thing if isinstance(thing, dict) else ()
-        items: Iterable = thing.items() if isinstance(thing, dict) else enumerate(thing)
-        if len(thing) <= _LARGE:
-            self._visit_all(name, [*items], "[{!r}]")
-            self._visit_all(name, enumerate(places), " key {}")
+        """Visit the items of a container, and its keys."""
+        if len(thing) > _LARGE:
+            self._visit_many(name, thing)
             return
-        values = [*(thing.values() if isinstance(thing, dict) else thing)]
-        former, self._contents[name] = self._contents.get(name, set()), {id(thing), *map(id, values)}
-        if id(thing) not in former:
-            former = set()
-        elif id(thing) not in self._changing:
-            self._now.watched.append((name, thing, stamp_of(thing)))
-        elif id(thing) in self._in_bulk:
-            self._hold(name, self._in_bulk[id(thing)])
-        else:
-            former = set()
-        outer, self._within, number = self._within, (name, thing), len(self._now.entries)
-        self._visit_all(name, [(key, item) for key, item in items if id(item) not in former], "[{!r}]")
-        if not former:
-            self._visit_all(name, enumerate(places), " key {}")
-            with_parts = [item for item in values if not isinstance(item, PLAIN)]
-            if len(self._now.entries) - number == len(with_parts) and BULK.keys() >= {*map(type, with_parts)}:
-                self._in_bulk[id(thing)] = Items(thing)  # nothing else is in them
+        items: Iterable = thing.items() if isinstance(thing, dict) else enumerate(thing)
+        self._visit_all(name, [*items], "[{!r}]")
+        self._visit_all(name, enumerate(thing if isinstance(thing, dict) else ()), " key {}")
+
+    def _visit_many(self, name: str, owner: Any) -> None:
+        """Copy the containers and objects in a large container in bulk, watch its tensors, and visit all else."""
+        bulk = self._bulks.get(name)
+        if bulk is None or bulk.owner is not owner:
+            bulk = self._bulks[name] = Bulk(owner)
+        former = {*map(id, bulk.tensors)}
+        copies_all = self.copies_all or bulk.changes
+        bulk.look(self._seen, math.inf if copies_all or id(bulk) in self._changing else _MOST_VALUES)
+        self._hold(name, bulk)
+        outer, self._within = self._within, bulk
+        if copies_all or len(bulk.others) <= _MOST_OTHERS:
+            self._visit_all(name, enumerate(bulk.others), " item {}")
+        watched = [] if copies_all else [tensor for tensor in bulk.tensors if id(tensor) in former]
+        self._now.watched.append((name, watched, stamp_of(watched)))
+        former = {*map(id, watched)}
+        self._visit_all(name, enumerate(tensor for tensor in bulk.tensors if id(tensor) not in former), " tensor {}")
         self._within = outer
 
     def _visit_module(self, name: str, module: nn.Module) -> None:

@@ -21,7 +21,6 @@ from kept_of_rows import (
     a_history_of_each_row,
     a_history_that_gets_more_rows,
     a_list_that_has_grown,
-    a_nested_history_of_each_row,
 )
 from literal_step import WAYS, alike, assert_as_plain, assert_literal, assert_right, flat
 from situations import LAST, Net, Situation, follow
@@ -51,9 +50,7 @@ def test_what_a_trainer_keeps(weight, way, tmp_path):
     assert_right(keeping(weight), tmp_path, way)
 
 
-# Between steps 1, 2, 4, 8, ..., a change of an item of a large container is noticed, but not one of a part of an item.
-NESTED_IN_MANY = (a_nested_history_of_each_row, 2)
-LATE = [(weight, step) for weight in ALL_KEPT for step in (1, 2) if (weight, step) != NESTED_IN_MANY]
+LATE = [(weight, step) for weight in ALL_KEPT for step in (1, 2)]
 
 
 @pytest.mark.parametrize("way", ["last", "top_k, two"])
@@ -70,20 +67,29 @@ def test_what_begins_to_change_beside_other_things(weight, most_bytes, tmp_path,
     assert_right(keeping(weight), tmp_path, "last", may_skip=PLAIN)
 
 
+@pytest.mark.parametrize("weight", OF_ROWS, ids=lambda weight: weight.__name__)
+def test_very_many_items(weight, tmp_path, monkeypatch):
+    """All are looked at in the first steps, and from the first change on."""
+    monkeypatch.setattr(visitor, "_MOST_VALUES", 10)
+    monkeypatch.setattr(visitor, "_MOST_OTHERS", 10)
+    assert_right(keeping(weight), tmp_path, "last")
+
+
 @pytest.mark.parametrize("weight", [a_history_of_each_row, a_list_that_has_grown])
 def test_many_items_are_not_copied_one_by_one(weight, tmp_path, monkeypatch):
-    """One by one in the first steps only, in which everything is looked at; of tensors, then only new ones."""
+    """Containers never are; tensors in the first steps, in which all are copied, and then only new ones."""
     before_pass_1, numbers = PassState.before_pass_1, []
 
     def counted(self):
         before = before_pass_1(self)
-        numbers.append(sum(entry.name.startswith("trainer.kept[") for entry in before.entries))
+        numbers.append(sum(entry.name.startswith("trainer.kept") for entry in before.entries))
         return before
 
     monkeypatch.setattr(PassState, "before_pass_1", counted)
     follow(keeping(weight), tmp_path, LAST, max_steps=3)
-    one, two, three = numbers
-    assert one >= 100 and two >= 100 and three < 50
+    are_tensors = weight is a_list_that_has_grown
+    assert [number >= 100 for number in numbers] == [are_tensors, are_tensors, False]
+    assert numbers[2] < 5
 
 
 def test_a_history_that_gets_more_rows_in_a_longer_training(tmp_path):
