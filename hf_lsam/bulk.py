@@ -142,4 +142,4 @@ def _is_all_attributes(kind: type) -> bool:
     """Whether the state of an object of a class is in its attributes, and these are copied."""
     has_kind = any(base in KINDS for base in kind.__mro__) or issubclass(kind, (nn.Module, io.IOBase))
     has_slots = bool(copyreg._slotnames(kind)) or not kind.__dictoffset__  # type: ignore[attr-defined]
-    return is_opened(kind) and not (has_kind or has_slots or hasattr(kind, "__next__"))
+    return is_opened(kind) and not (has_kind or has_slots)

@@ -60,14 +60,21 @@ class PassState(Visitor):
         for name, root in objects.items():
             self._visit_all(name, vars(root).items())
             self._visit_all(name, enumerate(users_among(type(root).__mro__)), "")
-        if self.copies_all:
-            held = {id(entry.thing) for entry in self._now.entries}
-            self._changing = {place: named for place, named in self._changing.items() if place in held}
-        else:
-            for name, thing in [named for place, named in self._changing.items() if place not in self._seen]:
-                self._hold(name, thing)
+        self._forget()
+        for name, thing in [named for place, named in self._changing.items() if place not in self._seen]:
+            self._hold(name, thing)
+        if not self.copies_all:
             self._now.watched += [(n, t, stamp_of(t)) for i, (n, t) in self._of_modules.items() if i not in self._seen]
         return self._now
+
+    def _forget(self) -> None:
+        """Drop what is not reached any more, since it may refer to the graph of an earlier pass."""
+
+        def is_reached(place: int) -> bool:
+            return place in self._seen or place in self._lasting or place in self._of_modules
+
+        self._changing = {place: named for place, named in self._changing.items() if is_reached(place)}
+        self._bulks = {name: bulk for name, bulk in self._bulks.items() if is_reached(id(bulk))}
 
     def after_pass_1(self, random: RandomState) -> Snapshot:
         """The snapshot after pass 1 of the last micro-batch, of the objects that were copied before it."""

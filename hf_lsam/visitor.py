@@ -59,6 +59,7 @@ class Visitor:
         self._known: dict[int, weakref.ref] = {}  # by id: modules that were visited, and tensors that did not change
         self._bulks: dict[str, Bulk] = {}  # by name of a large container: what is in it
         self._of_modules: dict[int, tuple[str, Tensor]] = {}  # by id: names and tensors of modules
+        self._lasting: set[int] = set()  # ids of what was found in modules, and may not be visited in this step
         self._users_modules: list[tuple[str, nn.Module]] = []  # with names: of users' classes, and outermost ones
         self._users_hooks: list[tuple[str, Any]] = []  # names and hooks of modules
         self._unheld: dict[str, Any] = {}  # by name: objects that cannot be copied
@@ -75,7 +76,7 @@ class Visitor:
         self._bulk_of: dict[int, Bulk] = {}  # by id of what was copied: the large container it is in
         if self.copies_all:
             self._known, self._of_modules, self._unheld, self.foreign = {}, {}, {}, []
-            self._users_modules, self._users_hooks = [], []
+            self._users_modules, self._users_hooks, self._lasting = [], [], set()
 
     def _visit_model(self) -> None:
         self._in_model, self._in_module = True, False
@@ -90,6 +91,8 @@ class Visitor:
     def _hold(self, name: str, thing: Any, always: bool = False) -> None:
         """Copy `thing`; a tensor, or what is in a module or a large container, is kept only if pass 1 changes it."""
         self._seen.add(id(thing))
+        if self._in_module:
+            self._lasting.add(id(thing))
         if self._within is not None:
             self._bulk_of[id(thing)] = self._within
         is_compared = self._in_module or self._within is not None or isinstance(thing, (Tensor, np.ndarray, Bulk))

@@ -1,6 +1,7 @@
 """Promise 9: what a trainer counts on itself, in whatever kind of attribute, counts pass 1 only."""
 
 import random
+import weakref
 from collections import deque
 
 import numpy as np
@@ -139,6 +140,31 @@ def test_what_begins_to_change_is_told_once_and_held_from_then_on():
         before.put()
     assert told == [None, None, "owner.mean", None, None, None, None]
     assert owner.mean[0] == 1
+
+
+@pytest.mark.parametrize(
+    "kind", [list, lambda: {"rows": []}, lambda: Holder(rows=[]), lambda: [[] for _ in range(100)]]
+)
+def test_what_is_dropped_between_steps_is_not_kept(kind):
+    """Such as a list of features that a trainer empties before each step: they refer to the graph of their pass."""
+    owner = Holder(model=torch.nn.Linear(2, 2))
+    state, features = state_of(owner), []
+    for state.steps in range(1, 14):
+        owner.kept, owner.scratch = kind(), torch.zeros(2000)
+        before = state.before_pass_1()
+        owner.scratch += 1
+        feature = torch.ones(3)
+        rows = getattr(owner.kept, "rows", owner.kept["rows"] if isinstance(owner.kept, dict) else owner.kept)
+        rows.append(feature)
+        features += [weakref.ref(feature), weakref.ref(owner.scratch)]
+        del feature, rows
+        state.keep_changes(before)
+        after = state.after_pass_1(RandomState.capture(state.device))
+        before.put()
+        after.put()
+        state.begin_step()
+        del before, after
+    assert [feature() is not None for feature in features[:-4]] == [False] * 22
 
 
 def test_what_lies_in_a_circle_is_gone_through_once():
