@@ -45,6 +45,10 @@ class PassState(Visitor):
         self.steps += 1
         self._window = []
 
+    def end_step(self) -> None:
+        """To be called after each perturbed step: what was copied may refer to the graphs of its passes."""
+        self._window, self._unchanged, self._now = [], [], Snapshot(self._now.random)
+
     def before_pass_1(self) -> Snapshot:
         """The snapshot before pass 1."""
         self._begin()

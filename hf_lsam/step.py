@@ -180,7 +180,10 @@ class LSAMStep:
         loss = self.window[-1].loss
         if is_last:
             window, self.window = self.window, []
-            self._perturb_and_rerun(window)
+            try:
+                self._perturb_and_rerun(window)
+            finally:
+                self.second_pass.state.end_step()
         return loss
 
     def _micro_batch_step(self, pass_1: Pass, pass_2: Pass, is_last: bool) -> Tensor:
@@ -193,6 +196,7 @@ class LSAMStep:
             micro_batch = self.second_pass.record(pass_1, pass_2, alone=True)
             self._perturb_and_rerun([micro_batch])
         finally:
+            self.second_pass.state.end_step()
             for parameter, total in sums.items():
                 parameter.grad = total if parameter.grad is None else total + parameter.grad
         if is_last:

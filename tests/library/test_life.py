@@ -1,6 +1,7 @@
 """What else happens to a Trainer: several runs, callbacks at any point, the best model, the Hub."""
 
 import copy
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tiny import (
     bert,
     block_rows,
     largest_difference,
+    out_of_reach,
     training_lines,
     weights,
 )
@@ -49,6 +51,34 @@ def figures(trainer):
         {name: value for name, value in line.items() if name.startswith(("lsam/", "loss"))}
         for line in training_lines(trainer)
     ]
+
+
+# --- memory
+
+
+@pytest.mark.parametrize("scope", ["batch", "micro_batch"])
+def test_the_graph_of_a_step_is_freed_with_it(scope, tmp_path):
+    """A trainer may keep features of the pass, and let go of them before the next step."""
+    notes = out_of_reach(features=[], alive=[])
+
+    class Features(LSAMTrainer):
+        def training_step(self, *args, **kwargs):
+            self.features = []
+            loss = super().training_step(*args, **kwargs)
+            notes.features += map(weakref.ref, self.features)
+            self.features = []
+            notes.alive.append(sum(feature() is not None for feature in notes.features))
+            return loss
+
+        def compute_loss(self, model, inputs, **kwargs):
+            output = model(**inputs)
+            self.features.append(output.logits)
+            return output.loss
+
+    config = LSAMConfig(rho=0.3, perturb_interval=2, sharpness_scope=scope)
+    args = arguments(tmp_path, max_steps=6)
+    Features(model=bert(), args=args, train_dataset=Examples(24), lsam_config=config).train()
+    assert notes.alive == [0] * 6
 
 
 # --- several runs
