@@ -249,3 +249,12 @@ def test_a_list_that_is_assigned_anew_takes_the_place_of_the_former_one():
         two_passes(state, change)
     assert lengths == sorted([*range(7)] * 2) and len(state._bulks) == 1
     assert sum(isinstance(thing, Bulk) for _, thing in state._changing.values()) <= 1
+
+
+def test_lists_that_are_gone_are_not_kept():
+    owner = Holder(kept={})
+    state = PassState(torch.nn.Linear(2, 2), lambda: {"owner": owner}, lambda tensor: True)
+    for step in range(7):
+        owner.kept = {step: [[] for _ in range(ROWS)]}
+        two_passes(state, lambda step=step: owner.kept[step][0].append(1))
+        assert owner.kept[step][0] == [1] and len(state._bulks) == 1

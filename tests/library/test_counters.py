@@ -142,6 +142,19 @@ def test_what_begins_to_change_is_told_once_and_held_from_then_on():
     assert owner.mean[0] == 1
 
 
+def test_a_large_buffer_that_begins_to_change_is_told_once():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    model[0].register_buffer("bank", torch.zeros(2000))
+    state, told = PassState(model, dict, lambda tensor: tensor.requires_grad), []
+    for step in range(1, 8):
+        state.begin_step()
+        before = state.before_pass_1()
+        model[0].bank += step > 2
+        told.append(state.keep_changes(before))
+        before.put()
+    assert told == [None, None, "model.0.bank", None, None, None, None] and model[0].bank[0] == 1
+
+
 @pytest.mark.parametrize(
     "kind", [list, lambda: {"rows": []}, lambda: Holder(rows=[]), lambda: [[] for _ in range(100)]]
 )
