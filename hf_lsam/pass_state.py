@@ -75,7 +75,7 @@ class PassState(Visitor):
         """Drop what is not reached any more, since it may refer to the graph of an earlier pass."""
 
         def is_reached(place: int) -> bool:
-            return place in self._seen or place in self._lasting or place in self._of_modules
+            return place in self._seen or place in self._lasting
 
         self._changing = {place: named for place, named in self._changing.items() if is_reached(place)}
         self._bulks = {name: bulk for name, bulk in self._bulks.items() if is_reached(id(bulk))}

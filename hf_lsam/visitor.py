@@ -222,6 +222,7 @@ class Visitor:
         is_small = tensor.numel() <= _SMALL and not (self._in_model and isinstance(tensor, nn.Parameter))
         if self._in_module:
             self._of_modules[id(tensor)] = (name, tensor)
+            self._lasting.add(id(tensor))
             if is_small:
                 self._changing[id(tensor)] = (name, tensor)
         if is_small or self._is_due(tensor):

@@ -10,7 +10,7 @@ import torch
 from tiny import Examples, arguments, bert, out_of_reach
 from transformers import Trainer
 
-from hf_lsam import LSAMConfig, LSAMTrainer
+from hf_lsam import LSAMConfig, LSAMTrainer, visitor
 from hf_lsam.held import RandomState
 from hf_lsam.pass_state import PassState
 
@@ -142,7 +142,9 @@ def test_what_begins_to_change_is_told_once_and_held_from_then_on():
     assert owner.mean[0] == 1
 
 
-def test_a_large_buffer_that_begins_to_change_is_told_once():
+@pytest.mark.parametrize("most_bytes", [2**30, 0])
+def test_a_large_buffer_that_begins_to_change_is_told_once(most_bytes, monkeypatch):
+    monkeypatch.setattr(visitor, "_MOST_BYTES", most_bytes)
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
     model[0].register_buffer("bank", torch.zeros(2000))
     state, told = PassState(model, dict, lambda tensor: tensor.requires_grad), []
