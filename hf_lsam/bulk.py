@@ -84,13 +84,13 @@ class Copies(NamedTuple):
         return not differ(self.containers, self.copies) and all(map(operator.is_, self.parts_now(), self.parts))
 
     def changed(self) -> Iterator[tuple[int, Any, Any]]:
-        """The places of those that do not, these containers, and their copies."""
+        """The containers that differ from their copies, with their places and copies."""
         for place, (thing, copy) in enumerate(zip(self.containers, self.copies, strict=True)):
             if differ(thing, copy) or (place < self.outer and not identical(BULK[type(thing)](thing), copy)):
                 yield place, thing, copy
 
     def put(self) -> None:
-        """Restore those that do not."""
+        """Restore the containers that differ from their copies."""
         for _, thing, copy in [*self.changed()]:
             if (kind := kind_of(thing)) is not None:
                 kind.put(thing, copy)

@@ -47,7 +47,9 @@ class PassState(Visitor):
 
     def end_step(self) -> None:
         """To be called after each perturbed step: what was copied may refer to the graphs of its passes."""
-        self._window, self._unchanged, self._now = [], [], Snapshot(self._now.random)
+        for snapshot in self._window:
+            snapshot.entries = []
+        self._window, self._unchanged = [], []
 
     def before_pass_1(self) -> Snapshot:
         """The snapshot before pass 1."""

@@ -171,9 +171,9 @@ class Visitor:
         if copies_all or len(bulk.others) <= _MOST_OTHERS:
             self._visit_all(name, enumerate(bulk.others), " item {}")
         watched = [] if copies_all else [tensor for tensor in bulk.tensors if id(tensor) in former]
+        copied = bulk.tensors if copies_all else [tensor for tensor in bulk.tensors if id(tensor) not in former]
         self._now.watched.append((name, watched, stamp_of(watched)))
-        former = {*map(id, watched)}
-        self._visit_all(name, enumerate(tensor for tensor in bulk.tensors if id(tensor) not in former), " tensor {}")
+        self._visit_all(name, enumerate(copied), " tensor {}")
         self._within = outer
 
     def _visit_module(self, name: str, module: nn.Module) -> None:
