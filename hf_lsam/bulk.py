@@ -35,6 +35,11 @@ class Bulk:
     def __init__(self, owner: Any):
         self.owner = owner
         self.changes = False  # whether a pass has changed one of its tensors or others
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of what is in it, which is to be found again."""
+        self.has_graph = False  # whether one of the tensors in it has the graph of a pass
         self.most = 0.0  # see `contents_of`; 0 if its parts are to be found again
         self.tensors: list[Tensor] = []
         self.others: list[Any] = []

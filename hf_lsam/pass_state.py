@@ -50,6 +50,9 @@ class PassState(Visitor):
         for snapshot in self._window:
             snapshot.entries = []
         self._window, self._unchanged = [], []
+        for bulk in self._bulks.values():
+            if bulk.has_graph:
+                bulk.forget()
 
     def before_pass_1(self) -> Snapshot:
         """The snapshot before pass 1."""

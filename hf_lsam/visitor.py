@@ -117,6 +117,10 @@ class Visitor:
             if not self._is_known(thing):
                 self._visit_module(name, thing)
             return
+        if isinstance(thing, Tensor) and not thing.is_leaf:
+            if self._within is not None:
+                self._within.has_graph = True
+            return
         self._seen.add(id(thing))
         if isinstance(thing, Tensor):
             self._visit_tensor(name, thing)
@@ -207,7 +211,7 @@ class Visitor:
         self._hold(name, table)
 
     def _visit_tensor(self, name: str, tensor: Tensor) -> None:
-        if not tensor.is_leaf or self.is_trained(tensor) or isinstance(tensor, DTensor):
+        if self.is_trained(tensor) or isinstance(tensor, DTensor):
             return
         # The entries of an expanded tensor share memory, so they cannot be written.
         if (

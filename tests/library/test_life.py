@@ -20,6 +20,7 @@ from tiny import (
     weights,
 )
 from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.utils import ModelOutput
 
 from hf_lsam import LSAMConfig, LSAMTrainer
 
@@ -79,6 +80,35 @@ def test_the_graph_of_a_step_is_freed_with_it(scope, tmp_path):
     args = arguments(tmp_path, max_steps=6)
     Features(model=bert(), args=args, train_dataset=Examples(24), lsam_config=config).train()
     assert notes.alive == [0] * 6
+
+
+@pytest.mark.parametrize("wrapped", [lambda tensor: tensor, lambda tensor: [tensor], lambda t: ModelOutput(logits=t)])
+@pytest.mark.parametrize("scope", ["batch", "micro_batch"])
+def test_the_graphs_in_a_large_list_are_freed_when_it_is_cleared(scope, wrapped, tmp_path):
+    """A list that is filled over the micro-batches of a step, and that is the same one in all steps."""
+    notes = out_of_reach(features=[], alive=[])
+
+    class Features(LSAMTrainer):
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            if self.accelerator.sync_gradients:
+                self.features.clear()
+                notes.alive.append(sum(feature() is not None for feature in notes.features))
+            return loss
+
+        def compute_loss(self, model, inputs, **kwargs):
+            output = model(**inputs)
+            features = [output.logits * 1 for _ in range(70)]
+            notes.features += map(weakref.ref, features)
+            self.features += map(wrapped, features)
+            return output.loss
+
+    config = LSAMConfig(rho=0.3, perturb_interval=2, sharpness_scope=scope)
+    args = arguments(tmp_path, max_steps=8, gradient_accumulation_steps=2)
+    trainer = Features(model=bert(), args=args, train_dataset=Examples(48), lsam_config=config)
+    trainer.features = []
+    trainer.train()
+    assert notes.alive == [0] * 8
 
 
 # --- several runs
