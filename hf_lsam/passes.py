@@ -95,25 +95,42 @@ def modes_kept(model: nn.Module, modules: Sequence[nn.Module]) -> Standin:
     return standin
 
 
-def backward_if_any(accelerator: Accelerator) -> Standin:
-    """Inside, a loss that does not depend on a selected block (LayerDrop, a text without images) has no backward."""
+class Backward:
+    """Stands in for `accelerator.backward` in the passes of a micro-batch.
 
-    def run(backward: Callable, args: tuple, kwargs: dict) -> None:
-        loss = args[0] if args else kwargs["loss"]
-        if loss.requires_grad:
+    `show` is called with each loss of pass 1 before its backward pass. In pass 2, a loss that does not depend on a
+    selected block (LayerDrop, a text without images) has no backward pass.
+    """
+
+    def __init__(self, accelerator: Accelerator, show: Callable[[Tensor], None]):
+        self.accelerator, self.show = accelerator, show
+        self._calls = self._calls_of_pass_1 = 0  # those that returned
+
+    def in_pass_1(self) -> Standin:
+        """Inside, pass 1 runs."""
+
+        def run(backward: Callable, args: tuple, kwargs: dict) -> None:
+            self.show(args[0] if args else kwargs["loss"])
             backward(*args, **kwargs)
+            self._calls_of_pass_1 += 1
 
-    return Standin(accelerator, "backward", run)
+        return Standin(self.accelerator, "backward", run)
 
+    @contextmanager
+    def in_pass_2(self) -> Iterator[None]:
+        """Inside, pass 2 runs; `RuntimeError` if it returns with fewer backward passes than pass 1."""
 
-def showing_loss(accelerator: Accelerator, show: Callable[[Tensor], None]) -> Standin:
-    """Inside, `show` is called with each loss before its backward pass."""
+        def run(backward: Callable, args: tuple, kwargs: dict) -> None:
+            loss = args[0] if args else kwargs["loss"]
+            if loss.requires_grad:
+                backward(*args, **kwargs)
+            self._calls += 1
 
-    def run(backward: Callable, args: tuple, kwargs: dict) -> None:
-        show(args[0] if args else kwargs["loss"])
-        backward(*args, **kwargs)
-
-    return Standin(accelerator, "backward", run)
+        self._calls = 0
+        with Standin(self.accelerator, "backward", run):
+            yield
+        if self._calls < self._calls_of_pass_1:
+            raise RuntimeError("training_step left out a backward pass that it had in pass 1; it may have caught an error")
 
 
 def outline_of(loss: Tensor) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from accelerate.utils import recursively_apply
@@ -26,10 +26,14 @@ class DroppedError(ReplayError):
 class Dropped(Tensor):
     """Placeholder of a tensor that was not kept: Python code that reads its values gets a `DroppedError`, C++ NaN."""
 
+    errors: ClassVar[list[ReplayError]] = []  # of the replay that runs, since the pass may catch them
+
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if func.__name__ not in _READ_NO_VALUES:
-            raise DroppedError(f"{func.__name__} reads the output of a block that was not kept")
+            reason = f"{func.__name__} reads the output of a block that was not kept"
+            cls.errors.append(DroppedError(reason))
+            raise DroppedError(reason)
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
@@ -151,6 +155,11 @@ class Replay:
         while first > 0 and not recording.calls[first - 1].kept:
             first -= 1
         ran, records, models = Recording(), iter(recording.calls[:first]), iter(recording.models if first > 0 else ())
+        errors = Dropped.errors = []
+
+        def fail(reason: str) -> NoReturn:
+            errors.append(ReplayError(reason))
+            raise ReplayError(reason)
 
         def run_block(block: int, forward: Callable, args: tuple, kwargs: dict) -> Any:
             again = _is_backward()
@@ -160,9 +169,9 @@ class Replay:
                 ran.note(block, output, again)
                 return output
             if call.block != block:
-                raise ReplayError(f"block {block} was called where block {call.block} was called in pass 1")
+                fail(f"block {block} was called where block {call.block} was called in pass 1")
             if call.kept and call.versions != _versions(call.output):
-                raise ReplayError(f"the output of block {block} was changed in place after the block returned it")
+                fail(f"the output of block {block} was changed in place after the block returned it")
             if call.state is not None:
                 call.state.restore()
             return _map(lambda tensor: tensor, call.output)  # new containers, since a pass may write to them
@@ -171,11 +180,17 @@ class Replay:
             recorded = next(models, None)
             output = forward(*args, **kwargs)
             if recorded and (count := len(_tensors(output))) != recorded[1]:
-                raise ReplayError(f"the model returned {count} tensors where it returned {recorded[1]} in pass 1")
+                fail(f"the model returned {count} tensors where it returned {recorded[1]} in pass 1")
             return output
 
-        with self._standing_in(run_block, run_model):
-            yield
+        try:
+            with self._standing_in(run_block, run_model):
+                yield
+        except Exception:
+            if not errors:
+                raise
+        if errors:
+            raise errors.pop(0)
         if missing := len(list(records)):
             raise ReplayError(f"{first - missing} blocks were called, but {len(recording.calls)} in pass 1")
         recording.last = ran.first

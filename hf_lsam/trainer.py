@@ -15,7 +15,7 @@ from .deepspeed import bypass_engine, delayed_update, reduction_bits
 from .distributed import check_hooks, check_supported
 from .given import Optimized
 from .kinds import Attributes
-from .passes import backward_if_any, buffers_not_sent, copy_of, modes_kept, showing_loss
+from .passes import Backward, buffers_not_sent, copy_of, modes_kept
 from .search import set_up_trial
 from .state import load_state, save_state
 from .step import LSAMStep
@@ -129,9 +129,10 @@ class LSAMMixin(_AnyTrainer):
         has_two = step.config.ascent_gradient == "current" and step.perturbs(number)
         is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         kept = copy_of((inputs, num_items_in_batch)) if has_two else None
+        backward = Backward(self.accelerator, step.second_pass.see)
 
         def pass_1() -> Tensor:
-            seen = showing_loss(self.accelerator, step.second_pass.see) if has_two else nullcontext()
+            seen: Any = backward.in_pass_1() if has_two else nullcontext()
             with self.accelerator.no_sync(model) if own else nullcontext(), seen:
                 return training_step(model, inputs, num_items_in_batch)
 
@@ -141,7 +142,7 @@ class LSAMMixin(_AnyTrainer):
             sync = nullcontext() if self.accelerator.is_fsdp2 else self.accelerator.no_sync(model)
             modes = modes_kept(model, step.second_pass.modules)
             direct: Any = bypass_engine(model, self.accelerator) if is_deepspeed else nullcontext(model)
-            with sync, modes, buffers_not_sent(model), direct as called, backward_if_any(self.accelerator):
+            with sync, modes, buffers_not_sent(model), direct as called, backward.in_pass_2():
                 return training_step(called, batch, num_items)
 
         held_back: AbstractContextManager[None] = nullcontext()

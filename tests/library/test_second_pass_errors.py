@@ -3,7 +3,7 @@
 import pytest
 import torch
 from literal_step import assert_literal
-from situations import ALL, BUDGET, LAST, TOP, Situation, follow, make
+from situations import ALL, BUDGET, LAST, TOP, Net, Situation, follow, make
 from tiny import out_of_reach
 from transformers import TrainerCallback
 
@@ -106,9 +106,9 @@ CONFIGS = {
 }
 
 
-def failing(fault, where="before", error=RuntimeError) -> type[Situation]:
+def failing(fault, where="before", error=RuntimeError, base=Fails) -> type[Situation]:
     own = {"fault": staticmethod(fault), "where": where, "error": error, "notes": out_of_reach(struck=[])}
-    return type("Failing", (Fails,), own)
+    return type("Failing", (base,), own)
 
 
 FAULTS = [
@@ -131,6 +131,58 @@ def test_what_pass_2_raises_ends_no_run(fault, step, where, config, tmp_path):
         assert plain == [own >= step for own in range(4)]
     elif fault is in_one_step:
         assert plain == [own == step for own in range(4)]
+
+
+class Catches(Fails):
+    """Skips the micro-batches that fail, as some Trainers do when memory runs out."""
+
+    def step(self, model, batch, once):
+        try:
+            return once(batch)
+        except Exception:
+            model.zero_grad(set_to_none=True)
+            return torch.zeros(())
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("fault", [once, twice, always, in_one_step])
+@pytest.mark.parametrize("step, where", [(0, "after"), (1, "backward"), (2, "before"), (2, "backward")])
+def test_what_training_step_catches_in_pass_2_is_noticed(fault, step, where, config, tmp_path):
+    settings, accumulation = CONFIGS[config]
+    situation = failing(fault(step), where, base=Catches)
+    run = follow(situation, tmp_path, settings, accumulation)
+    assert situation.notes.struck and run.messages
+    assert_literal_or_plain(run)
+    plain = [line["lsam/skipped"] > 0 for line in run.lines]
+    if fault is always:
+        assert plain == [own >= step for own in range(4)]
+    elif fault is in_one_step:
+        assert plain == [own == step for own in range(4)]
+
+
+class ReadsFirst(Net):
+    """Adds the output of the first block to that of the last one, if it can."""
+
+    def run(self, x):
+        first = self.blocks[0](x)
+        x = self.blocks[3](self.blocks[2](self.blocks[1](first)))
+        try:
+            return x + first.square()
+        except Exception:
+            if self.raises:
+                raise
+            return x
+
+
+@pytest.mark.parametrize("raises", [True, False])
+@pytest.mark.parametrize("config", ["last", "last, two", "own, two"])
+def test_a_read_of_what_was_dropped_is_noticed_if_its_error_is_caught(config, raises, tmp_path):
+    settings, accumulation = CONFIGS[config]
+    situation = failing(always(9), base=Catches)
+    situation.new = type("Net", (ReadsFirst,), {"raises": raises})
+    run = follow(situation, tmp_path, settings, accumulation)
+    assert_literal(run)
+    assert not run.trainer._lsam.second_pass.drops and run.trainer._lsam.second_pass.replays
 
 
 SHORTENED = [

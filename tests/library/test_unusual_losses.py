@@ -9,7 +9,7 @@ from tiny_runs import LAST, distance_to_plain, run
 from transformers import Trainer, TrainerCallback, Wav2Vec2Config, Wav2Vec2ForSequenceClassification
 
 from hf_lsam import LSAMConfig, LSAMMixin, LSAMTrainer
-from hf_lsam.passes import backward_if_any
+from hf_lsam.passes import Backward
 
 
 class ReadsAnEarlyBlockLater:
@@ -69,13 +69,13 @@ def test_a_micro_batch_that_leaves_out_all_selected_blocks(tmp_path):
 
 def test_a_backward_that_someone_else_has_put_in_place_is_there_again():
     accelerator = Accelerator(cpu=True)
-    own = accelerator.backward
-    with backward_if_any(accelerator):
+    own, backward = accelerator.backward, Backward(accelerator, show=print)
+    with backward.in_pass_2():
         assert accelerator.backward(torch.tensor(1.0)) is None
     assert accelerator.backward == own and "backward" not in vars(accelerator)
     losses = []
     accelerator.backward = losses.append
-    with backward_if_any(accelerator):
+    with backward.in_pass_2():
         accelerator.backward(torch.tensor(1.0))
         accelerator.backward(torch.tensor(2.0, requires_grad=True))
     accelerator.backward("after")
