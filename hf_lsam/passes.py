@@ -130,7 +130,7 @@ class Backward:
         with Standin(self.accelerator, "backward", run):
             yield
         if self._calls < self._calls_of_pass_1:
-            raise RuntimeError("training_step left out a backward pass that it had in pass 1; it may have caught an error")
+            raise RuntimeError("training_step left out a backward pass, perhaps since it caught an error")
 
 
 def outline_of(loss: Tensor) -> tuple[str, ...]:
