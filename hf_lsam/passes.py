@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from .kinds import Attributes
+from .kinds import HOOKS, Attributes
 
 
 class Standin:
@@ -144,6 +144,14 @@ def outline_of(loss: Tensor) -> tuple[str, ...]:
             names.append(node.name())
             nodes.extend(inner for inner, _ in node.next_functions)
     return tuple(names)
+
+
+def remove_hooks(modules: Iterable[nn.Module], weights: Iterable[Tensor], first: int) -> None:
+    """Remove the hooks with numbers from `first` on: code that an error has interrupted did not remove its own."""
+    tables = [vars(module).get(table) for module in modules for table in HOOKS]
+    for table in filter(None, [*tables, *(weight._backward_hooks for weight in weights)]):
+        for number in [number for number in table if number >= first]:
+            del table[number]
 
 
 @contextmanager

@@ -13,13 +13,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 from transformers.utils import logging
 
 from .compiled import CompiledRegions
 from .distributed import any_of_ranks, average_over_ranks
 from .held import RandomState
 from .pass_state import PassState, Snapshot
-from .passes import only_gradients_of, outline_of
+from .passes import only_gradients_of, outline_of, remove_hooks
 from .perturbation import Tensors, distance, norms
 from .replay import DroppedError, Recording, Replay
 
@@ -246,7 +247,7 @@ class SecondPass:
     ) -> Attempt:
         """One way to run pass 2: blocks before the first of `perturbed` are replayed (`None`: in full)."""
         taken = self.regions.whole_regions(weights) if narrow else [p for p in self.parameters if p.requires_grad]
-        losses, assigned = [], []
+        losses, assigned, next_hook = [], [], RemovableHandle.next_id
         try:
             with only_gradients_of(self.parameters, taken, self.state.foreign):
                 for micro_batch in window:
@@ -259,6 +260,7 @@ class SecondPass:
                         assigned.append(micro_batch.before.assigned())
                 return Attempt(losses, [torch.zeros_like(w) if w.grad is None else w.grad for w in weights], assigned)
         except Exception as error:
+            remove_hooks(self.modules, self.parameters, next_hook)
             if self.raises(error):
                 raise
             return Attempt(error=error)

@@ -185,6 +185,38 @@ def test_a_read_of_what_was_dropped_is_noticed_if_its_error_is_caught(config, ra
     assert not run.trainer._lsam.second_pass.drops and run.trainer._lsam.second_pass.replays
 
 
+class Hooks(Situation):
+    """Reads what a block, another one in each step, gets and returns, by hooks that an error leaves there."""
+
+    def loss(self, model, batch, items):
+        block, weight = model.blocks[self.state.global_step % 3 + 1], model.head.weight
+        handles = [
+            block.register_forward_pre_hook(lambda module, args: (1.1 * args[0],)),
+            block.register_forward_hook(lambda module, args, kwargs, output: 0.9 * output, with_kwargs=True),
+            weight.register_hook(lambda gradient: 0.8 * gradient),
+        ]
+        output = model(**batch)
+        for handle in handles[:2]:
+            handle.remove()
+        self.handle = handles[2]
+        return output.loss
+
+    def step(self, model, batch, once):
+        loss = once(batch)
+        self.handle.remove()
+        return loss
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_hooks_that_an_error_of_pass_2_has_left_are_removed(config, tmp_path):
+    settings, accumulation = CONFIGS[config]
+    run = follow(Hooks, tmp_path, settings, accumulation)
+    assert_literal(run)
+    model = run.trainer.model
+    left = [table for block in model.blocks for table in (block._forward_pre_hooks, block._forward_hooks)]
+    assert not any(left) and not model.head.weight._backward_hooks
+
+
 SHORTENED = [
     *((replayed, 0, "after"), (replayed, 1, "at last"), (replayed, 2, "after")),
     *((narrowed, 0, "at last"), (narrowed, 1, "before"), (narrowed, 2, "backward")),
