@@ -99,12 +99,14 @@ class Backward:
     """Stands in for `accelerator.backward` in the passes of a micro-batch.
 
     `show` is called with each loss of pass 1 before its backward pass. In pass 2, a loss that does not depend on a
-    selected block (LayerDrop, a text without images) has no backward pass.
+    selected block (LayerDrop, a text without images) has no backward pass. `parameters` are those whose gradients a
+    `training_step` may change.
     """
 
-    def __init__(self, accelerator: Accelerator, show: Callable[[Tensor], None]):
-        self.accelerator, self.show = accelerator, show
+    def __init__(self, accelerator: Accelerator, show: Callable[[Tensor], None], parameters: Sequence[Tensor] = ()):
+        self.accelerator, self.show, self.parameters = accelerator, show, parameters
         self._calls = self._calls_of_pass_1 = 0  # those that returned
+        self._left: list[tuple] | None = None  # `_stamps` after the last one of pass 1
 
     def in_pass_1(self) -> Standin:
         """Inside, pass 1 runs."""
@@ -113,8 +115,16 @@ class Backward:
             self.show(args[0] if args else kwargs["loss"])
             backward(*args, **kwargs)
             self._calls_of_pass_1 += 1
+            self._left = self._stamps()
 
         return Standin(self.accelerator, "backward", run)
+
+    def gradients_changed(self) -> bool:
+        """Whether gradients are others than the last backward pass of pass 1 has left: clipped, or projected."""
+        return self._left is not None and self._left != self._stamps()
+
+    def _stamps(self) -> list[tuple]:
+        return [(id(g), g._version) for g in (parameter.grad for parameter in self.parameters) if g is not None]
 
     @contextmanager
     def in_pass_2(self) -> Iterator[None]:

@@ -93,6 +93,7 @@ class SecondPass:
         self.replays = replays and not hidden  # false once a replayed pass differs from a full one
         self.drops = True  # whether outputs at which no replay begins are dropped; false once the model reads one
         self.narrow = True  # whether only the selected weights require gradients; false once that changes them
+        self.alters = False  # whether a pass 1 of this step has changed gradients after its last backward pass
         self.collective = True  # whether all processes run these passes now, average their gradients, and agree
         self.bits = 64  # of the dtype in which gradients are averaged, where it is less precise than theirs
         self._outline: tuple[str, ...] = ()  # of the losses of this pass 1
@@ -144,6 +145,14 @@ class SecondPass:
             after.put()
             self.state.warn_of_changes(marks)
 
+    def agree(self, window: Window, blocks: set[int], trained: int, changed: bool) -> tuple[bool, bool]:
+        """Whether this pass 2 is to be compared, and whether pass 1 `changed` what is not copied, in any process."""
+        is_due, changed, alters = self.any(self.is_due(window, blocks, trained), changed, self.alters)
+        self.alters = False
+        if alters and self.narrow:
+            self.run_in_full("its training_step changes gradients after the backward pass")
+        return is_due, changed
+
     def is_due(self, window: Window, blocks: set[int], trained: int) -> bool:
         """Whether this pass 2, with `blocks` perturbed and parameters `trained` (their number), is to be compared."""
         self._new = {(batch.signature, trained): batch.recording.start(blocks) for batch in window}
@@ -162,8 +171,7 @@ class SecondPass:
             problem = self._difference(window, pass_1, attempt)
             if not self.any(problem is not None)[0]:
                 if problems:
-                    self.narrow = self.replays = False
-                    self._warn_slower("for gradients of the selected weights only", problems[0])
+                    self.run_in_full(problems[0])
                 return None
             problems.append(problem or "they differ in another process")
         if self.any(attempt.error is not None)[0]:
@@ -210,6 +218,11 @@ class SecondPass:
             self.replays = False
             self._warn_slower("by replay of block outputs", problem)
         return gradients
+
+    def run_in_full(self, problem: str) -> None:
+        """Let pass 2 compute all gradients from now on, without a replay."""
+        self.narrow = self.replays = False
+        self._warn_slower("for gradients of the selected weights only", problem)
 
     def gradients(self, window: Window, weights: Tensors, blocks: set[int]) -> list[Tensor]:
         """The gradients of `weights`, moved in `blocks`: by a replay or, if it fails, more expensively; else NaN."""

@@ -265,7 +265,7 @@ class LSAMStep:
         passes.collective = self.config.sharpness_scope == "batch"
         blocks = set().union(*(self.candidates[index].blocks for index in ascent.chosen))
         uncopied = next((micro_batch.uncopied for micro_batch in window if micro_batch.uncopied is not None), None)
-        is_due, changed = passes.any(passes.is_due(window, blocks, self.trained.now().number), uncopied is not None)
+        is_due, changed = passes.agree(window, blocks, self.trained.now().number, uncopied is not None)
         if changed:
             return f"pass 1 changed {uncopied or 'a tensor in another process'}, of which there is no copy yet"
         if is_due and (problem := passes.compare_with_pass_1(window, ascent.weights, ascent.gradients)) is not None:

@@ -129,12 +129,15 @@ class LSAMMixin(_AnyTrainer):
         has_two = step.config.ascent_gradient == "current" and step.perturbs(number)
         is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         kept = copy_of((inputs, num_items_in_batch)) if has_two else None
-        backward = Backward(self.accelerator, step.second_pass.see)
+        own_step = getattr(training_step, "__func__", None) is not Trainer.training_step
+        backward = Backward(self.accelerator, step.second_pass.see, step.trained.parameters if own_step else ())
 
         def pass_1() -> Tensor:
             seen: Any = backward.in_pass_1() if has_two else nullcontext()
             with self.accelerator.no_sync(model) if own else nullcontext(), seen:
-                return training_step(model, inputs, num_items_in_batch)
+                loss = training_step(model, inputs, num_items_in_batch)
+            step.second_pass.alters |= backward.gradients_changed()
+            return loss
 
         def pass_2() -> Tensor:
             batch, num_items = copy_of(kept)

@@ -206,8 +206,7 @@ def later(situation, first_step):
     return Later
 
 
-# Each of them with more forward passes than before, so that it can be seen.
-LATER = [ProjectsAfterBackward, Attacks, AttacksAll]
+LATER = [Clips, ClipsByTheLargest, Projects, ProjectsAfterBackward, Attacks, AttacksAll]
 
 
 @pytest.mark.parametrize("way", ["last", "top_k, two"])
