@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from .kinds import HOOKS, Attributes
+from .stamps import version_of
 
 
 class Standin:
@@ -124,7 +125,7 @@ class Backward:
         return self._left is not None and self._left != self._stamps()
 
     def _stamps(self) -> list[tuple]:
-        return [(id(g), g._version) for g in (parameter.grad for parameter in self.parameters) if g is not None]
+        return [(id(g), version_of(g)) for g in (parameter.grad for parameter in self.parameters) if g is not None]
 
     @contextmanager
     def in_pass_2(self) -> Iterator[None]:
