@@ -93,7 +93,7 @@ class SecondPass:
         self.replays = replays and not hidden  # false once a replayed pass differs from a full one
         self.drops = True  # whether outputs at which no replay begins are dropped; false once the model reads one
         self.narrow = True  # whether only the selected weights require gradients; false once that changes them
-        self.alters = False  # whether a pass 1 of this step has changed gradients after its last backward pass
+        self.alters = False  # whether a pass 1 has changed gradients after its last backward pass
         self.collective = True  # whether all processes run these passes now, average their gradients, and agree
         self.bits = 64  # of the dtype in which gradients are averaged, where it is less precise than theirs
         self._outline: tuple[str, ...] = ()  # of the losses of this pass 1
@@ -148,7 +148,6 @@ class SecondPass:
     def agree(self, window: Window, blocks: set[int], trained: int, changed: bool) -> tuple[bool, bool]:
         """Whether this pass 2 is to be compared, and whether pass 1 `changed` what is not copied, in any process."""
         is_due, changed, alters = self.any(self.is_due(window, blocks, trained), changed, self.alters)
-        self.alters = False
         if alters and self.narrow:
             self.run_in_full("its training_step changes gradients after the backward pass")
         return is_due, changed

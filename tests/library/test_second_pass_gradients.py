@@ -46,6 +46,19 @@ class ClipsByTheLargest(Situation):
         return loss
 
 
+class DividesTheFirst(Situation):
+    """Assigns gradients anew, divided by their length, in the first micro-batch of a step only."""
+
+    def step(self, model, batch, once):
+        is_first = all(weight.grad is None for weight in model.parameters())
+        loss = once(batch)
+        found = [weight for weight in trained(model) if is_first and weight.grad is not None]
+        size = length([weight.grad for weight in found]) if found else 1
+        for weight in found:
+            weight.grad = weight.grad / (0.1 + size)
+        return loss
+
+
 class Projects(Situation):
     """PCGrad: of two losses' gradients that are at odds each gives up what is against the other."""
 
@@ -182,7 +195,7 @@ class ByGradientHooks(Situation):
 
 
 SITUATIONS = [
-    *(Clips, ClipsByTheLargest, Projects, ProjectsAfterBackward, Attacks, AttacksAll),
+    *(Clips, ClipsByTheLargest, DividesTheFirst, Projects, ProjectsAfterBackward, Attacks, AttacksAll),
     *(Balances, BalancesByTheEmbedding, Penalises, ByGradientHooks),
 ]
 
@@ -206,10 +219,10 @@ def later(situation, first_step):
     return Later
 
 
-LATER = [Clips, ClipsByTheLargest, Projects, ProjectsAfterBackward, Attacks, AttacksAll]
+LATER = [Clips, ClipsByTheLargest, DividesTheFirst, Projects, ProjectsAfterBackward, Attacks, AttacksAll]
 
 
-@pytest.mark.parametrize("way", ["last", "top_k, two"])
+@pytest.mark.parametrize("way", ["last", "last, two", "top_k, two"])
 @pytest.mark.parametrize("first_step", [1, 2])
 @pytest.mark.parametrize("situation", LATER, ids=lambda situation: situation.__name__)
 def test_what_is_done_with_gradients_from_a_step_on(situation, first_step, way, tmp_path):
