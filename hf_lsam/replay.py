@@ -155,7 +155,7 @@ class Replay:
         while first > 0 and not recording.calls[first - 1].kept:
             first -= 1
         ran, records, models = Recording(), iter(recording.calls[:first]), iter(recording.models if first > 0 else ())
-        errors = Dropped.errors = []
+        outer, errors = Dropped.errors, list[ReplayError]()
 
         def fail(reason: str) -> NoReturn:
             errors.append(ReplayError(reason))
@@ -183,12 +183,15 @@ class Replay:
                 fail(f"the model returned {count} tensors where it returned {recorded[1]} in pass 1")
             return output
 
+        Dropped.errors = errors
         try:
             with self._standing_in(run_block, run_model):
                 yield
         except Exception:
             if not errors:
                 raise
+        finally:
+            Dropped.errors = outer
         if errors:
             raise errors.pop(0)
         if missing := len(list(records)):
