@@ -83,7 +83,7 @@ class Perturbation:
         """Warn if 16-bit `weights` moved from `before` in another direction; checks their first move only."""
         if self._rounding_checked:
             return
-        coarse = next((dtype for dtype in {weight.dtype for weight in weights} if is_coarse(dtype)), None)
+        coarse = next(filter(is_coarse, self._memory.dtypes), None)
         self._rounding_checked = coarse is not None
         if coarse is not None and (cosine := move_cosine(weights, before, direction)) < _ROUNDED:
             logger.warning(
@@ -99,6 +99,11 @@ class _Memory:
         self._flat: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._kinds: list[tuple] = []
         self._places: list[Tensor] = []
+
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        """Those of all tensors so far."""
+        return [dtype for _, dtype in self._flat]
 
     def places_of(self, tensors: Tensors) -> list[Tensor]:
         """Uninitialised tensors of the same devices, dtypes, shapes and (without gaps) strides as `tensors`."""
