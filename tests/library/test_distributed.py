@@ -227,12 +227,13 @@ def test_a_fault_on_one_rank_leaves_both_in_step(name, trained):
 
 def test_pass_2_costs_one_all_reduce_of_the_selected_gradients(trained):
     block = sum(p.numel() for p in ranks.MODELS["bert"]().bert.encoder.layer[0].parameters())
-    # And of two flags, whether to compare pass 2 on all ranks. To do so, a full pass 2 at the weights where they are,
-    # whether it differs, and what of a replayed one does: at the first step, and where a later block is the first.
-    usual, compared = [2, 2 * block], [2, 2 * block, 1, 2, 2 * block]
+    # And of three flags, such as whether to compare pass 2 on all ranks. To do so, a full pass 2 at the weights where
+    # they are, whether it differs, and what of a replayed one does: at the first step, and where a later block is the
+    # first.
+    usual, compared = [3, 2 * block], [3, 2 * block, 1, 2, 2 * block]
     assert torch.load(trained / "bert-top-2.0.pt")["all_reduced"] == (compared + usual) * 2
     weights = sum(p.numel() for p in ranks.MODELS["bert"]().parameters())
-    sam = [2, weights, 1, 2, weights] + [2, weights] * 3
+    sam = [3, weights, 1, 2, weights] + [3, weights] * 3
     assert torch.load(trained / "bert-sam.0.pt")["all_reduced"] == sam
     assert torch.load(trained / "bert-one-pass.0.pt")["all_reduced"] == []
 
