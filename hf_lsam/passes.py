@@ -106,7 +106,7 @@ class Backward:
 
     def __init__(self, accelerator: Accelerator, show: Callable[[Tensor], None], parameters: Sequence[Tensor] = ()):
         self.accelerator, self.show, self.parameters = accelerator, show, parameters
-        self._calls = self._calls_of_pass_1 = 0  # those that returned
+        self._ran = {1: False, 2: False}  # whether one of them has returned, by pass
         self._left: list[tuple] | None = None  # `_stamps` after the last one of pass 1
 
     def in_pass_1(self) -> Standin:
@@ -115,7 +115,7 @@ class Backward:
         def run(backward: Callable, args: tuple, kwargs: dict) -> None:
             self.show(args[0] if args else kwargs["loss"])
             backward(*args, **kwargs)
-            self._calls_of_pass_1 += 1
+            self._ran[1] = True
             self._left = self._stamps()
 
         return Standin(self.accelerator, "backward", run)
@@ -129,19 +129,19 @@ class Backward:
 
     @contextmanager
     def in_pass_2(self) -> Iterator[None]:
-        """Inside, pass 2 runs; `RuntimeError` if it returns with fewer backward passes than pass 1."""
+        """Inside, pass 2 runs; `RuntimeError` if it returns without a backward pass, and pass 1 had one."""
 
         def run(backward: Callable, args: tuple, kwargs: dict) -> None:
             loss = args[0] if args else kwargs["loss"]
             if loss.requires_grad:
                 backward(*args, **kwargs)
-            self._calls += 1
+            self._ran[2] = True
 
-        self._calls = 0
+        self._ran[2] = False
         with Standin(self.accelerator, "backward", run):
             yield
-        if self._calls < self._calls_of_pass_1:
-            raise RuntimeError("training_step left out a backward pass, perhaps since it caught an error")
+        if self._ran[1] and not self._ran[2]:
+            raise RuntimeError("training_step has no backward pass, perhaps since it caught an error")
 
 
 def outline_of(loss: Tensor) -> tuple[str, ...]:

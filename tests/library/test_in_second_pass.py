@@ -268,6 +268,27 @@ def test_attributes_stay_the_objects_that_they_are(tmp_path):
     assert public[0] == public[1]
 
 
+class TrainsACritic(Situation):
+    """Trains another network in pass 1 only, with a backward pass of its own."""
+
+    def begin(self, model):
+        self.critic = torch.nn.Linear(3, 1).double()
+        self.critic_optimizer = torch.optim.SGD(self.critic.parameters(), lr=0.1)
+
+    def step(self, model, batch, once):
+        if not self.in_second_pass:
+            self.accelerator.backward(self.critic(model(**batch).logits.detach()).square().mean())
+            self.critic_optimizer.step()
+            self.critic_optimizer.zero_grad()
+        return once(batch)
+
+
+@pytest.mark.parametrize("config", [LAST, ALL], ids=["last", "all"])
+def test_a_guarded_backward_pass_is_not_missed_in_pass_2(config, tmp_path):
+    run = follow(TrainsACritic, tmp_path, config, 2)
+    assert not run.messages and [line["lsam/skipped"] for line in run.lines] == [0] * 4
+
+
 class Saves(Situation):
     """Saves the model in `compute_loss`."""
 
