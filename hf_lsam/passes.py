@@ -106,8 +106,7 @@ class Backward:
 
     def __init__(self, accelerator: Accelerator, show: Callable[[Tensor], None], parameters: Sequence[Tensor] = ()):
         self.accelerator, self.show, self.parameters = accelerator, show, parameters
-        self._ran = {1: False, 2: False}  # whether one of them has returned, by pass
-        self._left: list[tuple] | None = None  # `_stamps` after the last one of pass 1
+        self._left: list[tuple] | None = None  # `_stamps` after the last one of pass 1 that has returned
 
     def in_pass_1(self) -> Standin:
         """Inside, pass 1 runs."""
@@ -115,7 +114,6 @@ class Backward:
         def run(backward: Callable, args: tuple, kwargs: dict) -> None:
             self.show(args[0] if args else kwargs["loss"])
             backward(*args, **kwargs)
-            self._ran[1] = True
             self._left = self._stamps()
 
         return Standin(self.accelerator, "backward", run)
@@ -130,17 +128,18 @@ class Backward:
     @contextmanager
     def in_pass_2(self) -> Iterator[None]:
         """Inside, pass 2 runs; `RuntimeError` if it returns without a backward pass, and pass 1 had one."""
+        has_run = False
 
         def run(backward: Callable, args: tuple, kwargs: dict) -> None:
+            nonlocal has_run
             loss = args[0] if args else kwargs["loss"]
             if loss.requires_grad:
                 backward(*args, **kwargs)
-            self._ran[2] = True
+            has_run = True
 
-        self._ran[2] = False
         with Standin(self.accelerator, "backward", run):
             yield
-        if self._ran[1] and not self._ran[2]:
+        if self._left is not None and not has_run:
             raise RuntimeError("training_step has no backward pass, perhaps since it caught an error")
 
 

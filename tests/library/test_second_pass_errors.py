@@ -125,7 +125,13 @@ def test_what_pass_2_raises_ends_no_run(fault, step, where, config, tmp_path):
     situation = failing(fault(step), where)
     run = follow(situation, tmp_path, settings, accumulation)
     assert run.trainer.state.global_step == 4 and situation.notes.struck and run.messages
-    assert_literal_or_plain(run)
+    assert_plain_steps(run, fault, step)
+
+
+def assert_plain_steps(run, fault, step):
+    """Each step is the literal one, or the plain one, which is counted and comes where the fault is."""
+    if run.trainer.lsam_config.sharpness_scope == "batch":
+        assert_literal(run, may_skip=".")
     plain = [line["lsam/skipped"] > 0 for line in run.lines]
     if fault is always:
         assert plain == [own >= step for own in range(4)]
@@ -152,12 +158,7 @@ def test_what_training_step_catches_in_pass_2_is_noticed(fault, step, where, con
     situation = failing(fault(step), where, base=Catches)
     run = follow(situation, tmp_path, settings, accumulation)
     assert situation.notes.struck and run.messages
-    assert_literal_or_plain(run)
-    plain = [line["lsam/skipped"] > 0 for line in run.lines]
-    if fault is always:
-        assert plain == [own >= step for own in range(4)]
-    elif fault is in_one_step:
-        assert plain == [own == step for own in range(4)]
+    assert_plain_steps(run, fault, step)
 
 
 class ReadsFirst(Net):
@@ -232,12 +233,6 @@ def test_what_only_a_shortened_pass_2_raises_makes_it_a_whole_one(fault, step, w
     run = follow(situation, tmp_path, settings, accumulation)
     assert run.messages or not situation.notes.struck
     assert_literal(run)
-
-
-def assert_literal_or_plain(run):
-    """Each step is the literal one, or the plain one, which is counted."""
-    if run.trainer.lsam_config.sharpness_scope == "batch":
-        assert_literal(run, may_skip=".")
 
 
 @pytest.mark.parametrize(
