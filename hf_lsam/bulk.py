@@ -97,7 +97,7 @@ class Copies(NamedTuple):
     def put(self) -> None:
         """Restore the containers that differ from their copies."""
         for _, thing, copy in [*self.changed()]:
-            if (kind := kind_of(thing)) is not None:
+            if (kind := kind_of(type(thing))) is not None:  # type: ignore[arg-type]
                 kind.put(thing, copy)
 
 

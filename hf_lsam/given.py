@@ -10,7 +10,7 @@ import threading
 import types
 import weakref
 from collections import ChainMap, UserDict, UserList
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -90,29 +90,25 @@ def is_users_hook(hook: Any) -> bool:
     return is_users(getattr(hook.func if isinstance(hook, functools.partial) else hook, "__module__", None))
 
 
-def parts_of(thing: Any) -> Iterable[Any]:
-    """The objects that a function, a method, or another wrapper refers to."""
-    if isinstance(thing, types.FunctionType):
-        return (*(thing.__closure__ or ()), *(thing.__defaults__ or ()), vars(thing))
-    if isinstance(thing, types.MethodType):
-        return (thing.__self__, thing.__func__)
-    if isinstance(thing, (staticmethod, classmethod)):
-        return (thing.__func__,)
-    if isinstance(thing, property):
-        return (thing.fget, thing.fset)
-    if isinstance(thing, types.CellType):
-        return (thing.cell_contents,) if thing != types.CellType() else ()
-    if isinstance(thing, functools.partial):
-        return (thing.func, *thing.args, *thing.keywords.values())
-    if isinstance(thing, functools._lru_cache_wrapper):
-        return (thing.__wrapped__,)
-    if isinstance(thing, weakref.ref):
-        return (thing(),)
-    if isinstance(thing, _WITH_DATA):
-        return (thing.data,)  # type: ignore[union-attr]
-    if isinstance(thing, ChainMap):
-        return thing.maps
-    return ()
+# What an object of these classes refers to: functions, methods, and other wrappers.
+_PARTS: dict[type, Callable[[Any], Iterable[Any]]] = {
+    types.FunctionType: lambda f: (*(f.__closure__ or ()), *(f.__defaults__ or ()), vars(f)),
+    types.MethodType: lambda method: (method.__self__, method.__func__),
+    staticmethod: lambda method: (method.__func__,),
+    classmethod: lambda method: (method.__func__,),
+    property: lambda it: (it.fget, it.fset),
+    types.CellType: lambda cell: (cell.cell_contents,) if cell != types.CellType() else (),
+    functools.partial: lambda it: (it.func, *it.args, *it.keywords.values()),
+    functools._lru_cache_wrapper: lambda it: (it.__wrapped__,),
+    weakref.ref: lambda reference: (reference(),),
+    ChainMap: lambda it: it.maps,
+    **dict.fromkeys(_WITH_DATA, lambda it: (it.data,)),
+}
+
+
+def parts_of(kind: type) -> Callable[[Any], Iterable[Any]] | None:
+    """A function that returns what an object of a class refers to; `None` for all others than wrappers."""
+    return next((_PARTS[base] for base in kind.__mro__ if base in _PARTS), None)
 
 
 @lru_cache(1024)

@@ -1,9 +1,7 @@
 """Snapshots of the random states and of objects that a pass may change."""
 
-import contextlib
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,8 +15,7 @@ from .stamps import stamp_of
 logger = logging.get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class RandomState:
+class RandomState(NamedTuple):
     """States of the random generators: torch's, on the CPU and on the model's device, and Python's and NumPy's."""
 
     device: torch.device
@@ -75,10 +72,12 @@ class Snapshot:
         self.watched: list[tuple[str, Any, Any]] = []
 
     def hold(self, name: str, thing: Any, always: bool) -> None:
-        """Copy the content of `thing`, if it has a kind and a content; an unset variable has none."""
-        if (kind := kind_of(thing)) is not None:
-            with contextlib.suppress(LookupError, RuntimeError, TypeError, ValueError):
+        """Copy the content of `thing`, if it has a kind and a content."""
+        if (kind := kind_of(type(thing))) is not None:  # type: ignore[arg-type]
+            try:  # noqa: SIM105, since `suppress` takes as long as most copies
                 self.entries.append(Entry(name, thing, kind, kind.copy(thing), always))
+            except (LookupError, RuntimeError, TypeError, ValueError):  # an unset variable
+                pass
 
     def later(self, random: RandomState) -> "Snapshot":
         """A snapshot of the same objects as they are now."""

@@ -8,6 +8,7 @@ import random
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,6 +54,15 @@ def identical(now: Any, kept: Any) -> bool:
     if isinstance(kept, dict):
         return list(now) == list(kept) and all(map(operator.is_, now.values(), kept.values()))
     return all(map(operator.is_, now, kept)) and len(now) == len(kept) if isinstance(kept, list) else now is kept
+
+
+def _same_items(now: Any, kept: list) -> bool:
+    return len(now) == len(kept) and all(map(operator.is_, now, kept))
+
+
+def _same_mapping(mapping: dict, kept: dict) -> bool:
+    now = mapping if type(mapping) is dict else dict(mapping)
+    return _same_items(now, list(kept)) and all(map(operator.is_, now.values(), kept.values()))
 
 
 def _put_mapping(mapping: dict, kept: dict) -> None:
@@ -120,7 +130,8 @@ def put_tensors(tensors: Sequence[Tensor], kept: Sequence[tuple[Tensor, Tensor, 
         torch._foreach_copy_(list(tensors), [copy for _, copy, _ in kept])
 
 
-MAPPING, LIST, SLOTS = Kind(dict, _put_mapping), Kind(list, _put_items), Kind(Attributes.read, Attributes.put)
+MAPPING, LIST = Kind(dict, _put_mapping, _same_mapping), Kind(list, _put_items, _same_items)
+SLOTS = Kind(Attributes.read, Attributes.put)
 MODULE = Kind(_copy_module, _put_module)
 # The copy includes `.data`, which a pass may assign. Values and stamp are compared: either may change alone.
 TENSOR = Kind(
@@ -132,7 +143,7 @@ KINDS: dict[type, Kind] = {
     dict: MAPPING,
     list: LIST,
     collections.deque: LIST,
-    set: Kind(list, _put_items),
+    set: Kind(list, _put_items, _same_items),
     bytearray: Kind(bytes, lambda array, kept: array.__setitem__(slice(None), kept), operator.eq),
     array.array: Kind(lambda array: array[:], lambda array, kept: array.__setitem__(slice(None), kept), operator.eq),
     contextvars.ContextVar: Kind(contextvars.ContextVar.get, contextvars.ContextVar.set),
@@ -149,6 +160,7 @@ KINDS: dict[type, Kind] = {
 }
 
 
-def kind_of(thing: Any) -> Kind | None:
-    """The kind of the class of `thing` or of the first base class that has one, else `None`."""
-    return KINDS.get(type(thing)) or next((KINDS[base] for base in type(thing).__mro__ if base in KINDS), None)
+@lru_cache(1024)
+def kind_of(owner: type) -> Kind | None:
+    """The kind of objects of a class: its own or that of the first base class that has one, else `None`."""
+    return next((KINDS[base] for base in owner.__mro__ if base in KINDS), None)

@@ -11,12 +11,16 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 @torch.no_grad()
 def local_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The shard of each tensor in this process, in the same memory; a tensor that is not sharded, itself."""
+    if not is_sharded(tensors):
+        return list(tensors)
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
 @torch.no_grad()
 def from_parts(parts: Sequence[Tensor], whole: Sequence[Tensor]) -> list[Tensor]:
     """The tensors whose local parts are `parts`, sharded like those of `whole`."""
+    if not is_sharded(whole):
+        return list(parts)
     return [
         DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
         if isinstance(like, DTensor)
@@ -42,7 +46,7 @@ def sum_over_parts(sums: Tensor, whole: Sequence[Tensor]) -> Tensor:
 
 def is_sharded(tensors: Iterable[Tensor]) -> bool:
     """Whether any of `tensors` is sharded."""
-    return any(isinstance(tensor, DTensor) for tensor in tensors)
+    return any(issubclass(kind, DTensor) for kind in {*map(type, tensors)})
 
 
 def sharded_modules(model: nn.Module) -> list[FSDPModule]:

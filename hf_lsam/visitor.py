@@ -6,7 +6,8 @@ import math
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,13 +42,43 @@ _LARGE = 64  # items of a container above which it is not visited item by item
 _MOST_VALUES, _MOST_OTHERS = 10**5, 1000
 
 
+class _Traits(NamedTuple):
+    """What the objects of a class are, since to ask each one takes twice as long."""
+
+    is_module: bool
+    is_tensor: bool
+    is_class: bool
+    is_held: bool  # whether it has a kind, so that its content is copied
+    is_container: bool
+    is_opened: bool  # whether its attributes are copied
+    is_iterator: bool
+    parts: Callable[[Any], Iterable[Any]] | None  # see `parts_of`
+
+
+@lru_cache(1024)
+def _traits_of(kind: type) -> _Traits | None:
+    """The traits of a class; `None` if in its objects there is nothing to copy or to visit."""
+    traits = _Traits(
+        is_module=issubclass(kind, nn.Module),
+        is_tensor=issubclass(kind, Tensor),
+        is_class=issubclass(kind, type),
+        is_held=kind_of(kind) is not None,
+        is_container=issubclass(kind, (dict, list, tuple, deque, set, frozenset)),
+        is_opened=is_opened(kind),
+        is_iterator=issubclass(kind, io.IOBase) or hasattr(kind, "__next__"),
+        parts=parts_of(kind),
+    )
+    return traits if any(traits) and not issubclass(kind, PLAIN) else None
+
+
 class Visitor:
-    """Visits the modules of `model` and other objects, to any depth, and copies what it finds into a snapshot.
+    """Visits the modules of a model and other objects, to any depth, and copies what it finds into a snapshot.
 
     A copy of everything at each step would be too slow, so the class learns what changes. At perturbed steps 1, 2, 4,
-    8, ... everything is copied. At the others, it copies only what changed before or is new, what other objects than
-    modules and users' modules refer to, small tensors, and the tables of a module's tensors. Other tensors are watched
-    by their version counters. What is in large containers is copied in bulk, up to `_MOST_VALUES` and `_MOST_OTHERS`.
+    8, ..., and after a change of the modules, everything is copied. At the others, it copies only what changed before
+    or is new, what other objects than modules and users' modules refer to, small tensors, and the tables of a module's
+    tensors. Other tensors are watched by their version counters. What is in large containers is copied in bulk, up to
+    `_MOST_VALUES` and `_MOST_OTHERS`.
     """
 
     def __init__(self, model: nn.Module, is_trained: Callable[[Tensor], bool]):
@@ -102,30 +133,34 @@ class Visitor:
     def _visit_all(self, name: str, parts: Iterable[tuple[Any, Any]], place: str = ".{}") -> None:
         """Visit `parts`, pairs of a key and an object, whose name is `name` and the key, formatted by `place`."""
         for key, part in parts:
-            if not isinstance(part, PLAIN) and id(part) not in self._seen:
-                # Not the text of other keys: that of a tensor takes long, and synchronises with its device.
-                part_name = name + place.format(key if isinstance(key, _NAMES) else type(key))
-                try:
-                    self._visit(part_name, part)
-                except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-                    # Code of the object may run when its attributes are read; its errors must not end the training.
-                    logger.warning_once(f"{part_name} cannot be read, so it is not restored after pass 2: {error}.")
+            if type(part) in PLAIN or id(part) in self._seen:
+                continue
+            # Not the text of other keys: that of a tensor takes long, and synchronises with its device.
+            part_name = name + place.format(key if isinstance(key, _NAMES) else type(key))
+            try:
+                self._visit(part_name, part)
+            except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                # Code of the object may run when its attributes are read; its errors must not end the training.
+                logger.warning_once(f"{part_name} cannot be read, so it is not restored after pass 2: {error}.")
 
     def _visit(self, name: str, thing: Any) -> None:
         """Copy `thing`, and visit what it refers to."""
-        if isinstance(thing, nn.Module):
+        of = _traits_of(type(thing))  # type: ignore[arg-type]
+        if of is None:
+            return
+        if of.is_module:
             if not self._is_known(thing):
                 self._visit_module(name, thing)
             return
-        if isinstance(thing, Tensor) and not thing.is_leaf:
+        if of.is_tensor and not thing.is_leaf:
             if self._within is not None:
                 self._within.has_graph = True
             return
         self._seen.add(id(thing))
-        if isinstance(thing, Tensor):
+        if of.is_tensor:
             self._visit_tensor(name, thing)
             return
-        if isinstance(thing, type):
+        if of.is_class:
             if is_users(thing.__module__):
                 self._hold(name, thing)
                 self._visit_all(name, [(k, value) for k, value in vars(thing).items() if not k.startswith("__")])
@@ -134,24 +169,28 @@ class Visitor:
             for variables in variables_of(thing):
                 self._hold("globals", variables)
                 self._visit_all("", variables.read().items(), "{}")
-        is_held = kind_of(thing) is not None
-        if is_held and (not isinstance(thing, np.ndarray) or thing.size <= _SMALL or self._is_due(thing)):
+        if of.is_held and (not isinstance(thing, np.ndarray) or thing.size <= _SMALL or self._is_due(thing)):
             self._hold(name, thing)
-        if isinstance(thing, (dict, list, tuple, deque, set, frozenset)):
+        if of.is_container:
             self._visit_items(name, thing)
+        if of.is_opened:
+            self._visit_object(name, thing)
+        elif of.parts is not None:
+            self._visit_all(name, enumerate(of.parts(thing)), "")
+        if of.is_iterator and not of.is_held:
+            self._unheld[name] = thing
+
+    def _visit_object(self, name: str, thing: Any) -> None:
+        """Copy and visit the attributes of an object, and those of its users' classes."""
         own = getattr(thing, "__dict__", {})
-        if not is_opened(type(thing)):
-            self._visit_all(name, enumerate(parts_of(thing)), "")
-        elif is_used_by_threads(own):
+        if is_used_by_threads(own):
             self._unheld[name] = thing
-        else:
-            slots = Attributes(thing, tuple(copyreg._slotnames(type(thing))))  # type: ignore[attr-defined]
-            for held in [slots] * bool(slots.names) + [own] * hasattr(thing, "__dict__"):
-                self._hold(name, held)
-            self._visit_all(name, [*slots.read().items(), *own.items()])
-            self._visit_all(name, enumerate(users_among(type(thing).__mro__)), "")
-        if not is_held and (isinstance(thing, io.IOBase) or hasattr(type(thing), "__next__")):
-            self._unheld[name] = thing
+            return
+        slots = Attributes(thing, tuple(copyreg._slotnames(type(thing))))  # type: ignore[attr-defined]
+        for held in [slots] * bool(slots.names) + [own] * hasattr(thing, "__dict__"):
+            self._hold(name, held)
+        self._visit_all(name, [*slots.read().items(), *own.items()])
+        self._visit_all(name, enumerate(users_among(type(thing).__mro__)), "")
 
     def _visit_items(self, name: str, thing: Any) -> None:
         """Visit the items of a container, and its keys."""
