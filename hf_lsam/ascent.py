@@ -15,7 +15,7 @@ from .costs import CostModel
 from .distributed import average_over_ranks, first_of_ranks, is_distributed
 from .perturbation import Perturbation, adaptive_scores, joint_norm, norms
 from .rounding import add_into, is_coarse
-from .selection import select
+from .selection import select, sums_of
 from .shards import is_sharded, on_host
 from .step_log import StepLog
 
@@ -108,7 +108,7 @@ def find_ascent(
         chosen = select(config, candidates, costs, counts)
     else:
         squares = squares.cpu()
-        agreed = [float(part.sum()) for part in np.split(squares.numpy(), np.cumsum(counts)[:-1])]
+        agreed = sums_of(squares.numpy(), counts)
         if apart:
             own = torch.tensor(agreed, device=every[0].device if every else device)
             agreed = average_over_ranks([own])[0].tolist()

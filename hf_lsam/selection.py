@@ -2,9 +2,17 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from .blocks import Candidate
 from .config import LSAMConfig
 from .costs import CostModel
+
+
+def sums_of(values: np.ndarray, counts: Sequence[int]) -> list[float]:
+    """The sum of the `values` of each candidate, of which it has `counts`, one candidate after another."""
+    owners = np.repeat(np.arange(len(counts)), counts)
+    return np.bincount(owners, weights=values, minlength=len(counts)).tolist()
 
 
 def select(

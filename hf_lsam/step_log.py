@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers.utils.logging import get_logger
@@ -15,7 +14,7 @@ from transformers.utils.logging import get_logger
 from .blocks import Candidate
 from .config import LSAMConfig
 from .costs import CostModel
-from .selection import predicted_overheads
+from .selection import predicted_overheads, sums_of
 
 logger = get_logger(__name__)
 
@@ -132,8 +131,7 @@ class StepLog:
         self.pending.clear()
 
     def _sum_up(self, one: Perturbed) -> None:
-        parts = np.split(one.squares.cpu().numpy(), np.cumsum(one.counts)[:-1])
-        squares = {name: float(part.sum()) for name, part in zip(self.names, parts, strict=True)}
+        squares = dict(zip(self.names, sums_of(one.squares.cpu().numpy(), one.counts), strict=True))
         chosen, total = [self.names[index] for index in one.chosen], sum(squares.values())
         self.perturbed += 1
         figures = {
