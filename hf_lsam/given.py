@@ -85,9 +85,9 @@ def is_users_function(thing: Any) -> bool:
     return isinstance(thing, types.FunctionType) and is_users(thing.__globals__.get("__name__"))
 
 
-def is_users_hook(hook: Any) -> bool:
-    """Whether `hook` is a function, a method, or another callable object of a user's module."""
-    return is_users(getattr(hook.func if isinstance(hook, functools.partial) else hook, "__module__", None))
+def is_users_callable(thing: Any) -> bool:
+    """Whether `thing` is a function, a method, or another callable object of a user's module."""
+    return is_users(getattr(thing.func if isinstance(thing, functools.partial) else thing, "__module__", None))
 
 
 # What an object of these classes refers to: functions, methods, and other wrappers.

@@ -5,13 +5,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import logging
 
 from .given import users_among
 from .held import Entry, RandomState, Snapshot
 from .kinds import Attributes
 from .stamps import changed_in, mark_of, stamp_of
+from .structure import Structure
 from .visitor import Visitor
 
 logger = logging.get_logger(__name__)
@@ -26,7 +27,7 @@ class PassState(Visitor):
     """Copies and restores what passes read and change, except the trained weights and their gradients.
 
     That is: the random states; the buffers, frozen weights, and attributes of users' classes in the modules of
-    `model`; and everything that `roots` refer to (objects by the names that users know), to any depth, the class
+    the model; and everything that `roots` refer to (objects by the names that users know), to any depth, the class
     attributes of users' classes and the variables of users' modules that their functions name included. It is not the
     state of libraries, nor that of objects which other threads use.
 
@@ -34,8 +35,10 @@ class PassState(Visitor):
     something that was not copied but watched, the step is not perturbed, and from then on it is copied.
     """
 
-    def __init__(self, model: nn.Module, roots: Callable[[], Mapping[str, Any]], is_trained: Callable[[Tensor], bool]):
-        super().__init__(model, is_trained)
+    def __init__(
+        self, structure: Structure, roots: Callable[[], Mapping[str, Any]], is_trained: Callable[[Tensor], bool]
+    ):
+        super().__init__(structure, is_trained)
         self.roots = roots
         self._window: list[Snapshot] = []  # before each micro-batch of this step, and after the last
         self._unchanged: list[Entry] = []  # the entries of the last snapshot that had not changed after pass 1

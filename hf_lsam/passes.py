@@ -1,16 +1,22 @@
 """Context managers for the length of a pass: replaced methods, and the weights that require a gradient."""
 
+import itertools
+import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from copy import copy, deepcopy
 from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from .given import is_users_callable
 from .kinds import HOOKS, Attributes
 from .stamps import version_of
+from .structure import Structure
+
+_is_training, _requires_grad, _grad = map(operator.attrgetter, ("training", "requires_grad", "grad"))
 
 
 class Standin:
@@ -65,35 +71,53 @@ def only_gradients_of(
     checkpointing, and wrong ones under FSDP2. Parameters that are only in `foreign` still require theirs.
     """
     wanted = set(map(id, weights))  # by id, since there may be thousands, and Tensor.__hash__ is slow
-    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in (*parameters, *foreign)]
+    every = [*parameters, *foreign]
+    takes, gradients = [*map(_requires_grad, every)], [*map(_grad, every)]
     try:
-        for parameter in parameters:
-            if parameter.requires_grad and id(parameter) not in wanted:
+        for parameter, requires_grad in zip(parameters, takes, strict=False):
+            if requires_grad and id(parameter) not in wanted:
                 parameter.requires_grad = False
-        for parameter, _, gradient in before:
-            if gradient is not None:
-                parameter.grad = None
+        _set_gradients(every, itertools.repeat(None))
         yield
     finally:
         # A forward pass may set requires_grad, as PEFT does when it switches adapters: those gradients are dropped.
-        for parameter, takes, gradient in before:
-            if parameter.requires_grad != takes:
-                parameter.requires_grad = takes
-            if parameter.grad is not gradient:
-                parameter.grad = gradient
+        for parameter, requires_grad in zip(every, takes, strict=True):
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad = requires_grad
+        _set_gradients(every, gradients)
 
 
-def modes_kept(model: nn.Module, modules: Sequence[nn.Module]) -> Standin:
-    """Inside, the first `model.train()` is skipped if all `modules` train already: it takes as long as a block."""
+def _set_gradients(parameters: Iterable[Tensor], gradients: Iterable[Tensor | None]) -> None:
+    """Set `.grad` of all of them, in one call that Ctrl-C cannot interrupt."""
+    deque(map(Tensor.grad.__set__, parameters, gradients), maxlen=0)  # type: ignore[union-attr]
+
+
+def modes_kept(model: nn.Module, structure: Structure) -> Standin:
+    """Inside, the first `model.train()` is skipped if all modules train already: it takes as long as a block."""
 
     def run(train: Callable, args: tuple, kwargs: dict) -> nn.Module:
         # `training_step` calls this first. What follows, such as pickling the model, must not see the replacement.
         standin.__exit__()
-        all_train = {module.training for module in modules} == {True}
-        return model if all_train and not (args or kwargs) else train(*args, **kwargs)
+        is_plain = structure.trains_plainly and not (is_users_callable(train) or args or kwargs)
+        return model if is_plain and all(map(_is_training, structure.modules)) else train(*args, **kwargs)
 
     standin = Standin(model, "train", run)
     return standin
+
+
+def weights_counted_once(model: nn.Module, counts: dict[tuple, int]) -> AbstractContextManager:
+    """Inside, `model.num_parameters` looks up in `counts`, since the count walks through all modules."""
+    method = getattr(model, "num_parameters", None)
+    if method is None or is_users_callable(method):
+        return nullcontext()
+
+    def run(count: Callable, args: tuple, kwargs: dict) -> int:
+        key = (args, *sorted(kwargs.items()))
+        if key not in counts:
+            counts[key] = count(*args, **kwargs)
+        return counts[key]
+
+    return Standin(model, "num_parameters", run)
 
 
 class Backward:

@@ -23,6 +23,7 @@ from .pass_state import PassState, Snapshot
 from .passes import only_gradients_of, outline_of, remove_hooks
 from .perturbation import Tensors, distance, norms
 from .replay import DroppedError, Recording, Replay
+from .structure import Structure
 
 logger = logging.get_logger(__name__)
 
@@ -64,7 +65,7 @@ class Attempt:
 
 
 class SecondPass:
-    """Runs micro-batches of `model` a second time; `called` is the model, its wrapper, or its compiled copy.
+    """Runs micro-batches of a model a second time.
 
     `replays` says whether replay can save anything, `replay_starts` at which calls it may begin after a pass 1, and
     `raises` whether an error of pass 2 is raised, instead of trying a more expensive pass 2.
@@ -72,8 +73,7 @@ class SecondPass:
 
     def __init__(
         self,
-        model: nn.Module,
-        called: nn.Module,
+        structure: Structure,
         blocks: Mapping[str, nn.Module],
         regions: CompiledRegions,
         state: PassState,
@@ -82,10 +82,10 @@ class SecondPass:
         replay_starts: Callable[[Recording], Collection[int]],
         raises: Callable[[Exception], bool],
     ):
-        self.model, self.regions, self.state, self.parameters = model, regions, state, parameters
+        self.structure, self.regions, self.state, self.parameters = structure, regions, state, parameters
+        self.model = model = structure.model
         self.name, self.replay_starts, self.raises = type(model).__name__, replay_starts, raises
-        self.called, self.modules = called, list(called.modules())  # cached: a visit takes as long as a few blocks
-        self._wrapper = next((m for m in self.modules if isinstance(m, DistributedDataParallel)), None)
+        self._wrapper = next((m for m in structure.modules if isinstance(m, DistributedDataParallel)), None)
         scripted = any(isinstance(block, torch.jit.ScriptModule) for block in blocks.values())
         hidden = scripted or regions.caller(model) is not model or regions.contains_any([model, *blocks.values()])
         own = [] if hidden else [regions.caller(block) for block in blocks.values()]
@@ -110,8 +110,6 @@ class SecondPass:
         """Run pass 1 of a micro-batch, and record what pass 2 needs; `alone`: it is the only one of the step."""
         # Several recordings are in memory at once, so they keep every second output only, and replay one block less.
         before, stride, known = self.state.before_pass_1(), 1 if alone else 2, self._kept
-        if self.state.copies_all:
-            self.modules = list(self.called.modules())
         sends = self._wrapper is not None and self._wrapper.will_sync_module_buffers()
         first_call = partial(before.refresh, self.model.buffers()) if sends else None
         kept = None if known is None or not self.drops else set(known[::stride])
@@ -272,7 +270,7 @@ class SecondPass:
                         assigned.append(micro_batch.before.assigned())
                 return Attempt(losses, [torch.zeros_like(w) if w.grad is None else w.grad for w in weights], assigned)
         except Exception as error:
-            remove_hooks(self.modules, self.parameters, next_hook)
+            remove_hooks(self.structure.modules, self.parameters, next_hook)
             if self.raises(error):
                 raise
             return Attempt(error=error)

@@ -32,6 +32,7 @@ from .second_pass import MicroBatch, Pass, SecondPass
 from .selection import check_selection, predicted_overheads, replay_starts
 from .shards import reshard, sharded_modules
 from .step_log import Perturbed, StepLog
+from .structure import Structure
 
 
 class LSAMStep:
@@ -76,11 +77,12 @@ class LSAMStep:
         self.costs = CostModel.of(model, blocks, one_graph)
         if not has_begun:
             check_selection(config, [candidate for candidate in self.candidates if candidate.is_trained], self.costs)
-        self.trained = Trained(model, list(blocks.values()), self.candidates, regions, optimized)
+        self.structure = Structure(model, called)
+        self.trained = Trained(self.structure, list(blocks.values()), self.candidates, regions, optimized)
         replay_helps = config.block_selection != "all" and any(c.first_block > 0 for c in self.candidates)
-        state = PassState(model, roots, self.trained.includes)
+        state = PassState(self.structure, roots, self.trained.includes)
         self.second_pass = SecondPass(
-            model, called, blocks, regions, state, self.trained.parameters, replay_helps, self._replay_starts, raises
+            self.structure, blocks, regions, state, self.trained.parameters, replay_helps, self._replay_starts, raises
         )
         self.perturbation = Perturbation()
         self.window: list[MicroBatch] = []  # micro-batches of this step that wait for its last one

@@ -15,7 +15,7 @@ from .deepspeed import bypass_engine, delayed_update, reduction_bits
 from .distributed import check_hooks, check_supported
 from .given import Optimized
 from .kinds import Attributes
-from .passes import Backward, buffers_not_sent, copy_of, modes_kept
+from .passes import Backward, buffers_not_sent, copy_of, modes_kept, weights_counted_once
 from .search import set_up_trial
 from .state import load_state, save_state
 from .step import LSAMStep
@@ -134,7 +134,7 @@ class LSAMMixin(_AnyTrainer):
 
         def pass_1() -> Tensor:
             seen: Any = backward.in_pass_1() if has_two else nullcontext()
-            with self.accelerator.no_sync(model) if own else nullcontext(), seen:
+            with self.accelerator.no_sync(model) if own else nullcontext(), modes_kept(model, step.structure), seen:
                 loss = training_step(model, inputs, num_items_in_batch)
             step.second_pass.alters |= backward.gradients_changed()
             return loss
@@ -143,8 +143,8 @@ class LSAMMixin(_AnyTrainer):
             batch, num_items = copy_of(kept)
             # Without synchronisation, FSDP2 would leave no sharded gradients.
             sync = nullcontext() if self.accelerator.is_fsdp2 else self.accelerator.no_sync(model)
-            modes = modes_kept(model, step.second_pass.modules)
             direct: Any = bypass_engine(model, self.accelerator) if is_deepspeed else nullcontext(model)
+            modes = modes_kept(model, step.structure)
             with sync, modes, buffers_not_sent(model), direct as called, backward.in_pass_2():
                 return training_step(called, batch, num_items)
 
@@ -167,7 +167,9 @@ class LSAMMixin(_AnyTrainer):
     def floating_point_ops(self, inputs: dict[str, Tensor | Any]) -> int:
         """The operations of a plain pass; cached for the last batch, since the count visits all modules."""
         if self._lsam_counted[0] is not inputs:
-            self._lsam_counted = (inputs, super().floating_point_ops(inputs))
+            step = self._lsam
+            with nullcontext() if step is None else weights_counted_once(self.model, step.structure.counts):
+                self._lsam_counted = (inputs, super().floating_point_ops(inputs))
         return self._lsam_counted[1]
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:

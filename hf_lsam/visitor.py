@@ -20,8 +20,8 @@ from .given import (
     is_opened,
     is_used_by_threads,
     is_users,
+    is_users_callable,
     is_users_function,
-    is_users_hook,
     parts_of,
     users_among,
     variables_of,
@@ -30,6 +30,7 @@ from .held import RandomState, Snapshot
 from .kinds import HOOKS, Attributes, attributes_of, kind_of
 from .shards import compute_device, is_sharded
 from .stamps import PLAIN, stamp_of
+from .structure import Structure
 
 logger = logging.get_logger(__name__)
 
@@ -81,9 +82,9 @@ class Visitor:
     `_MOST_VALUES` and `_MOST_OTHERS`.
     """
 
-    def __init__(self, model: nn.Module, is_trained: Callable[[Tensor], bool]):
-        self.model, self.is_trained = model, is_trained
-        self.device = compute_device(next(model.parameters()))
+    def __init__(self, structure: Structure, is_trained: Callable[[Tensor], bool]):
+        self.structure, self.is_trained = structure, is_trained
+        self.device = compute_device(next(structure.model.parameters()))
         self.steps = 0  # number of perturbed steps, this one included
         self.foreign: list[Tensor] = []  # parameters that another optimizer trains, such as those of a critic
         self._changing: dict[int, tuple[str, Any]] = {}  # by id: what is copied at every step
@@ -94,15 +95,14 @@ class Visitor:
         self._users_modules: list[tuple[str, nn.Module]] = []  # with names: of users' classes, and outermost ones
         self._users_hooks: list[tuple[str, Any]] = []  # names and hooks of modules
         self._unheld: dict[str, Any] = {}  # by name: objects that cannot be copied
-
-    @property
-    def copies_all(self) -> bool:
-        """Whether everything is copied at this step: the 1st, 2nd, 4th, 8th, ..."""
-        return self.steps & (self.steps - 1) == 0
+        self._version = structure.version  # at the last visit
+        self.copies_all = True  # whether the last snapshot has everything
 
     def _begin(self) -> None:
         """Begin a snapshot."""
         self._now, self._seen, self._bytes = Snapshot(RandomState.capture(self.device)), set[int](), 0
+        former, self._version = self._version, self.structure.look()
+        self.copies_all = self.steps & (self.steps - 1) == 0 or self._version != former
         self._within: Bulk | None = None  # the large container that is visited
         self._bulk_of: dict[int, Bulk] = {}  # by id of what was copied: the large container it is in
         if self.copies_all:
@@ -111,7 +111,7 @@ class Visitor:
 
     def _visit_model(self) -> None:
         self._in_model, self._in_module = True, False
-        self._visit("model", self.model)
+        self._visit("model", self.structure.model)
         self._in_model = False
         if not self.copies_all:
             for name, module in self._users_modules:
@@ -235,7 +235,7 @@ class Visitor:
             self._hold(name, module)
             self._visit_attributes(name, module)
             tables = [*(vars(module).get(table) for table in HOOKS), *(weight._backward_hooks for weight in weights)]
-            hooks = [hook for table in tables if table for hook in table.values() if is_users_hook(hook)]
+            hooks = [hook for table in tables if table for hook in table.values() if is_users_callable(hook)]
             self._users_hooks += [(f"{name} hook {place}", hook) for place, hook in enumerate(hooks)]
             self._visit_all(name, enumerate(hooks), " hook {}")
         self._in_module = outer

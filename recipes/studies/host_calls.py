@@ -18,6 +18,7 @@ PARTS = (
     ("hf_lsam/passes.py", "copy_of", "copies of the batch"),
     ("hf_lsam/passes.py", "Standin", "hooks on blocks"),
     ("hf_lsam/passes.py", "modes_kept", "training_step"),
+    ("hf_lsam/passes.py", "weights_counted_once", "count of operations"),
     ("hf_lsam/passes.py", "", "gradients of a few weights"),
     ("hf_lsam/perturbation.py", "", "moves and norms"),
     ("hf_lsam/rounding.py", "", "moves and norms"),

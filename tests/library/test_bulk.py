@@ -12,6 +12,7 @@ from hf_lsam import visitor
 from hf_lsam.bulk import Bulk
 from hf_lsam.held import RandomState
 from hf_lsam.pass_state import PassState
+from hf_lsam.structure import Structure
 
 ROWS = 100
 
@@ -144,7 +145,9 @@ def outline(thing, depth=8):
 
 
 def state_of(kept):
-    return PassState(torch.nn.Linear(2, 2), lambda: {"owner": Holder(kept=kept)}, lambda tensor: tensor.requires_grad)
+    return PassState(
+        Structure(torch.nn.Linear(2, 2)), lambda: {"owner": Holder(kept=kept)}, lambda tensor: tensor.requires_grad
+    )
 
 
 def two_passes(state, change):
@@ -230,7 +233,7 @@ def test_what_other_threads_use_is_left_alone():
 def test_what_refers_to_the_trainer_does_not_lead_to_what_is_left_out():
     trainer = Holder(optimizer=Holder(moments=[torch.zeros(3)]), rows=None)
     trainer.rows = [Holder(trainer=trainer) for _ in range(ROWS)]
-    state = PassState(torch.nn.Linear(2, 2), lambda: {"trainer": trainer}, lambda tensor: False)
+    state = PassState(Structure(torch.nn.Linear(2, 2)), lambda: {"trainer": trainer}, lambda tensor: False)
     two_passes(state, lambda: None)
     containers = state._bulks["trainer.rows"].read().containers
     assert len(containers) == ROWS + 1 and not any(thing is vars(trainer) for thing in containers)
@@ -238,7 +241,7 @@ def test_what_refers_to_the_trainer_does_not_lead_to_what_is_left_out():
 
 def test_a_list_that_is_assigned_anew_takes_the_place_of_the_former_one():
     owner, lengths = Holder(kept=[[] for _ in range(ROWS)]), []
-    state = PassState(torch.nn.Linear(2, 2), lambda: {"owner": owner}, lambda tensor: True)
+    state = PassState(Structure(torch.nn.Linear(2, 2)), lambda: {"owner": owner}, lambda tensor: True)
 
     def change():
         lengths.append(len(owner.kept[3]))
@@ -253,7 +256,7 @@ def test_a_list_that_is_assigned_anew_takes_the_place_of_the_former_one():
 
 def test_lists_that_are_gone_are_not_kept():
     owner = Holder(kept={})
-    state = PassState(torch.nn.Linear(2, 2), lambda: {"owner": owner}, lambda tensor: True)
+    state = PassState(Structure(torch.nn.Linear(2, 2)), lambda: {"owner": owner}, lambda tensor: True)
     for step in range(7):
         owner.kept = {step: [[] for _ in range(ROWS)]}
         two_passes(state, lambda step=step: owner.kept[step][0].append(1))

@@ -4,9 +4,10 @@ import pytest
 import torch
 from situations import LAST, Block, Net, follow
 from test_changing_training import CONFIGS, Six, assert_goes_on, sgd
-from transformers import TrainerCallback
+from tiny import Examples, arguments, bert
+from transformers import Trainer, TrainerCallback
 
-from hf_lsam import LSAM, LSAMConfig
+from hf_lsam import LSAM, LSAMConfig, LSAMTrainer
 
 
 class Replace(TrainerCallback):
@@ -86,3 +87,25 @@ class Extend(TrainerCallback):
 def test_a_callback_trains_longer(tmp_path):
     run = follow(Six, tmp_path, LAST, callbacks=[Extend()], max_steps=4)
     assert [line["lsam/active"] for line in run.lines] == [1] * 8
+
+
+class Insert(TrainerCallback):
+    """Adds a module with statistics, whose weights the optimizer does not get."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 4:
+            model.classifier = torch.nn.Sequential(model.classifier, torch.nn.BatchNorm1d(3).double())
+
+
+@pytest.mark.parametrize("selection", ["all", "last", "top_k"])
+def test_a_module_is_added_that_is_not_trained(selection, tmp_path):
+    """Between steps 4 and 8, at which everything is copied: its statistics and its gradient are those of pass 1."""
+    states = []
+    for kind, own in ((Trainer, {}), (LSAMTrainer, {"lsam_config": LSAMConfig(rho=1e-30, block_selection=selection)})):
+        model = bert().double()
+        args = arguments(tmp_path, max_steps=7)
+        kind(model, args, train_dataset=Examples(32), callbacks=[Insert()], **own).train()
+        states.append(model.state_dict())
+    assert "classifier.1.running_mean" in states[0]
+    for name, value in states[0].items():
+        assert torch.allclose(states[1][name], value, rtol=0, atol=1e-12), name
