@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from .blocks import Candidate, idle_parameters, multiplied_parameters, outside_parameters
 from .compiled import CompiledRegions
 from .replay import Call, Recording
-from .structure import Structure
 
 
 @dataclass(frozen=True)
@@ -122,14 +121,13 @@ class Trained:
 
     def __init__(
         self,
-        structure: Structure,
+        model: nn.Module,
         blocks: Sequence[nn.Module],
         candidates: list[Candidate],
         regions: CompiledRegions,
         optimized: Callable[[], Collection[Tensor] | None],
     ):
-        self._structure, self._all, self._regions, self._look_up_optimized = structure, candidates, regions, optimized
-        model = structure.model
+        self._model, self._all, self._regions, self._look_up_optimized = model, candidates, regions, optimized
         self._multiplied, self._weights = multiplied_parameters(model), Weights(model, blocks)
         self.parameters: list[Tensor] = list(model.parameters())  # of the model and of the optimizer
         self._former = set(self.parameters)  # those of the model from which the candidates were made
@@ -138,7 +136,6 @@ class Trained:
         self.number = 0  # identifies the set of parameters with a gradient
         self.is_current = False  # whether `now` has run in this micro-batch
         self._optimized: Collection[Tensor] | None = None
-        self._version = structure.version  # of the structure when the parameters were read
         self._key: tuple | None = None
         self._taken: dict[tuple[int, ...] | None, list[int]] = {}  # `Weights.taken` by selection; `None` is pass 1
 
@@ -170,12 +167,12 @@ class Trained:
         return parameter.requires_grad if optimized is None else parameter in optimized
 
     def _look(self) -> Collection[Tensor] | None:
-        """The parameters in the optimizer; if they or the modules are others now, those of the model are read anew."""
-        optimized, version = self._look_up_optimized(), self._structure.look()
-        if optimized is not self._optimized or version != self._version:
-            self._optimized, self._version, model = optimized, version, self._structure.model
-            self.parameters[:] = dict.fromkeys([*model.parameters(), *(optimized or ())])
-            new = set(model.parameters()) - self._former
+        """The parameters in the optimizer; where they have changed, those of the model are read anew, too."""
+        optimized = self._look_up_optimized()
+        if optimized is not self._optimized:
+            self._optimized = optimized
+            self.parameters[:] = dict.fromkeys([*self._model.parameters(), *(optimized or ())])
+            new = set(self._model.parameters()) - self._former
             self._is_outdated = not new.isdisjoint(optimized or ())
         return optimized
 

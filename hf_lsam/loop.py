@@ -61,7 +61,7 @@ class LSAM:
         if self.step >= self.max_steps:
             what = f"The loop runs more than the max_steps={self.max_steps} optimizer steps that LSAM was given"
             logger.warning_once(f"{what}; further ones are plain. Set max_steps to the number of all steps.")
-        if not self._lsam.fits(self._lsam.config) and not self._lsam.window:
+        if not self._lsam.window and not self._lsam.fits(self._lsam.config):
             log, self._lsam = self._lsam.log, self._new_step(has_begun=True)
             self._lsam.log.load(log.state())
         step, self.compute_loss = self._lsam, compute_loss

@@ -78,7 +78,7 @@ class LSAMStep:
         if not has_begun:
             check_selection(config, [candidate for candidate in self.candidates if candidate.is_trained], self.costs)
         self.structure = Structure(model, called)
-        self.trained = Trained(self.structure, list(blocks.values()), self.candidates, regions, optimized)
+        self.trained = Trained(model, list(blocks.values()), self.candidates, regions, optimized)
         replay_helps = config.block_selection != "all" and any(c.first_block > 0 for c in self.candidates)
         state = PassState(self.structure, roots, self.trained.includes)
         self.second_pass = SecondPass(

@@ -122,6 +122,7 @@ class LSAMMixin(_AnyTrainer):
         self._lsam_reached = True
         if step is None:
             return training_step(model, inputs, num_items_in_batch)
+        step.structure.look()
         number, step.max_steps = self.state.global_step, max(self.state.max_steps, 1)
         # Each process is perturbed by its own gradient; the step averages them over processes afterwards.
         own = step.config.sharpness_scope == "micro_batch" and step.perturbs(number)

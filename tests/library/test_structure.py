@@ -25,6 +25,8 @@ CHANGES = {
     "weight added": lambda model: model[1][0].register_parameter("scale", nn.Parameter(torch.ones(2))),
     "weight replaced": lambda model: setattr(model[1][1], "weight", nn.Parameter(torch.ones(2, 2))),
     "weight removed": lambda model: setattr(model[1][1], "bias", None),
+    "last weight added": lambda model: model[1][1].register_parameter("last", nn.Parameter(torch.ones(2))),
+    "last weight deleted": lambda model: delattr(model[1][1], "bias"),
 }
 
 
@@ -79,22 +81,39 @@ def test_no_step_walks_to_count_weights_or_to_set_modes(lsam, tmp_path, monkeypa
     assert (len(counts.calls), len(modes.calls)) == (2 * first[0], 2 * first[1])
 
 
-class Trains(type(bert())):
-    """A user's model with a method `train` that has an effect of its own."""
+class Head(nn.Linear):
+    """A user's module with a method `train` that has an effect of its own."""
 
     def train(self, mode=True):
-        notes = sys.modules[__name__].notes
-        notes.trained.append(mode)
+        sys.modules[__name__].notes.trained.append(mode)
         return super().train(mode)
 
 
-def test_a_users_method_train_is_called_in_every_pass(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules[__name__], "notes", out_of_reach(trained=[]), raising=False)
+class Observe(TrainerCallback):
+    """Gives the model a method `train` of its own."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 0:
+            inner = model.train
+
+            def train(mode=True):
+                sys.modules[__name__].notes.trained.append(mode)
+                return inner(mode)
+
+            model.train = train
+
+
+@pytest.mark.parametrize("place", ["in a module", "set in training"])
+def test_a_users_method_train_is_called_in_every_pass(place, tmp_path, monkeypatch):
+    notes = out_of_reach(trained=[])
+    monkeypatch.setattr(sys.modules[__name__], "notes", notes, raising=False)
     calls = []
     for kind in (Trainer, LSAMTrainer):
-        notes = sys.modules[__name__].notes
-        notes.trained = []
-        run(kind, tmp_path, net=Trains(bert().config), lsam=dict(perturb_interval=6, block_selection="all"))
+        net, notes.trained = bert(), []
+        if place == "in a module":
+            net.classifier = Head(16, 3)
+        lsam = dict(perturb_interval=6, block_selection="all")
+        run(kind, tmp_path, lsam, net, [Observe()] if place == "set in training" else [])
         calls.append(len(notes.trained))
     # The first step is perturbed: beside pass 2, a full one is compared with pass 1.
     assert calls[1] == calls[0] + 2
