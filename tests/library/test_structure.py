@@ -93,7 +93,7 @@ class Observe(TrainerCallback):
     """Gives the model a method `train` of its own."""
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        if state.global_step == 0:
+        if state.global_step == 3:
             inner = model.train
 
             def train(mode=True):
@@ -116,7 +116,7 @@ def test_a_users_method_train_is_called_in_every_pass(place, tmp_path, monkeypat
         run(kind, tmp_path, lsam, net, [Observe()] if place == "set in training" else [])
         calls.append(len(notes.trained))
     # The first step is perturbed: beside pass 2, a full one is compared with pass 1.
-    assert calls[1] == calls[0] + 2
+    assert calls[1] == calls[0] + 2 * (place == "in a module") and calls[0] >= 3
 
 
 class Widen(TrainerCallback):
