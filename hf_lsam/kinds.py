@@ -56,13 +56,8 @@ def identical(now: Any, kept: Any) -> bool:
     return all(map(operator.is_, now, kept)) and len(now) == len(kept) if isinstance(kept, list) else now is kept
 
 
-def _same_items(now: Any, kept: list) -> bool:
-    return len(now) == len(kept) and all(map(operator.is_, now, kept))
-
-
 def _same_mapping(mapping: dict, kept: dict) -> bool:
-    now = mapping if type(mapping) is dict else dict(mapping)
-    return _same_items(now, list(kept)) and all(map(operator.is_, now.values(), kept.values()))
+    return identical(mapping if type(mapping) is dict else dict(mapping), kept)
 
 
 def _put_mapping(mapping: dict, kept: dict) -> None:
@@ -130,7 +125,7 @@ def put_tensors(tensors: Sequence[Tensor], kept: Sequence[tuple[Tensor, Tensor, 
         torch._foreach_copy_(list(tensors), [copy for _, copy, _ in kept])
 
 
-MAPPING, LIST = Kind(dict, _put_mapping, _same_mapping), Kind(list, _put_items, _same_items)
+MAPPING, LIST = Kind(dict, _put_mapping, _same_mapping), Kind(list, _put_items, identical)
 SLOTS = Kind(Attributes.read, Attributes.put)
 MODULE = Kind(_copy_module, _put_module)
 # The copy includes `.data`, which a pass may assign. Values and stamp are compared: either may change alone.
@@ -143,7 +138,7 @@ KINDS: dict[type, Kind] = {
     dict: MAPPING,
     list: LIST,
     collections.deque: LIST,
-    set: Kind(list, _put_items, _same_items),
+    set: Kind(list, _put_items, identical),
     bytearray: Kind(bytes, lambda array, kept: array.__setitem__(slice(None), kept), operator.eq),
     array.array: Kind(lambda array: array[:], lambda array, kept: array.__setitem__(slice(None), kept), operator.eq),
     contextvars.ContextVar: Kind(contextvars.ContextVar.get, contextvars.ContextVar.set),

@@ -65,9 +65,7 @@ class LSAMStep:
         self._selects_from = config.block_selection == "all", config.block_pattern
         self.sharded_modules = sharded_modules(model)
         reshard(self.sharded_modules)
-        blocks = find_blocks(model)
-        called = model if called is None else called
-        regions = CompiledRegions(called)
+        blocks, regions = find_blocks(model), CompiledRegions(model if called is None else called)
         if config.block_selection == "all":
             self.candidates = everything(model, blocks)
         else:

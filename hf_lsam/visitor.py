@@ -133,7 +133,7 @@ class Visitor:
     def _visit_all(self, name: str, parts: Iterable[tuple[Any, Any]], place: str = ".{}") -> None:
         """Visit `parts`, pairs of a key and an object, whose name is `name` and the key, formatted by `place`."""
         for key, part in parts:
-            if type(part) in PLAIN or id(part) in self._seen:
+            if isinstance(part, PLAIN) or id(part) in self._seen:
                 continue
             # Not the text of other keys: that of a tensor takes long, and synchronises with its device.
             part_name = name + place.format(key if isinstance(key, _NAMES) else type(key))
